@@ -1,0 +1,63 @@
+# Needs make and Python 3.11 or newer; the first target that wants an environment makes it. `make help` lists.
+
+# The first interpreter that the pinned versions install on and that can make an environment.
+PYTHON ?= $(firstword $(foreach python,python3.11 python3 python,$(shell $(python) -c \
+    'import ensurepip, sys, venv; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
+PYTEST_ARGS ?=
+
+VENV := .venv
+LOWEST := .venv-lowest
+STAMP := $(VENV)/.installed
+LOWEST_STAMP := $(LOWEST)/.installed
+
+# Nothing here fetches weights: the model that the demo and the tests run is part of the package.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+# $(call install,environment,constraints file,extra): setuptools first, so that the pinned one builds the package.
+define install
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv found; name one: make PYTHON=..." >&2; exit 1; }
+	@echo "installing into $(1) (a few minutes)"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -qq --progress-bar off -c $(2) setuptools
+	$(1)/bin/python -m pip install -qq --progress-bar off -c $(2) --no-build-isolation -e '.[$(3)]'
+endef
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-slow test-lowest lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned versions and the package in editable mode
+
+$(STAMP): setup.py constraints.txt
+	$(call install,$(VENV),constraints.txt,dev)
+	@touch $@
+
+$(LOWEST_STAMP): setup.py constraints.txt constraints-lowest.txt
+	@mkdir -p $(LOWEST)
+	@awk -F== '/==/ && !seen[$$1]++' constraints-lowest.txt constraints.txt > $(LOWEST)/constraints.txt
+	$(call install,$(LOWEST),$(LOWEST)/constraints.txt,test)
+	@touch $@
+
+demo: $(STAMP) ## ask the bundled model three questions; pictures in out/
+	$(VENV)/bin/hero demo --out out
+
+test: $(STAMP) ## the fast tests
+	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the slow tests
+	$(VENV)/bin/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST_STAMP) ## the fast tests on the oldest supported transformers, in .venv-lowest
+	$(LOWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff
+	$(VENV)/bin/ruff check .
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) $(LOWEST) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,203 @@
+"""Scores as a by-product of the encoder's own attention, whichever implementation the user chose.
+
+One attention function is registered with transformers' ``AttentionInterface`` when capture is first
+installed. Each chosen attention module gets a private copy of its configuration that names it; the
+original stays beside it and decides, call by call, which implementation does the attention. The
+function adds the CLS row of the call to the collector of the current context and otherwise stays out
+of the way, so attention is never forced to be eager and results do not mix between threads.
+
+Under ``torch.compile`` a context variable cannot be read: there each module keeps its row until
+:func:`collect` fetches it. Like transformers' own output capture, that is not safe to run from several
+threads at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+import hero_kernels as hk
+
+__all__ = ["Collector", "collect", "install", "installed", "remove"]
+
+NAME = "hero_capture"
+_STATE = "_hero_capture"
+_collector: contextvars.ContextVar[Collector | None] = contextvars.ContextVar("hero_collector", default=None)
+
+
+class Collector:
+    """Patch scores of one pass of the encoder, accumulated over layers.
+
+    Args:
+        weights: of each captured layer, ``[T]`` fp32 or a number: its weight in the mean over layers,
+            one a crop, since thumbnails and tiles are scored by different layers.
+        second_softmax: as in :func:`hero_kernels.cls_attention`.
+        received: score by received attention, for encoders without CLS.
+    """
+
+    def __init__(
+        self, weights: Mapping[int, Tensor], *, second_softmax: bool = False, received: bool = False
+    ):
+        self.weights = weights
+        self.second_softmax = second_softmax
+        self.received = received
+        self.seen: set[int] = set()
+        self.scores: Tensor | None = None  # [T, P] fp32
+
+    def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
+        """Add the scores of one layer; query and key are ``[T, H, N, D]``."""
+        if layer not in self.weights:
+            return
+        self.seen.add(layer)
+        weight = self.weights[layer]
+        if isinstance(weight, Tensor):
+            weight = weight.to(query.device)
+        # Layers may sit on several devices: the scores stay on the first one's.
+        local = self.scores is not None and self.scores.device == query.device
+        out = self.scores if local else None
+        if self.received:
+            rows = hk.received_attention(query, key, scale, weight=weight, out=out)
+        else:
+            rows = hk.cls_attention(
+                query, key, scale, weight=weight, out=out, second_softmax=self.second_softmax
+            )
+        self._take(rows, local)
+
+    def add_rows(self, layer: int, rows: Tensor) -> None:
+        """Add the unweighted scores ``[T, P]`` of one layer."""
+        if layer not in self.weights:
+            return
+        self.seen.add(layer)
+        weight = self.weights[layer]
+        self._take(rows * (weight.to(rows.device)[:, None] if isinstance(weight, Tensor) else weight), False)
+
+    def _take(self, rows: Tensor, added: bool) -> None:
+        if self.scores is None:
+            self.scores = rows
+        elif not added:
+            self.scores += rows.to(self.scores.device)
+
+    def result(self) -> Tensor:
+        """The scores ``[T, P]`` fp32.
+
+        Raises:
+            RuntimeError: the encoder ran without passing the captured layers.
+        """
+        missing = sorted(set(self.weights) - self.seen)
+        if missing:
+            raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
+        return self.scores
+
+
+class _View:
+    """An attention module as the base implementation must see it: with the user's own configuration.
+
+    FlashAttention reads the name of its implementation from ``module.config``.
+    """
+
+    def __init__(self, module: nn.Module, config: object):
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or "_module" not in self.__dict__:  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._module, name)
+
+
+class _State:
+    """What capture keeps on an attention module."""
+
+    def __init__(self, module: nn.Module, layer: int, received: bool, second_softmax: bool):
+        self.config = module.config
+        self.view = _View(module, module.config)
+        self.layer = layer
+        self.received = received
+        self.second_softmax = second_softmax
+        self.rows: Tensor | None = None  # of a compiled call, until fetched
+
+
+def _attention(module, query, key, value, attention_mask, **kwargs):
+    """The registered attention function: the user's implementation, and scores for the collector."""
+    state = module.__dict__[_STATE]
+    name = state.config._attn_implementation
+    if name in (None, "eager"):
+        base = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        base = _interface()[name]
+    output = base(state.view, query, key, value, attention_mask, **kwargs)
+    compiling = torch.compiler.is_compiling()
+    collector = None if compiling else _collector.get()
+    if compiling or collector is not None:
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        with torch.no_grad():  # selection is discrete: no gradient runs through scores
+            query, key = query.detach(), key.detach()
+            if collector is not None:
+                collector.add(state.layer, query, key, scale)
+            elif state.received:
+                state.rows = hk.reference.received_attention(query, key, scale)
+            else:
+                state.rows = hk.reference.cls_attention(
+                    query, key, scale, second_softmax=state.second_softmax
+                )
+    return output
+
+
+def _interface():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def install(
+    modules: Mapping[int, nn.Module], *, received: bool = False, second_softmax: bool = False
+) -> None:
+    """Capture the given attention modules, ``{layer: module}``.
+
+    Raises:
+        ValueError: one of them is captured already.
+    """
+    if any(installed(module) for module in modules.values()):
+        raise ValueError(
+            "vision_tower: expected an encoder without hero attached, got one with; remove() first"
+        )
+    if NAME not in _interface():
+        type(_interface()).register(NAME, _attention)
+    for layer, module in modules.items():
+        module.__dict__[_STATE] = _State(module, layer, received, second_softmax)
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = NAME
+
+
+def installed(module: nn.Module) -> bool:
+    """Whether an attention module is captured."""
+    return _STATE in module.__dict__
+
+
+def remove(modules: Mapping[int, nn.Module]) -> None:
+    """Undo :func:`install`, exactly."""
+    for module in modules.values():
+        module.config = module.__dict__.pop(_STATE).config
+
+
+@contextlib.contextmanager
+def collect(collector: Collector, modules: Mapping[int, nn.Module]) -> Iterator[Collector]:
+    """Send the scores of the passes inside the block to ``collector``."""
+    token = _collector.set(collector)
+    try:
+        yield collector
+        for layer, module in modules.items():
+            rows = module.__dict__[_STATE].rows
+            if rows is not None and layer not in collector.seen:
+                collector.add_rows(layer, rows)
+    finally:
+        _collector.reset(token)
+        for module in modules.values():
+            module.__dict__[_STATE].rows = None

@@ -1,0 +1,374 @@
+"""The drop-in vision encoder: pixels → encode → score → budget → select → project → packed tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+import hero_kernels as hk
+
+from . import capture, policies, scoring
+from .config import HeroConfig, resolve_layers
+from .layout import Geometry, ImageLayout
+from .models import Encoded, tower_for
+from .policies import Scored
+from .relevance import ClipRelevance
+
+__all__ = ["HeroVisionEncoder", "Plan", "Selection", "plan"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The visual tokens kept of a batch of images, packed, and how they were chosen.
+
+    Attributes:
+        tokens: ``[total, D]`` projected features and newlines, image after image; ``None`` in
+            ``handle.last``, which keeps no features alive.
+        lengths: rows of each image.
+        cu_seqlens: ``[B + 1]`` int32, where each image begins.
+        index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline.
+        budgets: ``[T]`` int32, patches kept of each crop.
+        shares: ``[T]`` fp32, each tile's share of its image's tile tokens before caps; 0 for thumbnails.
+        scores: ``[T, P]`` fp32, the patch scores.
+        layout: the images of the batch.
+    """
+
+    tokens: Tensor | None
+    lengths: list[int]
+    cu_seqlens: Tensor
+    index: Tensor
+    budgets: Tensor
+    shares: Tensor
+    scores: Tensor
+    layout: tuple[ImageLayout, ...]
+
+    def per_image(self) -> list[Tensor]:
+        """The tokens of each image, ``[n_i, D]``."""
+        return list(self.tokens.split(self.lengths))
+
+    def keep_mask(self) -> Tensor:
+        """``[T, P]`` bool, true where the patch was kept."""
+        keep = torch.zeros(self.scores.numel(), dtype=torch.bool, device=self.index.device)
+        keep[self.index[self.index >= 0].long()] = True
+        return keep.view_as(self.scores)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch's layout and a configuration imply, as tensors on a device.
+
+    Attributes:
+        segments: the images, for the operations.
+        valid: ``[T, P]`` bool, patches that are not padding.
+        valid_counts: ``[T]`` int32.
+        layer_weights: ``{layer: [T] fp32}``, weight of a layer in the score of each crop.
+    """
+
+    segments: hk.Segments
+    valid: Tensor
+    valid_counts: Tensor
+    layer_weights: dict[int, Tensor]
+
+
+@lru_cache(maxsize=256)
+def plan(layouts: tuple[ImageLayout, ...], config: HeroConfig, depth: int, device: torch.device) -> Plan:
+    """The plan of a batch on an encoder of ``depth`` layers; cached."""
+    segments, is_thumbnail, valid = [], [], []
+    for layout in layouts:
+        thumbnail_tokens, _ = layout.budget(config)
+        segments.append(
+            hk.Segment(
+                crops=layout.crops,
+                thumbnail=layout.thumbnail_crop,
+                grid_width=layout.grid[1] if layout.stitched and layout.tiles else 1,
+                thumbnail_tokens=thumbnail_tokens,
+                tile_tokens=layout.tile_quota(config),
+                newline_rows=layout.rows if layout.newlines else (0, 0),
+                thumbnail_newline=layout.newlines and not layout.tiles,
+            )
+        )
+        crops = torch.ones((layout.crops, layout.side, layout.side), dtype=torch.bool)
+        tiles = crops[layout.first_tile : layout.first_tile + layout.tiles]
+        tiles.zero_()
+        for tile, (top, bottom, left, right) in zip(tiles, layout.tile_rectangles, strict=True):
+            tile[top:bottom, left:right] = True
+        valid.append(crops.flatten(1))
+        is_thumbnail += [crop == layout.thumbnail_crop for crop in range(layout.crops)]
+    is_thumbnail = torch.tensor(is_thumbnail)
+    tile_layers = resolve_layers("tile_layers", config.tile_layers, depth)
+    thumbnail_layers = resolve_layers("thumbnail_layers", config.thumbnail_layers, depth)
+    layer_weights = {
+        layer: torch.where(
+            is_thumbnail,
+            (layer in thumbnail_layers) / len(thumbnail_layers),
+            (layer in tile_layers) / len(tile_layers),
+        )
+        .float()
+        .to(device)
+        for layer in sorted({*tile_layers, *thumbnail_layers})
+    }
+    valid = torch.cat(valid)
+    counts = valid.sum(1, dtype=torch.int32)
+    side = layouts[0].side
+    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), layer_weights)
+
+
+class HeroVisionEncoder(nn.Module):
+    """A vision encoder that returns only the visual tokens worth keeping (docs/method.md).
+
+    Wraps a tower as it is: its attention implementation, dtype, devices and hooks stay the user's. The
+    stages are methods, each replaceable, in this order: :meth:`prepare`, :meth:`encode`, :meth:`score`,
+    :meth:`budget`, :meth:`select`, :meth:`project`.
+
+    Args:
+        vision_tower: a transformers ``CLIPVisionModel``. Its chosen attention modules are captured
+            until :meth:`remove`.
+        projector: maps features to the language model's width; ``None`` leaves them as they are.
+        config: what to keep; the defaults where ``None``.
+        geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1
+            and 1×3 of LLaVA-NeXT.
+        image_newline: ``[D]`` embedding that closes each row of the stitched grid; ``None`` for none.
+        relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question.
+        feature_layer: the hidden state(s) the model uses; several are concatenated.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, by name; a tower that
+            has hero attached already.
+    """
+
+    def __init__(
+        self,
+        vision_tower: nn.Module,
+        projector: nn.Module | None = None,
+        config: HeroConfig | None = None,
+        *,
+        geometry: Geometry | None = None,
+        image_newline: Tensor | None = None,
+        relevance: ClipRelevance | None = None,
+        feature_layer: int | Sequence[int] = -2,
+    ):
+        super().__init__()
+        config = HeroConfig() if config is None else config
+        if not isinstance(config, HeroConfig):
+            raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
+        if relevance is not None and not isinstance(relevance, ClipRelevance):
+            raise TypeError(f"relevance: expected hero.ClipRelevance, got {relevance!r}")
+        if not isinstance(vision_tower, nn.Module):
+            raise TypeError(f"vision_tower: expected an nn.Module, got {vision_tower!r}")
+        self._tower = tower_for(vision_tower)
+        crop_size, patch_size = self._tower.geometry(vision_tower)
+        if geometry is None:
+            grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+            geometry = Geometry(
+                crop_size, patch_size, tuple((h * crop_size, w * crop_size) for h, w in grids)
+            )
+        elif (geometry.crop_size, geometry.patch_size) != (crop_size, patch_size * self._tower.merge):
+            got = f"{geometry.crop_size} and {geometry.patch_size}"
+            raise ValueError(
+                f"geometry: expected crops of {crop_size} px, patches of {patch_size} px, got {got}"
+            )
+        modules = self._tower.attention_modules(vision_tower)
+        self.depth = len(modules)
+        layers = {
+            *resolve_layers("tile_layers", config.tile_layers, self.depth),
+            *resolve_layers("thumbnail_layers", config.thumbnail_layers, self.depth),
+        }
+        if config.policy == "hero":
+            config.signal_weights(with_relevance=relevance is not None)  # raises where relevance is missing
+        self.vision_tower = vision_tower
+        self.projector = projector
+        self.config = config
+        self.geometry = dataclasses.replace(geometry, newlines=image_newline is not None)
+        if image_newline is None or isinstance(image_newline, nn.Parameter):
+            self.image_newline = image_newline
+        else:
+            self.register_buffer("image_newline", image_newline, persistent=False)
+        self.relevance = relevance
+        self.feature_layer = feature_layer if isinstance(feature_layer, int) else tuple(feature_layer)
+        self._shared = relevance is not None and relevance.shares_weights(vision_tower)
+        self._captured = tuple(sorted(layers))
+        capture.install(
+            self._modules_captured(), received=not self._tower.has_cls, second_softmax=config.second_softmax
+        )
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the question weighs in the tile budgets."""
+        return (
+            self.config.policy == "hero"
+            and self.relevance is not None
+            and self.config.signal_weights(with_relevance=True).relevance > 0
+        )
+
+    def _modules_captured(self) -> dict[int, nn.Module]:
+        modules = self._tower.attention_modules(self.vision_tower)
+        return {layer: modules[layer] for layer in self._captured}
+
+    def remove(self) -> None:
+        """Stop capturing: the tower is exactly as it was before."""
+        capture.remove(self._modules_captured())
+
+    def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, tuple[ImageLayout, ...]]:
+        """Check the input and lay it out.
+
+        Args:
+            pixel_values: ``[B, crops, 3, S, S]``, padded to the largest number of crops, or
+                ``[T, 3, S, S]``, all crops one after another; floating.
+            image_sizes: ``[B, 2]`` (height, width) in pixels, a tensor or pairs.
+
+        Returns:
+            crops ``[T, 3, S, S]`` and the layout of each image.
+
+        Raises:
+            TypeError, ValueError: of another type, rank, dtype or size, by name.
+        """
+        expected = "[B, crops, 3, S, S] or [T, 3, S, S]"
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values: expected a tensor {expected}, got {type(pixel_values).__name__}")
+        shape = tuple(pixel_values.shape)
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
+        if len(shape) not in (4, 5):
+            raise ValueError(f"pixel_values: expected {expected}, got shape {shape}")
+        size = self.geometry.crop_size
+        if shape[-2:] != (size, size):
+            raise ValueError(f"pixel_values: expected crops of {size} × {size} px, got shape {shape}")
+        sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else list(image_sizes)
+        if not sizes:
+            raise ValueError("image_sizes: expected at least one image, got none")
+        layouts = tuple(self.geometry.layout(size) for size in sizes)
+        counts = [layout.crops for layout in layouts]
+        if len(shape) == 4:
+            if shape[0] != sum(counts):
+                raise ValueError(
+                    f"image_sizes: expected the sizes of {shape[0]} crops, got those of {sum(counts)}"
+                )
+            return pixel_values, layouts
+        if shape[0] != len(layouts) or shape[1] < max(counts):
+            raise ValueError(
+                f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
+                f"got {len(layouts)} images of {counts} crops"
+            )
+        if min(counts) == shape[1]:
+            return pixel_values.flatten(0, 1), layouts
+        return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)]), layouts
+
+    def encode(
+        self,
+        pixel_values: Tensor,
+        layouts: tuple[ImageLayout, ...],
+        *,
+        feature_layer: int | Sequence[int] | None = None,
+        **kwargs,
+    ) -> Encoded:
+        """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention."""
+        weights = plan(layouts, self.config, self.depth, pixel_values.device).layer_weights
+        collector = capture.Collector(
+            weights, second_softmax=self.config.second_softmax, received=not self._tower.has_cls
+        )
+        layer = self.feature_layer if feature_layer is None else feature_layer
+        with capture.collect(collector, self._modules_captured()):
+            features, cls, pooled, output = self._tower.run(self.vision_tower, pixel_values, layer, **kwargs)
+        scores = collector.result().to(features.device)
+        return Encoded(features, cls, pooled, scores, pixel_values, output)
+
+    def score(
+        self, encoded: Encoded, layouts: tuple[ImageLayout, ...], text: Sequence[str] | None = None
+    ) -> Scored:
+        """Patch scores and tile signals, by the policy.
+
+        Raises:
+            ValueError: relevance weighs in the budgets and no question is given for each image.
+        """
+        relevance = None
+        if self.relevance is not None:
+            if self.needs_text and (text is None or len(text) != len(layouts)):
+                got = "none" if text is None else f"{len(text)}"
+                raise ValueError(f"text: expected a question for each of {len(layouts)} images, got {got}")
+
+            def relevance() -> Tensor:
+                images = scoring.crop_images(layouts, encoded.cls.device)
+                pooled = encoded.pooled if self._shared else None
+                return self.relevance(text, images, encoded.pixel_values, pooled)
+
+        with torch.no_grad():
+            seen = policies.Seen(
+                scores=encoded.scores,
+                valid=plan(layouts, self.config, self.depth, encoded.scores.device).valid,
+                cls=encoded.cls,
+                layouts=layouts,
+                config=self.config,
+                relevance=relevance,
+            )
+            return policies.FUNCTIONS[self.config.policy](seen)
+
+    def budget(self, scored: Scored, layouts: tuple[ImageLayout, ...]) -> hk.TileBudgets:
+        """Patches to keep of each crop."""
+        batch = plan(layouts, self.config, self.depth, scored.scores.device)
+        return hk.tile_budgets(
+            scored.signals, batch.valid_counts, batch.segments, allocation=self.config.allocation
+        )
+
+    def select(
+        self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, layouts: tuple[ImageLayout, ...]
+    ) -> hk.Gathered:
+        """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
+        batch = plan(layouts, self.config, self.depth, scored.scores.device)
+        return hk.segmented_topk_gather(
+            encoded.features, scored.scores, batch.segments, valid=batch.valid, budgets=budgets
+        )
+
+    def project(self, gathered: hk.Gathered) -> Tensor:
+        """Tokens ``[total, D]`` in the language model's width, newline rows filled."""
+        tokens = gathered.tokens if self.projector is None else self.projector(gathered.tokens)
+        if self.image_newline is None:
+            return tokens
+        newline = (gathered.index < 0).to(tokens.device)[:, None]
+        return torch.where(newline, self.image_newline.to(tokens.device, tokens.dtype), tokens)
+
+    def forward(
+        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | None = None
+    ) -> Selection:
+        """Encode images and keep their most useful tokens.
+
+        Args:
+            pixel_values: ``[B, crops, 3, S, S]`` or ``[T, 3, S, S]`` (see :meth:`prepare`).
+            image_sizes: ``[B, 2]`` (height, width) in pixels before cutting.
+            text: the question, one for all images or one an image; needed with relevance, and only then.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or size, by name; NaN in the features
+                (checked on the CPU).
+        """
+        return self.run(pixel_values, image_sizes, text)[0]
+
+    def run(
+        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | None = None, **kwargs
+    ) -> tuple[Selection, Encoded]:
+        """:meth:`forward`, and what :meth:`encode` returned; keyword arguments go to it."""
+        crops, layouts = self.prepare(pixel_values, image_sizes)
+        if isinstance(text, str):
+            text = [text] * len(layouts)
+        if text is not None and self.relevance is None:
+            raise ValueError(f"text: expected None without a relevance model, got {text!r}")
+        encoded = self.encode(crops, layouts, **kwargs)
+        scored = self.score(encoded, layouts, text)
+        budgets = self.budget(scored, layouts)
+        gathered = self.select(encoded, scored, budgets, layouts)
+        lengths = torch.tensor((0, *gathered.lengths)).cumsum(0, dtype=torch.int32)
+        selection = Selection(
+            tokens=self.project(gathered),
+            lengths=list(gathered.lengths),
+            cu_seqlens=lengths.to(gathered.index.device),
+            index=gathered.index,
+            budgets=budgets.budgets,
+            shares=budgets.shares,
+            scores=scored.scores,
+            layout=layouts,
+        )
+        return selection, encoded

@@ -1,0 +1,266 @@
+"""Layout: all that follows from image sizes alone. Standard library only, no tensors.
+
+Floating-point steps repeat those of transformers' ``select_best_resolution`` and ``unpad_image`` in the
+same order, since the number of tokens hangs on their rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from numbers import Integral
+
+from .config import HeroConfig
+
+__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "floor_ratio"]
+
+LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def floor_ratio(value: float) -> int:
+    """``floor(value + 1e-9)``: 0.29 · 100 is 29 although the product falls just short of it."""
+    return math.floor(value + 1e-9)
+
+
+def _integer(name: str, value: object, low: int = 1) -> int:
+    expected = f"an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Crops and sequence of one image.
+
+    Attributes:
+        image_size: (height, width) in pixels.
+        grid: (rows, columns) of tiles; (0, 0) where there are none.
+        side: p, patches along one side of a crop.
+        rows, columns: half-open ranges of the stitched grid, in patches, that are not padding.
+        thumbnail: ``"first"``, ``"last"`` or ``"none"``.
+        stitched: whether the tiles of a grid row interleave, patch row by patch row.
+        newlines: whether every remaining row of the stitched grid ends in a newline token.
+    """
+
+    image_size: tuple[int, int]
+    grid: tuple[int, int]
+    side: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    thumbnail: str = "first"
+    stitched: bool = True
+    newlines: bool = True
+
+    @property
+    def tiles(self) -> int:
+        """K, number of tiles."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def crops(self) -> int:
+        """Number of crops: K, and one more with a thumbnail."""
+        return self.tiles + (self.thumbnail != "none")
+
+    @property
+    def patches(self) -> int:
+        """P, patch tokens of a crop."""
+        return self.side * self.side
+
+    @property
+    def thumbnail_crop(self) -> int:
+        """Which crop of the image is the thumbnail; −1 for none."""
+        return {"first": 0, "last": self.crops - 1, "none": -1}[self.thumbnail]
+
+    @property
+    def first_tile(self) -> int:
+        """Which crop of the image is its first tile."""
+        return 1 if self.thumbnail == "first" else 0
+
+    @cached_property
+    def tile_rectangles(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Of each tile, its valid patches (row begin, row end, column begin, column end), within the tile."""
+
+        def within(valid: tuple[int, int], tile: int) -> tuple[int, int]:
+            begin = min(max(valid[0] - tile * self.side, 0), self.side)
+            return begin, max(begin, min(max(valid[1] - tile * self.side, 0), self.side))
+
+        return tuple(
+            within(self.rows, row) + within(self.columns, column)
+            for row in range(self.grid[0])
+            for column in range(self.grid[1])
+        )
+
+    @cached_property
+    def valid_counts(self) -> tuple[int, ...]:
+        """Valid patches of each tile."""
+        return tuple((bottom - top) * (right - left) for top, bottom, left, right in self.tile_rectangles)
+
+    @property
+    def newline_count(self) -> int:
+        """Newline tokens: one a remaining row of the grid; one in all where there is no grid."""
+        if not self.newlines:
+            return 0
+        return self.rows[1] - self.rows[0] if self.tiles else 1
+
+    @property
+    def full_tokens(self) -> int:
+        """Length of the stock sequence."""
+        return self.patches * (self.thumbnail != "none") + sum(self.valid_counts) + self.newline_count
+
+    def budget(self, config: HeroConfig) -> tuple[int, int]:
+        """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, 3)."""
+        patches = self.patches
+        has_thumbnail = self.thumbnail != "none"
+        valid = sum(self.valid_counts)
+        if config.keep_tokens is None:
+            thumbnail = floor_ratio(config.keep_ratio * patches) if has_thumbnail else 0
+            return thumbnail, min(floor_ratio(config.keep_ratio * (self.tiles * patches)), valid)
+        if not has_thumbnail:
+            return 0, min(config.keep_tokens, valid)
+        thumbnail = min(config.keep_tokens // self.crops, patches)
+        tiles = min(config.keep_tokens - thumbnail, valid)
+        return min(patches, config.keep_tokens - tiles), tiles
+
+    def tile_quota(self, config: HeroConfig) -> int:
+        """The number of tile tokens that the allocation rule divides: "floor" divides it before any cap."""
+        if config.allocation == "floor" and config.keep_tokens is None:
+            return floor_ratio(config.keep_ratio * (self.tiles * self.patches))
+        return self.budget(config)[1]
+
+    def kept_tokens(self, config: HeroConfig) -> int:
+        """Length of the packed sequence; with ``allocation="floor"`` an upper bound."""
+        return sum(self.budget(config)) + self.newline_count
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model cuts images: the size-independent part of a layout. Immutable and hashable.
+
+    Args:
+        crop_size: side of a crop in pixels.
+        patch_size: side of a visual token in pixels (of the merged token, where patches are merged).
+        pinpoints: (height, width) of the grids to choose from, in pixels, multiples of ``crop_size``;
+            empty for models that see a thumbnail only.
+        thumbnail, stitched, newlines: as in :class:`ImageLayout`.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or out of range, by name.
+    """
+
+    crop_size: int = 336
+    patch_size: int = 14
+    pinpoints: tuple[tuple[int, int], ...] = LLAVA_NEXT_PINPOINTS
+    thumbnail: str = "first"
+    stitched: bool = True
+    newlines: bool = True
+
+    def __post_init__(self) -> None:
+        crop = _integer("crop_size", self.crop_size)
+        if crop < _integer("patch_size", self.patch_size):
+            raise ValueError(f"patch_size: expected at most crop_size {crop}, got {self.patch_size}")
+        if isinstance(self.pinpoints, str) or not isinstance(self.pinpoints, Sequence):
+            raise TypeError(f"pinpoints: expected pairs (height, width) in pixels, got {self.pinpoints!r}")
+        pinpoints = []
+        for pinpoint in self.pinpoints:
+            if isinstance(pinpoint, str) or not isinstance(pinpoint, Sequence) or len(pinpoint) != 2:
+                raise TypeError(f"pinpoints: expected pairs (height, width) in pixels, got {pinpoint!r}")
+            pair = tuple(_integer("pinpoints", side, crop) for side in pinpoint)
+            if any(side % crop for side in pair):
+                raise ValueError(f"pinpoints: expected multiples of the crop size {crop}, got {pair}")
+            pinpoints.append(pair)
+        object.__setattr__(self, "pinpoints", tuple(pinpoints))
+        if self.thumbnail not in ("first", "last", "none"):
+            raise ValueError(f"thumbnail: expected 'first', 'last' or 'none', got {self.thumbnail!r}")
+        if not pinpoints and self.thumbnail == "none":
+            raise ValueError("pinpoints: expected at least one where there is no thumbnail, got none")
+
+    @property
+    def side(self) -> int:
+        """p, patches along one side of a crop."""
+        return self.crop_size // self.patch_size
+
+    def layout(self, image_size: Sequence[int]) -> ImageLayout:
+        """Layout of an image of (height, width) pixels; cached.
+
+        Raises:
+            TypeError, ValueError: not two positive integers.
+        """
+        if isinstance(image_size, str) or not hasattr(image_size, "__len__") or len(image_size) != 2:
+            raise TypeError(f"image_size: expected (height, width) in pixels, got {image_size!r}")
+        return _layout(self, _integer("image_size", image_size[0]), _integer("image_size", image_size[1]))
+
+
+@lru_cache(maxsize=4096)
+def _layout(geometry: Geometry, height: int, width: int) -> ImageLayout:
+    side = geometry.side
+    fields = {
+        "side": side,
+        "thumbnail": geometry.thumbnail,
+        "stitched": geometry.stitched,
+        "newlines": geometry.newlines,
+    }
+    if not geometry.pinpoints:
+        return ImageLayout((height, width), (0, 0), rows=(0, 0), columns=(0, 0), **fields)
+    best_height, best_width = _best_resolution(height, width, geometry.pinpoints)
+    grid = best_height // geometry.crop_size, best_width // geometry.crop_size
+    rows, columns = _unpadded(height, width, grid[0] * side, grid[1] * side)
+    return ImageLayout((height, width), grid, rows=rows, columns=columns, **fields)
+
+
+def _best_resolution(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The pinpoint that keeps most of the image's pixels, then wastes least, then comes first."""
+    best, best_effective, best_wasted = None, 0, math.inf
+    for pinpoint in pinpoints:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        wasted = pinpoint[0] * pinpoint[1] - effective
+        if effective > best_effective or (effective == best_effective and wasted < best_wasted):
+            best, best_effective, best_wasted = pinpoint, effective, wasted
+    return best
+
+
+def _unpadded(height: int, width: int, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Ranges of rows and columns of a stitched grid that hold image rather than padding."""
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        return (padding, rows - padding), (0, columns)
+    padding = (columns - int(round(width * (rows / height), 7))) // 2
+    return (0, rows), (padding, columns - padding)
+
+
+def count_tokens(
+    config: HeroConfig,
+    image_size: Sequence[int],
+    *,
+    geometry: Geometry | None = None,
+    pinpoints: Sequence[Sequence[int]] | None = None,
+    crop_size: int | None = None,
+    patch_size: int | None = None,
+) -> int:
+    """Visual tokens that an image occupies in the language model, newlines included.
+
+    A pure function of integers, for planning context lengths, memory and cost without a model:
+    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` (docs/method.md, 3). With ``allocation="floor"``,
+    whose count depends on the image's content, an upper bound.
+
+    Args:
+        config: what to keep.
+        image_size: (height, width) in pixels.
+        geometry: how the model cuts images; that of LLaVA-NeXT with CLIP-ViT-L/14-336 where ``None``.
+        pinpoints, crop_size, patch_size: fields of the geometry to set otherwise.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, by name.
+    """
+    if not isinstance(config, HeroConfig):
+        raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
+    given = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    if geometry is not None and given:
+        raise ValueError(f"geometry: expected it or {', '.join(given)}, got both")
+    return (geometry or Geometry(**given)).layout(image_size).kept_tokens(config)

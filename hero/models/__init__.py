@@ -1,0 +1,159 @@
+"""Model families: the one place that knows what hero must know of each.
+
+A family is a module with an :class:`Adapter`; an encoder is a module with a :class:`Tower`. Both are
+looked up by class name and imported on use, so that the core imports no family and no transformers.
+
+The seam is cut for families to come: a tower says whether it has a CLS token (without one, patches are
+scored by received attention and crops by their mean feature) and how many patches merge into a token
+(scores pool the same way); a geometry says where the thumbnail stands and whether tiles are stitched;
+``runs`` says how an image's tokens are spread over its runs of placeholders in the text.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..config import HeroConfig
+from ..layout import Geometry, ImageLayout
+
+__all__ = ["Adapter", "Encoded", "Parts", "Patch", "Tower", "adapter_for", "tower_for"]
+
+_ADAPTERS = {"LlavaNextForConditionalGeneration": "llava_next"}
+_TOWERS = {"CLIPVisionModel": "clip"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a vision encoder made of a batch of T crops.
+
+    Attributes:
+        features: ``[T, P, C]``, the features the model uses, without CLS; may be a strided view.
+        cls: ``[T, C]``, the last layer at CLS, before the post layer norm.
+        pooled: ``[T, C]``, the same after it.
+        scores: ``[T, P]`` fp32, attention of CLS to patches (docs/method.md, 1).
+        pixel_values: ``[T, 3, S, S]``, the crops.
+        output: what the tower returned.
+    """
+
+    features: Tensor
+    cls: Tensor
+    pooled: Tensor
+    scores: Tensor
+    pixel_values: Tensor
+    output: object
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter finds in a model."""
+
+    vision_tower: nn.Module
+    projector: nn.Module
+    image_newline: Tensor | None
+    geometry: Geometry
+    feature_layer: int | tuple[int, ...]
+    image_token_id: int
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A method to put on one instance, and to take off again."""
+
+    owner: object
+    name: str
+    function: Callable
+
+
+class Tower(ABC):
+    """A kind of vision encoder."""
+
+    has_cls: bool = True
+    merge: int = 1  # patches along one side of a visual token
+
+    @abstractmethod
+    def attention_modules(self, tower: nn.Module) -> dict[int, nn.Module]:
+        """``{layer: attention module}`` of every layer, in order."""
+
+    @abstractmethod
+    def geometry(self, tower: nn.Module) -> tuple[int, int]:
+        """(crop size, patch size) in pixels."""
+
+    @abstractmethod
+    def run(
+        self, tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence[int], **kwargs
+    ) -> tuple[Tensor, Tensor, Tensor, object]:
+        """Encode crops: (features, cls, pooled, output) as in :class:`Encoded`."""
+
+
+class Adapter(ABC):
+    """A model family."""
+
+    @abstractmethod
+    def parts(self, model: nn.Module) -> Parts:
+        """The parts of a model.
+
+        Raises:
+            ValueError: the model is configured in a way that is not supported, by name.
+        """
+
+    @abstractmethod
+    def check_processor(self, processor, parts: Parts) -> None:
+        """Raise ``ValueError`` unless the processor cuts images as the model does."""
+
+    @abstractmethod
+    def model_patches(self, model: nn.Module) -> list[Patch]:
+        """Methods that make the model encode with hero."""
+
+    @abstractmethod
+    def processor_patches(self, processor) -> list[Patch]:
+        """Methods that make the processor emit as many placeholders as are kept."""
+
+    def runs(self, layout: ImageLayout, length: int) -> list[int]:
+        """Lengths of the image's runs of placeholders in the text when it has ``length`` tokens.
+
+        One run an image, unless the family writes separators between tiles.
+        """
+        return [length]
+
+
+@dataclass(frozen=True)
+class ProcessorCounts:
+    """What a patched processor needs to count tokens."""
+
+    config: HeroConfig
+    geometry: Geometry
+
+    def tokens(self, image_size: Sequence[int]) -> int:
+        """Visual tokens of an image of (height, width) pixels."""
+        return self.geometry.layout([int(side) for side in image_size]).kept_tokens(self.config)
+
+
+def _find(kind: str, argument: str, table: dict[str, str], value: object):
+    for cls in type(value).__mro__:
+        if cls.__name__ in table:
+            return importlib.import_module(f"{__name__}.{table[cls.__name__]}")
+    raise ValueError(f"{argument}: expected {kind} ({', '.join(table)}), got {type(value).__name__}")
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        ValueError: an unsupported model; the message names those supported.
+    """
+    return _find("a supported model", "model", _ADAPTERS, model).ADAPTER
+
+
+def tower_for(vision_tower: nn.Module) -> Tower:
+    """The kind of a vision encoder, compiled or not.
+
+    Raises:
+        ValueError: an unsupported encoder; the message names those supported.
+    """
+    vision_tower = getattr(vision_tower, "_orig_mod", vision_tower)
+    return _find("a supported vision encoder", "vision_tower", _TOWERS, vision_tower).TOWER

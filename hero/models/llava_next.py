@@ -1,0 +1,99 @@
+"""LLaVA-NeXT (transformers ``LlavaNextForConditionalGeneration``): thumbnail first, tiles stitched, newlines."""
+
+from __future__ import annotations
+
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..layout import Geometry
+from . import Adapter, Parts, Patch, tower_for
+
+__all__ = ["ADAPTER"]
+
+
+def get_image_features(
+    self,
+    pixel_values,
+    image_sizes,
+    vision_feature_layer=None,
+    vision_feature_select_strategy=None,
+    **kwargs,
+):
+    """Kept visual tokens of each image: ``pooler_output`` is a list of ``[n_i, D]``, newlines included.
+
+    Takes the place of the model's own method, whose parameter names ``generate`` reads.
+    """
+    strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+    _check_strategy(strategy)
+    return_dict = kwargs.pop("return_dict", None)
+    tokens, output = self._hero.image_tokens(
+        pixel_values, image_sizes, feature_layer=vision_feature_layer, **kwargs
+    )
+    output = BaseModelOutputWithPooling(
+        last_hidden_state=output.last_hidden_state,
+        pooler_output=tokens,
+        hidden_states=output.hidden_states if kwargs.get("output_hidden_states") else None,
+        attentions=output.attentions,
+    )
+    return output.to_tuple() if return_dict is False else output
+
+
+def get_number_of_features(self, orig_height, orig_width, height, width):
+    """Visual tokens of an image, and CLS where callers subtract it again."""
+    counts = self._hero
+    if (height, width) != (counts.geometry.crop_size,) * 2:
+        raise ValueError(
+            f"pixel_values: expected crops of {counts.geometry.crop_size} px, got {(height, width)}"
+        )
+    return counts.tokens((orig_height, orig_width)) + self.num_additional_image_tokens
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy != "default":
+        raise ValueError(
+            f"vision_feature_select_strategy: expected 'default' (without CLS), got {strategy!r}"
+        )
+
+
+class LlavaNextAdapter(Adapter):
+    def parts(self, model):
+        config = model.config
+        _check_strategy(config.vision_feature_select_strategy)
+        crop_size, patch_size = tower_for(model.model.vision_tower).geometry(model.model.vision_tower)
+        layer = config.vision_feature_layer
+        return Parts(
+            vision_tower=model.model.vision_tower,
+            projector=model.model.multi_modal_projector,
+            image_newline=model.model.image_newline,
+            geometry=Geometry(crop_size, patch_size, _pairs(config.image_grid_pinpoints)),
+            feature_layer=layer if isinstance(layer, int) else tuple(layer),
+            image_token_id=config.image_token_id,
+        )
+
+    def check_processor(self, processor, parts):
+        geometry = parts.geometry
+        image_processor = getattr(processor, "image_processor", None)
+        if image_processor is None or not hasattr(processor, "_get_number_of_features"):
+            raise TypeError(f"processor: expected a LlavaNextProcessor, got {type(processor).__name__}")
+        pinpoints = _pairs(image_processor.image_grid_pinpoints)
+        if pinpoints != geometry.pinpoints:
+            expected = f"the model's image_grid_pinpoints {list(geometry.pinpoints)}"
+            raise ValueError(f"processor: expected {expected}, got {list(pinpoints)}")
+        crop = image_processor.crop_size
+        crop = (crop["height"], crop["width"])
+        if crop != (geometry.crop_size,) * 2 or processor.patch_size != geometry.patch_size:
+            expected = f"crops of {geometry.crop_size} px and patches of {geometry.patch_size} px"
+            raise ValueError(f"processor: expected {expected}, got {crop} and {processor.patch_size}")
+        _check_strategy(processor.vision_feature_select_strategy)
+
+    def model_patches(self, model):
+        return [Patch(model.model, "get_image_features", get_image_features)]
+
+    def processor_patches(self, processor):
+        return [Patch(processor, "_get_number_of_features", get_number_of_features)]
+
+
+def _pairs(pinpoints) -> tuple[tuple[int, int], ...]:
+    return tuple((int(height), int(width)) for height, width in pinpoints)
+
+
+ADAPTER = LlavaNextAdapter()

@@ -1,0 +1,160 @@
+"""Task relevance: CLIP's similarity of each tile to the question, and the question out of a prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ClipRelevance", "question_of"]
+
+# Where the user's words stand in the chat templates of published checkpoints: (begin, end) markers.
+_TEMPLATES = (
+    ("<|im_start|>user", "<|im_end|>"),  # ChatML: Qwen, Yi, Hermes
+    ("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),  # Llama 3
+    ("[INST]", "[/INST]"),  # Mistral, Llama 2
+    ("USER:", "ASSISTANT:"),  # Vicuna
+    ("USER :", "ASSISTANT :"),
+)
+_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|unk|bos|eos|image)>|<<SYS>>.*?<</SYS>>", re.DOTALL)
+
+
+def question_of(prompt: str) -> str:
+    """The user's last question in a prompt, without chat template, special tokens and image tokens.
+
+    Knows the markers of ChatML, Llama 2 and 3, Mistral and Vicuna; a prompt with none of them is taken
+    whole. What a turn before the last one asked is left out, since the answer is to the last.
+    """
+    for begin, end in _TEMPLATES:
+        start = prompt.rfind(begin)
+        if start >= 0:
+            turn = prompt[start + len(begin) :].split(end)[0]
+            if _clean(turn):
+                prompt = turn
+                break
+    return _clean(prompt)
+
+
+def _clean(text: str) -> str:
+    return " ".join(_SPECIAL.sub(" ", text).split())
+
+
+class ClipRelevance:
+    """CLIP score of a tile and the question: the cosine of their projected embeddings (docs/method.md, 2).
+
+    Args:
+        clip_model: a transformers ``CLIPModel``. If its vision weights are those of the model's own
+            vision tower, the tile embeddings are projected from the features at hand; otherwise CLIP's
+            vision encoder runs on the tiles in a second pass.
+        tokenizer: the CLIP tokenizer.
+
+    A question longer than CLIP's text encoder takes is cut into windows, whose embeddings are averaged
+    by length.
+
+    Raises:
+        TypeError: ``clip_model`` has no text and image side, or ``tokenizer`` is no tokenizer.
+        ValueError: ``tokenizer`` has no token to begin or end a text with.
+    """
+
+    def __init__(self, clip_model: nn.Module, tokenizer):
+        for name in ("text_model", "vision_model", "visual_projection", "get_text_features"):
+            if not hasattr(clip_model, name):
+                raise TypeError(
+                    f"clip_model: expected a transformers CLIPModel, got {type(clip_model).__name__}"
+                )
+        if not callable(tokenizer) or not hasattr(tokenizer, "convert_tokens_to_ids"):
+            raise TypeError(f"tokenizer: expected the CLIP model's tokenizer, got {type(tokenizer).__name__}")
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(tokenizer, name, None) is None:
+                raise ValueError(
+                    f"tokenizer: expected one with {name}, got {type(tokenizer).__name__} without"
+                )
+        self.clip_model = clip_model
+        self.tokenizer = tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where CLIP runs."""
+        return self.clip_model.visual_projection.weight.device
+
+    def shares_weights(self, vision_tower: nn.Module) -> bool:
+        """Whether ``vision_tower`` has the very weights of CLIP's vision encoder."""
+        own = self.clip_model.vision_model.state_dict()
+        other = vision_tower.state_dict()
+        return own.keys() == other.keys() and all(
+            own[name].shape == other[name].shape and torch.equal(own[name], other[name].to(own[name]))
+            for name in own
+        )
+
+    def text_embeddings(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings ``[n, E]`` fp32 of texts of any length."""
+        length = self.clip_model.config.text_config.max_position_embeddings
+        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        windows, owners = [], []
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text: expected a string an image, got {text!r}")
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for start in range(0, max(len(ids), 1), length - 2):
+                windows.append([begin, *ids[start : start + length - 2], end])
+                owners.append(number)
+        longest = max(map(len, windows))
+        tokens = torch.full((len(windows), longest), end)
+        mask = torch.zeros_like(tokens)
+        for row, window in enumerate(windows):
+            tokens[row, : len(window)] = torch.tensor(window)
+            mask[row, : len(window)] = 1
+        with torch.no_grad():
+            features = self.clip_model.get_text_features(
+                input_ids=tokens.to(self.device), attention_mask=mask.to(self.device)
+            )
+        features = F.normalize(_pooled(features).float(), dim=-1)
+        words = (mask.sum(1) - 2).clamp_min(1).to(features)
+        sums = features.new_zeros((len(texts), features.shape[-1]))
+        sums.index_add_(0, torch.tensor(owners, device=features.device), features * words[:, None])
+        return F.normalize(sums, dim=-1)
+
+    def image_embeddings(self, pixel_values: Tensor | None, pooled: Tensor | None) -> Tensor:
+        """Unit embeddings ``[T, E]`` fp32 of crops.
+
+        Args:
+            pixel_values: ``[T, 3, S, S]`` crops as the vision tower takes them; resized where CLIP's own
+                size differs.
+            pooled: ``[T, C]`` post-layer-norm CLS features of a tower that shares CLIP's weights; used
+                instead of a second pass where given.
+        """
+        with torch.no_grad():
+            if pooled is not None:
+                weight = self.clip_model.visual_projection.weight
+                features = self.clip_model.visual_projection(pooled.to(weight.device, weight.dtype))
+            else:
+                size = self.clip_model.config.vision_config.image_size
+                pixel_values = pixel_values.to(self.device, self.clip_model.dtype)
+                if pixel_values.shape[-1] != size:
+                    pixel_values = F.interpolate(
+                        pixel_values.float(), (size, size), mode="bicubic", antialias=True
+                    ).to(pixel_values.dtype)
+                features = _pooled(self.clip_model.get_image_features(pixel_values=pixel_values))
+        return F.normalize(features.float(), dim=-1)
+
+    def __call__(
+        self, texts: Sequence[str], crop_images: Tensor, pixel_values: Tensor | None, pooled: Tensor | None
+    ) -> Tensor:
+        """Cosine ``[T]`` fp32 of each crop with the question of its image.
+
+        Args:
+            texts: a question an image.
+            crop_images: ``[T]`` int64, the image of each crop.
+            pixel_values, pooled: as in :meth:`image_embeddings`.
+        """
+        text = self.text_embeddings(texts)
+        image = self.image_embeddings(pixel_values, pooled)
+        return (image * text[crop_images.to(text.device)]).sum(-1).to(crop_images.device)
+
+
+def _pooled(output) -> Tensor:
+    """The embedding in what ``get_*_features`` returned: a tensor, or an output that holds it."""
+    return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,0 +1,29 @@
+"""The ``HERO_*`` environment variables, read here and nowhere else.
+
+======================== =================================================================
+``HERO_REFERENCE=1``      run the PyTorch twins even where a kernel exists
+``HERO_REQUIRE_KERNEL=1`` raise instead of running a twin on an accelerator
+======================== =================================================================
+"""
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["SWITCHES", "Switches"]
+
+_OFF = ("", "0", "false", "no", "off")
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in _OFF
+
+
+@dataclass
+class Switches:
+    """Values of the switches when the package was imported."""
+
+    reference: bool = False
+    require_kernel: bool = False
+
+
+SWITCHES = Switches(reference=_flag("HERO_REFERENCE"), require_kernel=_flag("HERO_REQUIRE_KERNEL"))

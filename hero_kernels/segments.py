@@ -1,0 +1,163 @@
+"""How the crops of a ragged batch of images are laid out: host integers, and the results of the operations.
+
+Nothing here reads a device value. An image is a run of consecutive crops of the batch: at most one
+thumbnail, first or last, and tiles in raster order. Tiles are stitched in bands of ``grid_width``
+tiles: a patch row of a band runs through all its tiles before the next row begins, which is how
+LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._checks import check_choice, describe
+
+__all__ = ["ALLOCATIONS", "Gathered", "Segment", "Segments", "TileBudgets", "TileSignal"]
+
+ALLOCATIONS = ("exact", "floor")
+
+
+class Segment(NamedTuple):
+    """One image of a batch.
+
+    Attributes:
+        crops: number of its crops, thumbnail included.
+        thumbnail: which of its crops is the thumbnail (0 or ``crops - 1``), −1 for none.
+        grid_width: tiles stitched side by side.
+        thumbnail_tokens: patches to keep of the thumbnail.
+        tile_tokens: patches to keep of all tiles together.
+        newline_rows: half-open range of stitched patch rows that end in a newline.
+        thumbnail_newline: whether a newline follows the thumbnail.
+    """
+
+    crops: int
+    thumbnail: int = 0
+    grid_width: int = 1
+    thumbnail_tokens: int = 0
+    tile_tokens: int = 0
+    newline_rows: tuple[int, int] = (0, 0)
+    thumbnail_newline: bool = False
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return self.crops - (self.thumbnail >= 0)
+
+    @property
+    def first_tile(self) -> int:
+        """Position of the first tile among the crops of the image."""
+        return 1 if self.thumbnail == 0 else 0
+
+    @property
+    def newlines(self) -> int:
+        """Number of newline rows in the packed sequence."""
+        return self.newline_rows[1] - self.newline_rows[0] + self.thumbnail_newline
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The images of a batch, in order.
+
+    Args:
+        images: one :class:`Segment` an image.
+        side: patches along one side of a crop; P = side².
+
+    Raises:
+        TypeError: ``images`` holds something else than segments.
+        ValueError: a segment contradicts itself.
+    """
+
+    images: tuple[Segment, ...]
+    side: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, int) or self.side < 1:
+            raise ValueError(f"side: expected an integer >= 1, got {describe(self.side)}")
+        for number, image in enumerate(self.images):
+            name = f"images[{number}]"
+            if not isinstance(image, Segment):
+                raise TypeError(f"{name}: expected a Segment, got {describe(image)}")
+            if image.crops < 1 or image.thumbnail not in (-1, 0, image.crops - 1):
+                raise ValueError(f"{name}: expected a thumbnail first, last or nowhere, got {image}")
+            if image.grid_width < 1 or image.tiles % image.grid_width:
+                raise ValueError(f"{name}: expected grid_width to divide {image.tiles} tiles, got {image}")
+            if min(image.thumbnail_tokens, image.tile_tokens) < 0:
+                raise ValueError(f"{name}: expected token counts >= 0, got {image}")
+            begin, end = image.newline_rows
+            if not 0 <= begin <= end <= (image.tiles // image.grid_width) * self.side:
+                raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
+
+    @property
+    def patches(self) -> int:
+        """P, patches of a crop."""
+        return self.side * self.side
+
+    @property
+    def crops(self) -> int:
+        """T, crops of the batch."""
+        return self.first_crops[-1]
+
+    @cached_property
+    def first_crops(self) -> tuple[int, ...]:
+        """First crop of each image, and at the end T."""
+        return tuple(accumulate((image.crops for image in self.images), initial=0))
+
+    def check_crops(self, name: str, crops: int) -> None:
+        """Raise ``ValueError`` unless argument ``name`` has one row a crop."""
+        if crops != self.crops:
+            raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
+
+
+class TileSignal(NamedTuple):
+    """One signal that shares the token budget among the tiles of an image.
+
+    Attributes:
+        values: ``[T]`` fp32; entries of thumbnails are ignored.
+        weight: its weight in the share, >= 0.
+        temperature: softmax temperature, or ``None`` to divide by the sum over tiles instead (equal
+            parts where the sum is zero; negative values count as zero).
+    """
+
+    values: Tensor
+    weight: float
+    temperature: float | None = None
+
+
+class TileBudgets(NamedTuple):
+    """What :func:`hero_kernels.tile_budgets` returns.
+
+    Attributes:
+        budgets: ``[T]`` int32, patches to keep of each crop.
+        shares: ``[T]`` fp32, each tile's share of its image; 0 for thumbnails.
+        weights: ``[T]`` int32, the shares in fixed point (2⁻²⁴), on which the apportionment is exact.
+    """
+
+    budgets: Tensor
+    shares: Tensor
+    weights: Tensor
+
+
+class Gathered(NamedTuple):
+    """What :func:`hero_kernels.segmented_topk_gather` returns.
+
+    Attributes:
+        tokens: ``[total, D]``, kept features packed image by image; newline rows are zero.
+        index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline.
+        lengths: rows of each image, host integers.
+        budgets: the budgets that were served.
+    """
+
+    tokens: Tensor
+    index: Tensor
+    lengths: tuple[int, ...]
+    budgets: TileBudgets
+
+
+def check_allocation(value: object) -> str:
+    """Check the name of an allocation rule."""
+    return check_choice("allocation", value, ALLOCATIONS)

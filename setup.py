@@ -1,0 +1,66 @@
+"""Package metadata. Nothing here imports the package or looks at the machine it is built on."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    text = (HERE / "hero" / "_version.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("hero/_version.py does not define __version__")
+    return match.group(1)
+
+
+def read_readme() -> str:
+    readme = HERE / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+# What the mini model's scene generator and training script need beyond the package itself.
+MINI = ["scikit-learn", "scikit-image", "tqdm"]
+BENCH = ["pytest", "pytest-benchmark"]
+TEST = [*BENCH, "hypothesis", *MINI]
+DEV = [*TEST, "ruff", "build"]
+
+setup(
+    name="hero-vlm",
+    version=read_version(),
+    description="HERO visual token dropping for high-resolution vision-language models, with Triton kernels",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(str(HERE), include=["hero", "hero.*", "hero_kernels", "hero_kernels.*"]),
+    package_data={
+        "hero.mini": ["weights/*.json", "weights/*.safetensors", "weights/*.md", "demo/*.png", "demo/*.json"],
+        "hero_kernels": ["configs/*.json"],
+    },
+    install_requires=[
+        "torch>=2.7",
+        'triton>=3.3; platform_system == "Linux"',
+        "transformers>=5.17,<6",
+        "einops",
+        "numpy",
+        "pillow",
+    ],
+    extras_require={"mini": MINI, "bench": BENCH, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["hero = hero.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
