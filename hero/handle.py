@@ -182,7 +182,7 @@ class Handle:
         full = [layout.full_tokens for layout in layouts]
         if total not in (sum(kept), sum(full)):
             raise ValueError(
-                f"input_ids: expected {sum(kept)} image placeholders for these image_sizes (processor attached) "
+                f"input_ids: expected {sum(kept)} image placeholders for the images (processor attached), "
                 f"or {sum(full)} (stock processor), got {total}"
             )
         now = kept if total == sum(kept) else full

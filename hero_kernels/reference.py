@@ -45,7 +45,7 @@ def cls_attention(
     out: Tensor | None = None,
     second_softmax: bool = False,
 ) -> Tensor:
-    """Attention of the CLS token to every patch, averaged over heads (2.1).
+    """Attention of the CLS token to every patch, averaged over heads (§1).
 
     ``out[t, n] += weight · mean_h softmax_j(scale · q[t, h, 0] · k[t, h, j])[n + 1]`` in fp32: the
     softmax runs over all N keys, then the CLS column is dropped, without renormalising.
@@ -114,7 +114,7 @@ def received_attention(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention a token receives, averaged over queries and heads: the score of encoders without CLS (2.1).
+    """Attention a token receives, averaged over queries and heads: the score of encoders without CLS (§1).
 
     ``out[t, n] += weight · mean_{h, m} softmax_j(scale · q[t, h, m] · k[t, h, j])[n]`` in fp32.
 
@@ -137,7 +137,7 @@ def received_attention(
 
 
 def _shares(signals: Sequence[TileSignal], tiles: slice) -> Tensor:
-    """Weighted mean of the normalised signals over the tiles of one image: [K] fp32, sum 1 (2.2)."""
+    """Weighted mean of the normalised signals over the tiles of one image: [K] fp32, sum 1 (§2)."""
     count = tiles.stop - tiles.start
     total_weight = sum(signal.weight for signal in signals)
     shares = signals[0].values.new_zeros(count, dtype=torch.float32)
@@ -153,7 +153,7 @@ def _shares(signals: Sequence[TileSignal], tiles: slice) -> Tensor:
 
 
 def _apportion(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """Largest remainder with caps, in integers: sums to ``min(total, sum(caps))`` (2.3).
+    """Largest remainder with caps, in integers: sums to ``min(total, sum(caps))`` (§3).
 
     Tiles whose quota reaches their cap are fixed at it and leave, until none does. The others get the
     floor of their quota, and the rest goes one by one to the largest remainders, ties to the lower tile.
@@ -182,7 +182,7 @@ def _apportion(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[
 
 
 def _apportion_floor(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """The released rule: the floor of each quota, at most the cap; leftovers are lost (2.3)."""
+    """The released rule: the floor of each quota, at most the cap; leftovers are lost (§3)."""
     whole = sum(weights) or 1
     return [min(total * weight // whole, cap) for weight, cap in zip(weights, caps, strict=True)]
 
@@ -194,7 +194,7 @@ def tile_budgets(
     *,
     allocation: str = "exact",
 ) -> TileBudgets:
-    """Share each image's tile tokens among its tiles (2.2, 2.3).
+    """Share each image's tile tokens among its tiles (§2, §3).
 
     ``share_i = Σ_s w_s · signal_s,i / Σ_s w_s``, each signal normalised to sum 1 over the tiles of its
     image. Shares become integers ``floor(share · 2²⁴ + ½)``; all further arithmetic is exact.
@@ -237,7 +237,7 @@ def tile_budgets(
 
 
 def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Per crop, the budget's highest-scoring valid patches (2.4).
+    """Per crop, the budget's highest-scoring valid patches (§4).
 
     Ties go to the lower index, −0 equals +0, a budget beyond the valid patches is clamped to them.
 
@@ -268,7 +268,7 @@ def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None)
 
 
 def _packed_index(keep: Tensor, image: Segment, first: int, side: int) -> Tensor:
-    """Source of every packed row of one image: ``crop · P + patch``, −1 for a newline (2.5)."""
+    """Source of every packed row of one image: ``crop · P + patch``, −1 for a newline (§5)."""
     source = torch.arange(keep.numel(), device=keep.device).view_as(keep) + first * keep.shape[1]
     newline = source.new_full((1,), -1)
     thumbnail = source.new_empty(0)
@@ -300,7 +300,7 @@ def segmented_topk_gather(
     signals: Sequence[TileSignal] | None = None,
     allocation: str = "exact",
 ) -> Gathered:
-    """Budgets, top-k, packing in stitched raster order with newline rows, and gather, of a ragged batch (2.3–2.5).
+    """Budgets, top-k, packing in stitched raster order with newline rows, gather; ragged batches (§3–§5).
 
     Args:
         features: ``[T, P, D]`` floating view, any strides.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
+from transformers.utils import output_capturing
 
 from . import Tower
 
 __all__ = ["TOWER"]
 
 
-@lru_cache(maxsize=1)
-def _selects_hidden_states() -> bool:
-    """Whether this transformers can keep the asked-for hidden states alone; older ones keep all or misread."""
-    from transformers.utils import output_capturing
-
-    return hasattr(output_capturing, "resolve_hidden_states_indices")
+# Whether transformers keeps just the hidden states asked for; older ones must keep all.
+_SELECTS_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indices")
 
 
 class ClipTower(Tower):
@@ -30,7 +25,9 @@ class ClipTower(Tower):
     def run(self, tower, pixel_values, feature_layer, **kwargs):
         layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
         if not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = layers if _selects_hidden_states() else True
+            kwargs["output_hidden_states"] = layers if _SELECTS_HIDDEN_STATES else True
+        # The tower does this on its first call; a compiled tower cannot, for the lock it takes.
+        output_capturing.maybe_install_capturing_hooks(getattr(tower, "_orig_mod", tower))
         output = tower(pixel_values, return_dict=True, **kwargs)
         states = [output.hidden_states[layer] for layer in layers]
         features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)

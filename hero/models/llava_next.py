@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (transformers ``LlavaNextForConditionalGeneration``): thumbnail first, tiles stitched, newlines."""
+"""LLaVA-NeXT (transformers ``LlavaNextForConditionalGeneration``): thumbnail first, stitched, newlines."""
 
 from __future__ import annotations
 

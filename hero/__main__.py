@@ -1,0 +1,7 @@
+"""``python -m hero`` is the ``hero`` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

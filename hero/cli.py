@@ -1,0 +1,332 @@
+"""The ``hero`` command: ask a model about an image with all tokens and with the kept ones, and see which."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from ._version import __version__
+from .config import DEFAULT_KEEP_RATIO, POLICIES, HeroConfig
+
+__all__ = ["main"]
+
+
+class _Loaded(NamedTuple):
+    """A model ready to be asked, and how it likes to be."""
+
+    model: object
+    processor: object
+    relevance: object
+    is_mini: bool
+
+    def prompt(self, question: str) -> str:
+        """The prompt for a question: the processor's chat template where it has one."""
+        if self.is_mini:
+            # Its vocabulary is small: lower-case words without punctuation.
+            return "<image> " + " ".join(
+                question.lower().replace("?", " ").replace("color", "colour").split()
+            )
+        if self.processor.chat_template:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            return self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        return f"{self.processor.image_token}\n{question}"
+
+
+class _Answer(NamedTuple):
+    text: str
+    visual_tokens: int
+    first_token: float  # seconds
+    rest: float  # seconds
+    new_tokens: int
+
+
+def _load(name: str | None, clip: str | None) -> _Loaded:
+    if name is None:
+        from . import mini
+
+        return _Loaded(*mini.load(), is_mini=True)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").to(device).eval()
+    relevance = None
+    if clip is not None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        from .relevance import ClipRelevance
+
+        relevance = ClipRelevance(
+            CLIPModel.from_pretrained(clip).to(device).eval(), AutoTokenizer.from_pretrained(clip)
+        )
+    return _Loaded(model, AutoProcessor.from_pretrained(name), relevance, is_mini=False)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _inputs(loaded: _Loaded, image, question: str):
+    inputs = loaded.processor(images=image, text=loaded.prompt(question), return_tensors="pt")
+    return inputs.to(loaded.model.device, loaded.model.dtype)
+
+
+def _answer(loaded: _Loaded, image, question: str, max_new_tokens: int) -> _Answer:
+    inputs = _inputs(loaded, image, question)
+    length = inputs["input_ids"].shape[1]
+    visual = int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
+    options = {"do_sample": False, "num_beams": 1}
+    start = time.perf_counter()
+    loaded.model.generate(**inputs, max_new_tokens=1, **options)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+    rest = max(time.perf_counter() - start - first, 0.0)
+    text = loaded.processor.decode(output[0, length:], skip_special_tokens=True).strip()
+    return _Answer(text, visual, first, rest, output.shape[1] - length)
+
+
+def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
+    """Seconds of each stage of the vision encoder."""
+    import torch
+
+    encoder, times = handle.encoder, {}
+
+    def timed(name: str, stage: Callable, *args):
+        start = time.perf_counter()
+        result = stage(*args)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times[name] = time.perf_counter() - start
+        return result
+
+    with torch.inference_mode():
+        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = timed("encode", encoder.encode, crops, layouts)
+        scored = timed("score", encoder.score, encoded, layouts, text)
+        budgets = timed("budget", encoder.budget, scored, layouts)
+        gathered = timed("select", encoder.select, encoded, scored, budgets, layouts)
+        timed("project", encoder.project, gathered)
+    return times
+
+
+def _config(args: argparse.Namespace, relevance) -> HeroConfig:
+    # Half of the weight on the question where there is a model to read it, as the default has it.
+    options = {"keep_tokens": args.tokens} if args.tokens is not None else {"keep_ratio": args.keep}
+    return HeroConfig(policy=args.policy, alpha=args.alpha, **options)
+
+
+def _open(path: str):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: str, save: Path) -> None:
+    """Answer one question with all tokens and with the kept ones; print and save the picture."""
+    from . import attach, visualize
+    from .relevance import question_of
+
+    image = _open(image_path)
+    _answer(loaded, image, question, 1)  # warm up, so that both are timed alike
+    full = _answer(loaded, image, question, args.max_new_tokens)
+    with attach(
+        loaded.model, loaded.processor, config=_config(args, loaded.relevance), relevance=loaded.relevance
+    ) as handle:
+        _answer(loaded, image, question, 1)
+        kept = _answer(loaded, image, question, args.max_new_tokens)
+        text = [question_of(loaded.prompt(question))] if handle.encoder.needs_text else None
+        stages = _stage_times(handle, _inputs(loaded, image, question), text)
+        selection = handle.last
+        picture = visualize(image, selection, title=f"{question} → {kept.text}")
+    save.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(save)
+
+    def line(name: str, answer: _Answer) -> str:
+        times = f"first token {_milliseconds(answer.first_token):>9}"
+        return f"  {name:<12} {answer.visual_tokens:>5} visual tokens   {times}   answer: {answer.text}"
+
+    layout = selection.layout[0]
+    thumbnail, tiles = layout.budget(handle.config)
+    print(f"{image_path}: {question}")
+    print(line("all tokens", full))
+    print(line("kept tokens", kept))
+    print(
+        f"  kept         {thumbnail} of {layout.patches} thumbnail patches, {tiles} of "
+        f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
+    )
+    print("  stages       " + ", ".join(f"{name} {_milliseconds(value)}" for name, value in stages.items()))
+    print(f"  picture      {save}\n")
+
+
+def _run_ask(args: argparse.Namespace) -> None:
+    _ask(_load(args.model, args.clip), args, args.image, args.question, Path(args.save))
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    from . import mini
+
+    loaded = _load(None, None)
+    for number, demo in enumerate(mini.demo_questions(), 1):
+        image = (
+            str(demo.image.relative_to(Path.cwd()))
+            if demo.image.is_relative_to(Path.cwd())
+            else str(demo.image)
+        )
+        _ask(loaded, args, image, demo.question, Path(args.out) / f"demo_{number}.png")
+
+
+def _run_show(args: argparse.Namespace) -> None:
+    """The picture alone: nothing is generated."""
+    import torch
+
+    from . import attach, visualize
+    from .relevance import question_of
+
+    loaded = _load(args.model, args.clip)
+    relevance = loaded.relevance if args.question else None
+    image = _open(args.image)
+    with (
+        attach(
+            loaded.model, loaded.processor, config=_config(args, relevance), relevance=relevance
+        ) as handle,
+        torch.inference_mode(),
+    ):
+        inputs = _inputs(loaded, image, args.question or "")
+        text = [question_of(loaded.prompt(args.question))] if handle.encoder.needs_text else None
+        selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], text)
+        picture = visualize(image, selection)
+    save = Path(args.save)
+    save.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(save)
+    print(
+        f"{sum(selection.lengths)} of {selection.layout[0].full_tokens} visual tokens kept, picture in {save}"
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _run_env(args: argparse.Namespace) -> None:
+    """Versions, devices, and what each operation runs on: for bug reports."""
+    print(f"hero          {__version__}")
+    print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("torch", "triton", "transformers", "einops", "numpy", "pillow"):
+        print(f"{name:<13} {_version(name)}")
+    try:
+        import torch
+    except ImportError:
+        print("devices       unknown: torch is not installed")
+        return
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        print("GPU           " + ", ".join(names))
+        devices.append("cuda")
+    else:
+        print("GPU           none")
+    import hero_kernels as hk
+    from hero_kernels._env import SWITCHES
+
+    print(
+        f"switches      HERO_REFERENCE={SWITCHES.reference:d} HERO_REQUIRE_KERNEL={SWITCHES.require_kernel:d}"
+    )
+    for device in devices:
+        for operation, path in hk.implementations(device).items():
+            print(
+                f"{device:<13} {operation:<22} {'Triton kernel' if path == 'kernel' else 'PyTorch reference'}"
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hero",
+        description="Drop visual tokens before the language model sees them, training-free.",
+    )
+    parser.add_argument("--version", action="version", version=f"hero {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def selection_options(sub: argparse.ArgumentParser) -> None:
+        keep = sub.add_mutually_exclusive_group()
+        keep.add_argument(
+            "--keep",
+            type=float,
+            default=DEFAULT_KEEP_RATIO,
+            metavar="R",
+            help="keep ratio (default %(default)s)",
+        )
+        keep.add_argument("--tokens", type=int, metavar="N", help="keep N patch tokens of each image instead")
+        policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items())
+        sub.add_argument("--policy", choices=tuple(POLICIES), default="hero", help=policies)
+        sub.add_argument("--alpha", type=float, help="weight of saliency against relevance, 0 to 1")
+        sub.add_argument(
+            "--max-new-tokens",
+            type=int,
+            default=16,
+            metavar="N",
+            help="length of the answer (default %(default)s)",
+        )
+
+    def model_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", metavar="DIR_OR_HUB_ID", help="default: the bundled mini model, offline")
+        sub.add_argument(
+            "--clip",
+            metavar="DIR_OR_HUB_ID",
+            help="CLIP model that weighs tiles by the question (with --model)",
+        )
+        sub.add_argument(
+            "--save", default="out/hero.png", metavar="PNG", help="picture (default %(default)s)"
+        )
+
+    ask = command("ask", _run_ask, "answer with all visual tokens and with the kept ones")
+    ask.add_argument("image")
+    ask.add_argument("question")
+    model_options(ask)
+    selection_options(ask)
+    show = command("show", _run_show, "draw which tokens are kept, without generating")
+    show.add_argument("image")
+    show.add_argument("question", nargs="?", help="weigh tiles by this question")
+    model_options(show)
+    selection_options(show)
+    demo = command("demo", _run_demo, "ask the bundled model about a bundled scene, offline")
+    demo.add_argument("--out", default="out", metavar="DIR", help="where pictures go (default %(default)s)")
+    selection_options(demo)
+    command("env", _run_env, "versions, devices and what each operation runs on")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``hero`` command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.run is not _run_env:
+            _quiet()
+        args.run(args)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"hero: {error}", file=sys.stderr)
+        return 2
+    return 0
