@@ -47,7 +47,7 @@ setup(
         "transformers>=5.17,<6",
         "einops",
         "numpy",
-        "pillow",
+        "pillow>=10.1",
     ],
     extras_require={"mini": MINI, "bench": BENCH, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["hero = hero.cli:main"]},

@@ -44,30 +44,41 @@ class _Answer(NamedTuple):
     text: str
     visual_tokens: int
     first_token: float  # seconds
-    rest: float  # seconds
-    new_tokens: int
+    whole: float  # seconds
+
+
+def _pretrained(argument: str, cls, name: str, **kwargs):
+    try:
+        return cls.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise OSError(
+            f"{argument}: expected a folder or hub id of a model, got {name!r}: {reason}"
+        ) from error
 
 
 def _load(name: str | None, clip: str | None) -> _Loaded:
     if name is None:
+        if clip is not None:
+            raise ValueError(
+                f"--clip: expected a --model beside it, since the mini model has its own, got {clip!r}"
+            )
         from . import mini
 
         return _Loaded(*mini.load(), is_mini=True)
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
+
+    from .relevance import ClipRelevance
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").to(device).eval()
+    model = _pretrained("--model", AutoModelForImageTextToText, name, dtype="auto").to(device).eval()
+    processor = _pretrained("--model", AutoProcessor, name)
     relevance = None
     if clip is not None:
-        from transformers import AutoTokenizer, CLIPModel
-
-        from .relevance import ClipRelevance
-
-        relevance = ClipRelevance(
-            CLIPModel.from_pretrained(clip).to(device).eval(), AutoTokenizer.from_pretrained(clip)
-        )
-    return _Loaded(model, AutoProcessor.from_pretrained(name), relevance, is_mini=False)
+        clip_model = _pretrained("--clip", CLIPModel, clip).to(device).eval()
+        relevance = ClipRelevance(clip_model, _pretrained("--clip", AutoTokenizer, clip))
+    return _Loaded(model, processor, relevance, is_mini=False)
 
 
 def _quiet() -> None:
@@ -86,15 +97,18 @@ def _answer(loaded: _Loaded, image, question: str, max_new_tokens: int) -> _Answ
     inputs = _inputs(loaded, image, question)
     length = inputs["input_ids"].shape[1]
     visual = int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
-    options = {"do_sample": False, "num_beams": 1}
-    start = time.perf_counter()
-    loaded.model.generate(**inputs, max_new_tokens=1, **options)
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    rest = max(time.perf_counter() - start - first, 0.0)
-    text = loaded.processor.decode(output[0, length:], skip_special_tokens=True).strip()
-    return _Answer(text, visual, first, rest, output.shape[1] - length)
+
+    def generate(tokens: int) -> tuple[object, float]:
+        start = time.perf_counter()
+        output = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
+        output = output.tolist()  # waits for an accelerator
+        return output[0][length:], time.perf_counter() - start
+
+    generate(1)  # warm up
+    _, first_token = generate(1)
+    answer, whole = generate(max_new_tokens)
+    text = loaded.processor.decode(answer, skip_special_tokens=True).strip()
+    return _Answer(text, visual, first_token, whole)
 
 
 def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
@@ -143,12 +157,10 @@ def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: s
     from .relevance import question_of
 
     image = _open(image_path)
-    _answer(loaded, image, question, 1)  # warm up, so that both are timed alike
     full = _answer(loaded, image, question, args.max_new_tokens)
     with attach(
         loaded.model, loaded.processor, config=_config(args, loaded.relevance), relevance=loaded.relevance
     ) as handle:
-        _answer(loaded, image, question, 1)
         kept = _answer(loaded, image, question, args.max_new_tokens)
         text = [question_of(loaded.prompt(question))] if handle.encoder.needs_text else None
         stages = _stage_times(handle, _inputs(loaded, image, question), text)
@@ -158,8 +170,9 @@ def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: s
     picture.save(save)
 
     def line(name: str, answer: _Answer) -> str:
-        times = f"first token {_milliseconds(answer.first_token):>9}"
-        return f"  {name:<12} {answer.visual_tokens:>5} visual tokens   {times}   answer: {answer.text}"
+        first, whole = _milliseconds(answer.first_token), _milliseconds(answer.whole)
+        times = f"first token {first:>8}, answer {whole:>8}"
+        return f"  {name:<13} {answer.visual_tokens:>5} visual tokens, {times}: {answer.text}"
 
     layout = selection.layout[0]
     thumbnail, tiles = layout.budget(handle.config)
@@ -167,11 +180,12 @@ def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: s
     print(line("all tokens", full))
     print(line("kept tokens", kept))
     print(
-        f"  kept         {thumbnail} of {layout.patches} thumbnail patches, {tiles} of "
+        f"  of these      {thumbnail} of {layout.patches} thumbnail patches, {tiles} of "
         f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
     )
-    print("  stages       " + ", ".join(f"{name} {_milliseconds(value)}" for name, value in stages.items()))
-    print(f"  picture      {save}\n")
+    stages["language model"] = max(kept.first_token - sum(stages.values()), 0.0)
+    print("  stages        " + ", ".join(f"{name} {_milliseconds(value)}" for name, value in stages.items()))
+    print(f"  picture       {save}\n")
 
 
 def _run_ask(args: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ class Selection:
         shares: ``[T]`` fp32, each tile's share of its image's tile tokens before caps; 0 for thumbnails.
         scores: ``[T, P]`` fp32, the patch scores.
         layout: the images of the batch.
+        policy: the name of the policy that chose.
     """
 
     tokens: Tensor | None
@@ -46,6 +47,7 @@ class Selection:
     shares: Tensor
     scores: Tensor
     layout: tuple[ImageLayout, ...]
+    policy: str = "hero"
 
     def per_image(self) -> list[Tensor]:
         """The tokens of each image, ``[n_i, D]``."""
@@ -370,5 +372,6 @@ class HeroVisionEncoder(nn.Module):
             shares=budgets.shares,
             scores=scored.scores,
             layout=layouts,
+            policy=self.config.policy,
         )
         return selection, encoded

@@ -1,16 +1,17 @@
-"""Picture: what was kept of an image, for a person to look at. Pillow and numpy, the same bytes on every run."""
+"""Picture: what was kept of an image, for a person to look at. The same bytes on every run."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from numbers import Integral
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 from .encoder import Selection
@@ -18,13 +19,15 @@ from .layout import ImageLayout
 
 __all__ = ["visualize"]
 
-MIN_WIDTH = 300  # below it the headings of the panels no longer fit
+MIN_WIDTH = 400  # below it the headings of the panels no longer fit
 
 _INK = (28, 30, 36)
 _MUTED = (96, 100, 110)
 _PAPER = (255, 255, 255)
-_DARK = (34, 36, 44)  # towards which dropped patches fade: not black, or a dropped black patch would look kept
+# Dropped patches fade towards it; not black, or a dropped black patch would look kept.
+_DARK = (34, 36, 44)
 _CHIP = (18, 20, 26)
+_OUTLINE = (225, 228, 235)
 _HATCH = (238, 239, 242), (208, 211, 217)
 # Ten equal steps of viridis: its lightness alone orders the values, for colour-blind readers and in grey.
 _VIRIDIS = np.array(
@@ -42,12 +45,13 @@ _VIRIDIS = np.array(
     ],
     np.float64,
 )
+_FINE = 4  # type is drawn this much larger and reduced: at its own size letters are spaced to whole pixels
 _DECADES = 3  # of a logarithmic scale; lower scores get its lowest colour
 # The font that Pillow carries has few signs beyond Latin-1's first half. Non-breaking spaces join words in
 # `_Type.wrap` and are drawn as spaces.
 _SUBSTITUTES = str.maketrans(
     {"\u00a0": " ", "\u202f": " ", "–": "-", "—": "-", "−": "-", "×": "x", "‘": "'", "’": "'"}
-    | {"“": '"', "”": '"', "…": "...", "→": "->", "\t": " "}
+    | {"“": '"', "”": '"', "…": "...", "→": "->", "ß": "ss", "\t": " "}
 )
 
 
@@ -68,7 +72,7 @@ def visualize(
             white.
         selection: what :class:`hero.HeroVisionEncoder` returned, or ``handle.last``.
         image_index: which image of the selection's batch.
-        width: of the picture in pixels, at least 300; type grows with it, and the height follows.
+        width: of the picture in pixels, at least 400; type grows with it, and the height follows.
         title: a line above the picture, such as the question and its answer; none where ``None``.
 
     Returns:
@@ -154,6 +158,7 @@ class _Kept:
         scores: ``[crops, p, p]`` float64.
         budgets, shares: of each crop.
         length: tokens kept, newlines included.
+        policy: that chose them.
     """
 
     layout: ImageLayout
@@ -162,6 +167,7 @@ class _Kept:
     budgets: list[int]
     shares: list[float]
     length: int
+    policy: str
 
     @classmethod
     def of(cls, selection: Selection, image_index: int) -> _Kept:
@@ -176,10 +182,11 @@ class _Kept:
         return cls(
             layout,
             numpy(selection.keep_mask()).reshape(shape),
-            numpy(selection.scores.double()).reshape(shape),
+            numpy(selection.scores).astype(np.float64).reshape(shape),
             numpy(selection.budgets).tolist(),
             numpy(selection.shares).tolist(),
             selection.lengths[image_index],
+            selection.policy,
         )
 
     @property
@@ -254,11 +261,12 @@ class _Type:
         return ImageFont.load_default(size=size)
 
     def length(self, text: str, size: int) -> float:
-        return self.font(size).getlength(_printable(text))
+        """In pixels."""
+        return self.font(_FINE * size).getlength(_printable(text)) / _FINE
 
-    def fit(self, text: str, size: int, width: int) -> int:
-        """The largest type, at most ``size`` and at least :attr:`least`, in which a text fits a width."""
-        while size > self.least and self.length(text, size) > width:
+    def fit(self, text: str, size: int, width: float) -> int:
+        """The largest type, at most ``size``, in which a text fits a width."""
+        while size > 1 and self.length(text, size) > width:
             size -= 1
         return size
 
@@ -274,11 +282,10 @@ class _Type:
                 if line:
                     yield line
                 while len(word) > 1 and self.length(word, size) > width:
-                    fits = next(
-                        (n for n in range(len(word) - 1, 1, -1) if self.length(word[:n], size) <= width), 1
-                    )
-                    yield word[:fits]
-                    word = word[fits:]
+                    pieces = range(1, len(word))
+                    fits = bisect_right(pieces, width, key=lambda n: self.length(word[:n], size))
+                    yield word[: max(fits, 1)]
+                    word = word[max(fits, 1) :]
                 line = word
             yield line
 
@@ -287,13 +294,27 @@ class _Type:
         lines = list(self.wrap(text, size, width))
         step = round(1.34 * size)
         strip = Image.new("RGB", (width, step * len(lines)), _PAPER)
-        draw = ImageDraw.Draw(strip)
         for number, line in enumerate(lines):
-            self.write(draw, (0, number * step + size), line, size, colour)
+            self.write(strip, (0, number * step + size), line, size, colour)
         return strip
 
-    def write(self, draw, position, text: str, size: int, colour=_INK, anchor: str = "ls") -> None:
-        draw.text(position, _printable(text), colour, self.font(size), anchor)
+    def write(
+        self,
+        image: Image.Image,
+        position: tuple[float, float],
+        text: str,
+        size: int,
+        colour: tuple[int, int, int] = _INK,
+        align: float = 0.0,
+    ) -> None:
+        """Write a line on its baseline, which begins ``align`` · its length left of the position."""
+        font, text = self.font(_FINE * size), _printable(text)
+        left, top = int(position[0] - align * self.length(text, size)), round(position[1]) - 2 * size
+        offset = position[0] - align * self.length(text, size) - left
+        width = int(self.length(text, size)) + 2 * size
+        mask = Image.new("L", (_FINE * width, _FINE * 3 * size))
+        ImageDraw.Draw(mask).text((round(_FINE * offset), _FINE * 2 * size), text, 255, font, "ls")
+        image.paste(colour, (left, top), mask.reduce(_FINE))
 
 
 @lru_cache(maxsize=1024)
@@ -358,10 +379,10 @@ def _photograph(
     # Where image and dimmed image are both dark only a line tells them apart. It runs outside the kept
     # patches, whose pixels stay as they are, and is left out where it would fill the patches.
     if min(size[0] / keep.shape[1], size[1] / keep.shape[0]) >= 6 * kind.line:
-        near = np.pad(kept, kind.line)
-        span = range(2 * kind.line + 1)
-        near = np.any([near[i : i + size[1], j : j + size[0]] for i in span for j in span], axis=0)
-        canvas[near & ~kept & _enlarge(valid, size)] = (225, 228, 235)
+        near = Image.fromarray(kept.astype(np.uint8))
+        for _ in range(kind.line):
+            near = near.filter(ImageFilter.MaxFilter(3))
+        canvas[(np.asarray(near) > 0) & ~kept & _enlarge(valid, size)] = _OUTLINE
     return canvas
 
 
@@ -414,7 +435,9 @@ class _Scale:
     def ends(self) -> tuple[str, str]:
         """Numbers at the ends of the bar."""
         low, high = f"{self.low:.2g}", f"{self.high:.2g}"
-        return ("<" if self.clipped else "") + low, high
+        if self.low == self.high:
+            return f"all {low}", ""
+        return ("< " if self.clipped else "") + low, high
 
 
 @dataclass(frozen=True)
@@ -457,29 +480,31 @@ class _Page:
             return [panels, self.key(width)]
         aspect = layout.grid[1] / layout.grid[0]
         if aspect < 0.67:  # tiles and their scores as tall columns, the thumbnail in a third
-            side = round(0.27 * width) if has_thumbnail else 0
             gaps = 2 * gap if has_thumbnail else gap
+            side = 0
+            if has_thumbnail:  # as wide as makes the third column as high as the others
+                side = ((width - gaps) / (2 * aspect) - self._around() - gap) / (2 + 1 / (2 * aspect))
             height = min(round((width - side - gaps) / 2 / aspect), round(1.5 * kind.width))
-            column = max(round(height * aspect), round(0.18 * width))
             size = (max(round(height * aspect), 1), height)
+            column = max(size[0], round(0.22 * width))
             panels = [self.tiles(size, column), self.tile_scores(size, column)]
             if has_thumbnail:
-                side = min(width - 2 * column - gaps, round(0.4 * width))
+                side = width - 2 * column - gaps
                 panels.append(_stacked([self.thumbnail(side), self.thumbnail_scores(side)], gap))
-            return [_beside(panels, gap), self.key(width), *self.legend(size, width)]
+            return [_beside(panels, gap), self.key(width, size), *self.legend(size, width)]
         if aspect < 1.6:  # large tiles, everything else in a column at their right
-            main = round((0.63 if has_thumbnail else 0.56) * width)
+            main = self._main_width(width, aspect)
             side = width - main - gap
             column = [self.tile_scores((side, round(side / aspect)))]
             if has_thumbnail:
                 half = (side - gap) // 2
                 column.insert(0, _beside([self.thumbnail(half), self.thumbnail_scores(half)], gap))
             size = (main, round(main / aspect))
-            left = _stacked([self.tiles(size), self.key(main)], round(0.5 * gap))
+            left = _stacked([self.tiles(size), self.key(main, size)], round(0.5 * gap))
             return [_beside([left, _stacked(column, gap)], gap), *self.legend(size, width)]
         size = (width, max(round(width / aspect), 1))
         blocks = [
-            _stacked([self.tiles(size), self.key(width)], round(0.5 * gap)),
+            _stacked([self.tiles(size), self.key(width, size)], round(0.5 * gap)),
             *self.legend(size, width),
         ]
         if not has_thumbnail:
@@ -491,6 +516,30 @@ class _Page:
         side = round(0.27 * width)
         thumbnails = _beside([self.thumbnail(side), self.thumbnail_scores(side)], gap)
         return [*blocks, self.tile_scores(size), thumbnails]
+
+    def _around(self) -> int:
+        """Height of a panel's heading and colour scale, nearly."""
+        return round(1.5 * self.type.body + 4.3 * self.type.small)
+
+    def _main_width(self, width: int, aspect: float) -> int:
+        """Of the large tiles: where the columns at their two sides come out about equally high."""
+        kind = self.type
+        has_thumbnail = self.kept.layout.thumbnail != "none"
+
+        def difference(main: int) -> float:
+            side = width - main - kind.gap
+            right = side / aspect
+            if has_thumbnail:
+                right += self._around() + (side - kind.gap) / 2 + kind.gap
+            return abs(main / aspect - right)
+
+        most = 0.69 * width
+        if has_thumbnail:  # no narrower than the headings of its panels
+            least = max(
+                kind.length("Thumbnail scores", kind.body), kind.length("CLS attention (log)", kind.small)
+            )
+            most = min(most, width - 2 * kind.gap - 2 * least - 2)
+        return min(range(round(0.45 * width), max(round(most), round(0.5 * width))), key=difference)
 
     def tiles(self, size: tuple[int, int], width: int = 0) -> Image.Image:
         """The image on its grid of tiles."""
@@ -504,29 +553,32 @@ class _Page:
         kind = self.type
         keep = self.kept.stitched(self.kept.keep)
         picture = Image.fromarray(_photograph(self.image, keep, self.kept.valid, size, kind))
-        self._grid_lines(picture, (255, 255, 255))
+        self._grid_lines(picture, self.kept.layout.grid)
         draw = ImageDraw.Draw(picture, "RGBA")
         for chip in self.chips(size):
             left, top, right, bottom = chip.box
             draw.rounded_rectangle(
-                (left, top, right - 1, bottom - 1), round(0.28 * chip.size), (*_CHIP, 215), (255, 255, 255, 110)
+                (left, top, right - 1, bottom - 1),
+                round(0.28 * chip.size),
+                (*_CHIP, 235),
+                (255, 255, 255, 110),
             )
             middle = ((left + right) / 2, (top + bottom) / 2 + 0.36 * chip.size)
-            kind.write(draw, middle, chip.text, chip.size, _PAPER, "ms")
+            kind.write(picture, middle, chip.text, chip.size, _PAPER, 0.5)
         return picture
 
-    def _grid_lines(self, picture: Image.Image, colour: tuple[int, int, int]) -> None:
+    def _grid_lines(self, picture: Image.Image, grid: tuple[int, int]) -> None:
         """Thin lines between the tiles, where there is room for them."""
-        rows, columns = self.kept.layout.grid
+        rows, columns = grid
         width, height = picture.size
         line = self.type.line
         if min(width / columns, height / rows) < 6 * line:
             return
         draw = ImageDraw.Draw(picture)
         for x in _edges(columns, width)[1:-1].tolist():
-            draw.rectangle((x - line // 2, 0, x - line // 2 + line - 1, height), colour)
+            draw.rectangle((x - line // 2, 0, x - line // 2 + line - 1, height), _PAPER)
         for y in _edges(rows, height)[1:-1].tolist():
-            draw.rectangle((0, y - line // 2, width, y - line // 2 + line - 1), colour)
+            draw.rectangle((0, y - line // 2, width, y - line // 2 + line - 1), _PAPER)
 
     def _label(self, tile: int) -> tuple[str, str]:
         """Budget and share of a tile."""
@@ -561,10 +613,9 @@ class _Page:
         return max(2, round(0.3 * letters))
 
     def chips(self, size: tuple[int, int]) -> list[_Chip]:
-        """The labels on a picture of the tiles, each in the corner where it hides fewest kept patches."""
+        """The labels on a picture of the tiles: top left, or in the corner where they hide least."""
         texts, letters = self._fitting(size)
         kept = _enlarge(self.kept.stitched(self.kept.keep), size)
-        valid = _enlarge(self.kept.valid, size)
         x, y = (_edges(n, pixels).tolist() for n, pixels in zip(self.kept.layout.grid[::-1], size))
         inset = self._inset(letters)
         chips = []
@@ -577,10 +628,10 @@ class _Page:
                 for left in (x[column] + inset, x[column + 1] - inset - width)
             ]
 
-            def hidden(box: tuple[int, int, int, int]) -> int:
+            def hidden(box: tuple[int, int, int, int]) -> float:
                 left, top, right, bottom = box
-                area = slice(top, bottom), slice(left, right)
-                return 4 * int(kept[area].sum()) + int(valid[area].sum())
+                part = float(kept[top:bottom, left:right].mean())
+                return part if part > 0.25 else 0.0
 
             chips.append(_Chip(min(boxes, key=hidden), text, letters))
         return chips
@@ -592,22 +643,24 @@ class _Page:
         labels = [" · ".join(self._label(tile)) for tile in range(layout.tiles)]
         if texts == labels:
             return []
-        places = ["{},{}".format(*(n + 1 for n in divmod(tile, layout.grid[1]))) for tile in range(len(labels))]
+        places = [
+            "{},{}".format(*(n + 1 for n in divmod(tile, layout.grid[1]))) for tile in range(len(labels))
+        ]
         letters = kind.small
         first = max(kind.length(place, letters) for place in places) + 0.6 * letters
         cell = first + max(kind.length(label, letters) for label in labels) + 1.6 * letters
         columns = max(1, int((width + 1.6 * letters) / cell))
-        if columns >= layout.grid[1]:  # the table repeats the grid
-            columns = layout.grid[1]
+        columns -= columns % layout.grid[1] if columns > layout.grid[1] else 0  # whole rows of the grid
         step = round(1.45 * letters)
         table = Image.new("RGB", (width, step * -(-len(labels) // columns)), _PAPER)
-        draw = ImageDraw.Draw(table)
         for tile, (place, label) in enumerate(zip(places, labels)):
             row, column = divmod(tile, columns)
             x, y = round(column * cell), row * step + letters
-            kind.write(draw, (x, y), place, letters, _MUTED)
-            kind.write(draw, (x + round(first), y), label, letters)
-        heading = kind.lines("Tiles: row,column  tokens kept · share", letters, width, _MUTED)
+            kind.write(table, (x, y), place, letters, _MUTED)
+            kind.write(table, (x + round(first), y), label, letters)
+        heading = kind.lines(
+            "Tiles, by row,column: tokens kept · share of the tokens before caps", letters, width, _MUTED
+        )
         return [_stacked([heading, table], round(0.3 * letters))]
 
     def thumbnail(self, side: int) -> Image.Image:
@@ -620,55 +673,45 @@ class _Page:
     def tile_scores(self, size: tuple[int, int], width: int = 0) -> Image.Image:
         """A heat map of the tiles' scores."""
         scores = self.kept.stitched(self.kept.scores)
-        return self._scores("Tile scores", scores, self.kept.valid, size, width)
+        return self._scores("Tile scores", scores, self.kept.valid, self.kept.layout.grid, size, width)
 
     def thumbnail_scores(self, side: int) -> Image.Image:
         """A heat map of the thumbnail's scores."""
         scores = self.kept.scores[self.kept.layout.thumbnail_crop]
-        return self._scores("Thumbnail scores", scores, np.ones(scores.shape, bool), (side, side), side)
+        everywhere = np.ones(scores.shape, bool)
+        return self._scores("Thumbnail scores", scores, everywhere, (1, 1), (side, side))
 
     def _scores(
-        self, name: str, scores: np.ndarray, valid: np.ndarray, size: tuple[int, int], width: int
+        self,
+        name: str,
+        scores: np.ndarray,
+        valid: np.ndarray,
+        grid: tuple[int, int],
+        size: tuple[int, int],
+        width: int = 0,
     ) -> Image.Image:
-        # Of the policies only "random" has scores that are no attention; attention sums to 1 at most.
-        attention = bool((self.kept.scores.sum((1, 2)) < 1.01).all())
+        detail = "random" if self.kept.policy == "random" else "CLS attention"
         scale = _Scale.of(scores[valid])
-        detail = "CLS attention" if attention else "by policy"
         pixels = _hatched(size, self.type)
         if scale is None:
             return self._panel((name, detail), Image.fromarray(pixels), width)
         inside = _enlarge(valid, size)
         pixels[inside] = _enlarge(scale.colours(scores), size)[inside]
         picture = Image.fromarray(pixels)
-        if valid.shape != (self.kept.layout.side,) * 2 or name == "Tile scores":
-            self._grid_lines(picture, (255, 255, 255))
-        panel = self._panel((name, detail), picture, width)
+        self._grid_lines(picture, grid)
+        panel = self._panel((name, detail + " (log)" * scale.logarithmic), picture, width)
         return _stacked([panel, self._bar(scale, panel.width)], round(0.5 * self.type.small))
 
     def _bar(self, scale: _Scale, width: int) -> Image.Image:
-        """A colour scale: its bar, the numbers at the ends, and between them what it is."""
+        """A colour scale: its bar and the numbers at the ends."""
         kind = self.type
-        letters = kind.small
-        height = round(0.75 * letters)
-        bar = Image.fromarray(np.tile(scale.bar(width), (height, 1, 1)))
+        bar = Image.fromarray(np.tile(scale.bar(width), (round(0.75 * kind.small), 1, 1)))
         low, high = scale.ends()
-        words = "log scale" if scale.logarithmic else "linear scale"
-        letters = kind.fit(f"{low}   {high}", letters, width)
-        row = Image.new("RGB", (width, round(1.34 * letters)), _PAPER)
-        draw = ImageDraw.Draw(row)
-        if scale.high == scale.low:
-            kind.write(draw, (0, letters), f"all {low}", letters, _MUTED)
-            return _stacked([bar, row], round(0.25 * letters))
-        kind.write(draw, (0, letters), low, letters, _MUTED)
-        kind.write(draw, (width, letters), high, letters, _MUTED, "rs")
-        ends = kind.length(low, letters), kind.length(high, letters)
-        room = width - 2 * max(ends) - 1.5 * letters
-        blocks = [bar, row]
-        if kind.length(words, letters) <= room:
-            kind.write(draw, (width / 2, letters), words, letters, _MUTED, "ms")
-        else:
-            blocks.append(kind.lines(words, letters, width, _MUTED))
-        return _stacked(blocks, round(0.25 * letters))
+        letters = kind.fit(f"{low} {high}", kind.small, width)
+        numbers = Image.new("RGB", (width, round(1.34 * kind.small)), _PAPER)
+        kind.write(numbers, (0, kind.small), low, letters, _MUTED)
+        kind.write(numbers, (width, kind.small), high, letters, _MUTED, 1.0)
+        return _stacked([bar, numbers], round(0.25 * kind.small))
 
     def _panel(self, heading: tuple[str, str], picture: Image.Image, width: int) -> Image.Image:
         """A picture under two lines, its name and a detail, at least ``width`` wide."""
@@ -678,22 +721,26 @@ class _Page:
         letters = kind.fit(name, kind.body, width), kind.fit(detail, kind.small, width)
         # One height for all headings, so that pictures side by side are level.
         head = Image.new("RGB", (width, round(1.3 * kind.body) + round(1.45 * kind.small)), _PAPER)
-        draw = ImageDraw.Draw(head)
-        kind.write(draw, (0, kind.body), name, letters[0])
-        kind.write(draw, (0, round(1.3 * kind.body) + kind.small), detail, letters[1], _MUTED)
+        kind.write(head, (0, kind.body), name, letters[0])
+        kind.write(head, (0, round(1.3 * kind.body) + kind.small), detail, letters[1], _MUTED)
         return _stacked([head, picture], round(0.2 * kind.body))
 
-    def key(self, width: int) -> Image.Image:
-        """What brightness, hatching and labels mean."""
+    def key(self, width: int, size: tuple[int, int] | None = None) -> Image.Image:
+        """What brightness, hatching and the labels on tiles in a picture of ``size`` mean."""
         kind, layout = self.type, self.kept.layout
         letters = kind.small
         box = round(0.95 * letters)
-        bright = np.full((box, box, 3), (236, 170, 60), np.uint8)
-        items: list[tuple[np.ndarray | None, str]] = [(bright, "kept"), (_dim(bright.astype(float)), "dropped")]
+        bright = np.full((box, box, 3), (125, 175, 220), np.uint8)
+        items: list[tuple[np.ndarray | None, str]] = [
+            (bright, "kept"),
+            (_dim(bright.astype(float)), "dropped"),
+        ]
         if layout.tiles and not self.kept.valid.all():
             items.append((_hatched((box, box), kind), "padding"))
-        if layout.tiles:
-            items.append((None, "on tiles: tokens kept · share before caps"))
+        texts = self._fitting(size)[0] if size else []
+        if texts:
+            share = " · share of the tokens before caps" * ("·" in texts[0])
+            items.append((None, "on tiles: tokens kept" + share))
         places: list[tuple[int, int]] = []
         x = row = 0
         for swatch, text in items:
@@ -704,13 +751,12 @@ class _Page:
             x += length + round(1.4 * letters)
         step = round(1.45 * letters)
         strip = Image.new("RGB", (width, step * (row + 1)), _PAPER)
-        draw = ImageDraw.Draw(strip)
         for (swatch, text), (x, row) in zip(items, places):
             top = row * step + round(0.12 * letters)
             if swatch is not None:
                 strip.paste(Image.fromarray(swatch), (x, top))
                 x += round(1.5 * box)
-            kind.write(draw, (x, row * step + letters), text, kind.fit(text, letters, width - x), _MUTED)
+            kind.write(strip, (x, row * step + letters), text, kind.fit(text, letters, width - x), _MUTED)
         return strip
 
 

@@ -78,7 +78,7 @@ class ClipRelevance:
     @property
     def device(self) -> torch.device:
         """Where CLIP runs."""
-        return self.clip_model.visual_projection.weight.device
+        return self.clip_model.device
 
     def shares_weights(self, vision_tower: nn.Module) -> bool:
         """Whether ``vision_tower`` has the very weights of CLIP's vision encoder."""
@@ -128,8 +128,8 @@ class ClipRelevance:
         """
         with torch.no_grad():
             if pooled is not None:
-                weight = self.clip_model.visual_projection.weight
-                features = self.clip_model.visual_projection(pooled.to(weight.device, weight.dtype))
+                pooled = pooled.to(self.device, self.clip_model.dtype)
+                features = self.clip_model.visual_projection(pooled)
             else:
                 size = self.clip_model.config.vision_config.image_size
                 pixel_values = pixel_values.to(self.device, self.clip_model.dtype)

@@ -1,0 +1,276 @@
+"""The drop-in encoder on its own: stages, seams for other families, capture."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from independent import (
+    ONE,
+    Independent,
+    Rule,
+    tiny_clip,
+    tiny_image,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
+from torch import nn
+from transformers import AttentionInterface
+
+import hero
+import hero_kernels as hk
+from hero import capture, policies, scoring
+from hero.encoder import plan
+from hero.layout import Geometry, ImageLayout
+
+LAYERS = {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
+SIZES = [(120, 90), (60, 170)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    images = [tiny_image(height, width, seed) for seed, (height, width) in enumerate(SIZES)]
+    return tiny_processor()(images=images, text=[ONE, ONE], padding=True, return_tensors="pt")
+
+
+@pytest.fixture
+def encoder(model):
+    geometry = Geometry(56, 14, tuple(map(tuple, model.config.image_grid_pinpoints)))
+    encoder = hero.HeroVisionEncoder(
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        hero.HeroConfig(keep_ratio=0.3, **LAYERS),
+        geometry=geometry,
+        image_newline=model.model.image_newline,
+    )
+    yield encoder
+    encoder.remove()
+
+
+def test_drop_in_module(model, encoder, inputs):
+    with torch.no_grad():
+        selection = encoder(inputs["pixel_values"], inputs["image_sizes"])
+        results = Independent(model).images(
+            inputs["pixel_values"], inputs["image_sizes"], Rule(keep_ratio=0.3, **LAYERS)
+        )
+    assert selection.index.tolist() == [place for result in results for place in result.index]
+    torch.testing.assert_close(selection.tokens, torch.cat([result.tokens for result in results]))
+    assert selection.cu_seqlens.tolist() == [0, *np.cumsum(selection.lengths).tolist()]
+    assert (selection.index.dtype, selection.budgets.dtype) == (torch.int32, torch.int32)
+    assert (selection.shares.dtype, selection.scores.dtype) == (torch.float32, torch.float32)
+    kept = selection.keep_mask()
+    assert torch.equal(kept.sum(1).int(), selection.budgets)
+    assert [len(tokens) for tokens in selection.per_image()] == selection.lengths
+
+
+def test_stages_are_the_whole(encoder, inputs):
+    with torch.no_grad():
+        whole = encoder(inputs["pixel_values"], inputs["image_sizes"])
+        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, layouts)
+        scored = encoder.score(encoded, layouts)
+        budgets = encoder.budget(scored, layouts)
+        gathered = encoder.select(encoded, scored, budgets, layouts)
+        tokens = encoder.project(gathered)
+        fused = hk.segmented_topk_gather(
+            encoded.features,
+            scored.scores,
+            plan(layouts, encoder.config, encoder.depth, crops.device).segments,
+            valid=plan(layouts, encoder.config, encoder.depth, crops.device).valid,
+            signals=scored.signals,
+        )
+    assert torch.equal(tokens, whole.tokens)
+    assert torch.equal(fused.tokens, gathered.tokens)
+    assert torch.equal(fused.index, whole.index)
+
+
+def test_a_stage_can_be_replaced(encoder, inputs):
+    """The first patches of every tile, by another score stage: the later stages don't notice."""
+
+    def score(encoded, layouts, text=None):
+        falling = -torch.arange(16.0).expand(len(encoded.scores), 16)
+        return policies.Scored(falling, (hk.TileSignal(torch.ones(len(falling)), 1.0),))
+
+    encoder.score = score
+    with torch.no_grad():
+        selection = encoder(inputs["pixel_values"][:1], inputs["image_sizes"][:1])
+    valid = plan(selection.layout, encoder.config, encoder.depth, torch.device("cpu")).valid
+    for keep, allowed, budget in zip(selection.keep_mask(), valid, selection.budgets, strict=True):
+        assert keep.nonzero()[:, 0].tolist() == allowed.nonzero()[:, 0].tolist()[:budget]
+
+
+def test_without_projector_and_newlines(model, inputs):
+    tower = model.model.vision_tower
+    encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(keep_ratio=0.3, **LAYERS))
+    try:
+        assert encoder.geometry.pinpoints == ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
+        crops = encoder.geometry.layout(SIZES[0]).crops
+        with torch.no_grad():
+            pixels = inputs["pixel_values"][0][:crops]
+            selection = encoder(pixels, SIZES[:1])
+            hidden = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        assert selection.index.min() >= 0
+        assert torch.equal(selection.tokens, hidden.flatten(0, 1)[selection.index.long()])
+        assert selection.lengths == [encoder.geometry.layout(SIZES[0]).kept_tokens(encoder.config)]
+    finally:
+        encoder.remove()
+
+
+def test_module_protocol(model):
+    """Parameters are those of tower, projector and newline; a plain tensor as newline moves along."""
+    encoder = hero.HeroVisionEncoder(
+        model.model.vision_tower, model.model.multi_modal_projector, image_newline=torch.zeros(64)
+    )
+    encoder.remove()
+    names = {name.split(".")[0] for name in encoder.state_dict()}
+    assert names == {"vision_tower", "projector"}
+    assert encoder.to(torch.float64).image_newline.dtype == torch.float64
+    model.float()
+
+
+@pytest.mark.parametrize("name", ["uniform", "random"])
+def test_policies(model, encoder, inputs, name):
+    encoder.config = dataclasses.replace(encoder.config, policy=name)
+    with torch.no_grad():
+        both = encoder(inputs["pixel_values"], inputs["image_sizes"])
+        alone = encoder(inputs["pixel_values"][1:], inputs["image_sizes"][1:])
+    first, second = both.layout
+    offset = first.crops * first.patches
+    theirs = both.index[both.lengths[0] :]
+    assert torch.equal(torch.where(theirs < 0, theirs, theirs - offset), alone.index)
+    for layout, shares in zip(both.layout, both.shares.split([first.crops, second.crops]), strict=True):
+        torch.testing.assert_close(shares[1:], torch.full((layout.tiles,), 1 / layout.tiles))
+
+
+def test_images_without_thumbnail_use_entropy():
+    layout = ImageLayout((112, 56), (2, 1), 4, (0, 8), (0, 4), thumbnail="none", newlines=False)
+    scores = torch.rand(2, 16)
+    seen = policies.Seen(
+        scores=scores,
+        valid=torch.ones(2, 16, dtype=torch.bool),
+        cls=torch.randn(2, 8),
+        layouts=(layout,),
+        config=hero.HeroConfig(),
+        relevance=None,
+    )
+    density, entropy = policies.FUNCTIONS["hero"](seen).signals
+    assert (density.weight, entropy.weight) == (pytest.approx(0.2), pytest.approx(0.8))
+    torch.testing.assert_close(entropy.values, scoring.concentration(scores, seen.valid))
+
+
+def test_plan_of_other_families():
+    """Thumbnail last, tiles one after another, no newlines: what the next families need."""
+    geometry = Geometry(56, 14, ((56, 112), (112, 112)), thumbnail="last", stitched=False, newlines=False)
+    config = hero.HeroConfig(keep_ratio=0.5, **LAYERS)
+    layout = geometry.layout((100, 100))
+    batch = plan((layout,), config, 6, torch.device("cpu"))
+    segment = batch.segments.images[0]
+    assert (segment.crops, segment.thumbnail, segment.grid_width, segment.newlines) == (5, 4, 1, 0)
+    assert batch.layer_weights[1].tolist() == [0.5, 0.5, 0.5, 0.5, 0.0]
+    assert batch.layer_weights[4].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+    gathered = hk.segmented_topk_gather(
+        torch.zeros(5, 16, 1),
+        torch.rand(5, 16),
+        batch.segments,
+        valid=batch.valid,
+        signals=[hk.TileSignal(torch.ones(5), 1.0)],
+    )
+    crops = (gathered.index // 16).tolist()
+    assert crops == sorted(crops) and crops.count(4) == 8
+    thumbnail_only = Geometry(56, 14, ()).layout((100, 30))
+    assert (thumbnail_only.crops, thumbnail_only.tiles) == (1, 0)
+    assert thumbnail_only.full_tokens == 17
+    assert thumbnail_only.kept_tokens(config) == 9
+    assert plan((thumbnail_only,), config, 6, torch.device("cpu")).segments.images[0].thumbnail_newline
+
+
+class _Attention(nn.Module):
+    """A bare attention module that dispatches like those of transformers."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+
+    def forward(self, query, key, value):
+        name = self.config._attn_implementation
+        return AttentionInterface().get_interface(name, None)(self, query, key, value, None, scaling=0.3)[0]
+
+
+class _Config:
+    _attn_implementation_internal = "sdpa"
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+
+def test_capture_of_encoders_without_cls():
+    module = _Attention(_Config())
+    query, key, value = torch.randn(3, 2, 4, 9, 8).unbind(0)
+    capture.install({0: module}, received=True)
+    plain = capture.Collector({0: 1.0}, received=True)
+    with capture.collect(plain, {0: module}):
+        output = module(query, key, value)
+    capture.remove({0: module})
+    assert "_hero_capture" not in module.__dict__
+    torch.testing.assert_close(plain.result(), hk.received_attention(query, key, 0.3))
+    wanted = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(output, wanted)
+
+
+def test_base_attention_sees_the_users_configuration(model, inputs):
+    """FlashAttention reads its own name from ``module.config``: it must find it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    seen = []
+
+    def custom(module, *args, **kwargs):
+        seen.append((module.config._attn_implementation, module.embed_dim, hasattr(module, "nothing")))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("custom_for_test", custom)
+    model = tiny_model()
+    model.model.vision_tower.set_attn_implementation("custom_for_test")
+    with hero.attach(model, keep_ratio=0.3, **LAYERS) as handle, torch.no_grad():
+        handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+    assert seen == [("custom_for_test", 32, False)] * 6
+    assert all(
+        layer.self_attn.config is model.model.vision_tower.config
+        for layer in model.model.vision_tower.encoder.layers
+    )
+
+
+def test_a_tower_that_skips_layers_is_an_error():
+    collector = capture.Collector({3: 1.0})
+    with pytest.raises(RuntimeError, match=r"did not run its attention in layers \[3\]"):
+        collector.result()
+
+
+def test_processor_counts_for_servers(model):
+    """``_get_num_multimodal_tokens`` is how serving frameworks ask for the number of placeholders."""
+    processor = tiny_processor()
+    stock = processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
+    with hero.attach(model, processor, keep_ratio=0.3, **LAYERS) as handle:
+        counts = processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"]
+        assert counts == [handle.count_tokens(size) for size in SIZES]
+    assert processor._get_num_multimodal_tokens(image_sizes=SIZES)["num_image_tokens"] == stock
+
+
+def test_clip_of_another_size(model, encoder, inputs):
+    """A CLIP model of another resolution sees the crops resized."""
+    clip = tiny_clip()
+    relevance = hero.ClipRelevance(clip, tiny_tokenizer())
+    crops, _ = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+    larger = nn.functional.interpolate(crops, (112, 112), mode="bicubic")
+    with torch.no_grad():
+        small = nn.functional.interpolate(larger, (56, 56), mode="bicubic", antialias=True)
+        output = clip.get_image_features(pixel_values=small)
+        wanted = nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
+        torch.testing.assert_close(relevance.image_embeddings(larger, None), wanted)
