@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hero_kernels as hk
 
 from . import capture, policies, scoring
-from .config import HeroConfig, resolve_layers
+from .config import HeroConfig, SignalWeights, resolve_layers
 from .layout import Geometry, ImageLayout
 from .models import Encoded, tower_for
 from .policies import Scored
@@ -199,13 +199,21 @@ class HeroVisionEncoder(nn.Module):
         )
 
     @property
+    def _weights(self) -> SignalWeights:
+        """Weights of the tile signals, all zero for policies that use none."""
+        if self.config.policy != "hero":
+            return SignalWeights()
+        return self.config.signal_weights(with_relevance=self.relevance is not None)
+
+    @property
     def needs_text(self) -> bool:
         """Whether the question weighs in the tile budgets."""
-        return (
-            self.config.policy == "hero"
-            and self.relevance is not None
-            and self.config.signal_weights(with_relevance=True).relevance > 0
-        )
+        return self._weights.relevance > 0
+
+    @property
+    def needs_cls(self) -> bool:
+        """Whether a tile signal looks at the last layer's CLS."""
+        return self._weights.saliency > 0 or (self._shared and self._weights.relevance > 0)
 
     def _modules_captured(self) -> dict[int, nn.Module]:
         modules = self._tower.attention_modules(self.vision_tower)
@@ -275,7 +283,9 @@ class HeroVisionEncoder(nn.Module):
         )
         layer = self.feature_layer if feature_layer is None else feature_layer
         with capture.collect(collector, self._modules_captured()):
-            features, cls, pooled, output = self._tower.run(self.vision_tower, pixel_values, layer, **kwargs)
+            features, cls, pooled, output = self._tower.run(
+                self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
+            )
         scores = collector.result().to(features.device)
         return Encoded(features, cls, pooled, scores, pixel_values, output)
 
@@ -294,7 +304,7 @@ class HeroVisionEncoder(nn.Module):
                 raise ValueError(f"text: expected a question for each of {len(layouts)} images, got {got}")
 
             def relevance() -> Tensor:
-                images = scoring.crop_images(layouts, encoded.cls.device)
+                images = scoring.crop_images(layouts, encoded.scores.device)
                 pooled = encoded.pooled if self._shared else None
                 return self.relevance(text, images, encoded.pixel_values, pooled)
 

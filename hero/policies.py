@@ -27,7 +27,7 @@ class Seen:
     Attributes:
         scores: ``[T, P]`` fp32 CLS attention, by tile layers for tiles, thumbnail layers for thumbnails.
         valid: ``[T, P]`` bool.
-        cls: ``[T, C]`` the encoder's last layer at CLS.
+        cls: ``[T, C]`` the encoder's last layer at CLS, if a signal needs it.
         layouts: the images of the batch.
         config: the configuration.
         relevance: gives the cosines ``[T]`` of tile and question when called; ``None`` without a
@@ -36,7 +36,7 @@ class Seen:
 
     scores: Tensor
     valid: Tensor
-    cls: Tensor
+    cls: Tensor | None
     layouts: Sequence[ImageLayout]
     config: HeroConfig
     relevance: Callable[[], Tensor] | None

@@ -274,3 +274,70 @@ def test_clip_of_another_size(model, encoder, inputs):
         output = clip.get_image_features(pixel_values=small)
         wanted = nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
         torch.testing.assert_close(relevance.image_embeddings(larger, None), wanted)
+
+
+LAST = {"keep_ratio": 0.3, "tile_layers": (1, 2), "thumbnail_layers": (5,)}
+NEEDS = {
+    # options of the config: (feature layer, layers run whole, whether the last layer runs at CLS)
+    "saliency": ({**LAYERS}, -2, 5, True),
+    "no saliency": ({**LAYERS, "weights": {"density": 1.0}}, -2, 5, False),
+    "early features": (
+        {"tile_layers": (0,), "thumbnail_layers": (1,), "weights": {"density": 1.0}},
+        1,
+        2,
+        False,
+    ),
+    "no signal at all": ({"tile_layers": (0,), "thumbnail_layers": (1,), "policy": "uniform"}, -4, 3, False),
+    "last layer scored": ({**LAST, "weights": {"density": 1.0}}, -2, 5, True),
+    "last layer scored, saliency": (LAST, -2, 5, True),
+    "features of the last layer": ({**LAYERS}, -1, 6, False),
+    "embeddings and last": ({**LAYERS}, [0, 6], 6, False),
+}
+
+
+@pytest.mark.parametrize("case", NEEDS)
+def test_the_tower_runs_no_more_than_it_must(inputs, case):
+    """The layers skipped change nothing: a tower run whole gives the same."""
+    options, layer, whole, cls_only = NEEDS[case]
+    model = tiny_model(vision_feature_layer=layer)
+    tower = model.model.vision_tower
+    ran = []
+    with hero.attach(model, config=hero.HeroConfig(**options)) as handle, torch.no_grad():
+        pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+        hooks = [
+            module.register_forward_hook(lambda *args, number=number, part=part: ran.append((number, part)))
+            for number, block in enumerate(tower.encoder.layers)
+            for part, module in (("layer", block), ("mlp", block.mlp))
+        ]
+        short = handle.encoder(pixels, sizes)
+        wanted = [(number, part) for number in range(whole) for part in ("mlp", "layer")]
+        assert ran == wanted + [(5, "mlp")] * cls_only
+        for hook in hooks:
+            hook.remove()
+        # Something of the user's on the tower: it must run, so the tower runs as it is.
+        seen = []
+        hook = tower.register_forward_hook(lambda *args: seen.append(1))
+        long = handle.encoder(pixels, sizes)
+        hook.remove()
+        assert seen == [1]
+    assert torch.equal(short.index, long.index)
+    torch.testing.assert_close(short.scores, long.scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(short.shares, long.shares, rtol=0, atol=1e-6)
+    torch.testing.assert_close(short.tokens, long.tokens, rtol=0, atol=1e-5)
+
+
+def test_hidden_states_come_along_when_asked_for(model, inputs):
+    pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+    with torch.no_grad(), hero.attach(model, keep_ratio=0.3, **LAYERS) as handle:
+        counts = [handle.encoder.geometry.layout(size).crops for size in sizes.tolist()]
+        crops = torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+        stock = model.model.vision_tower(crops, output_hidden_states=True)
+        plain = model.model.get_image_features(pixels, sizes)
+        rich = model.model.get_image_features(pixels, sizes, output_hidden_states=True)
+    assert plain.last_hidden_state is None and plain.hidden_states is None
+    assert torch.equal(rich.last_hidden_state, stock.last_hidden_state)
+    assert all(
+        torch.equal(one, other) for one, other in zip(rich.hidden_states, stock.hidden_states, strict=True)
+    )
+    for one, other in zip(plain.pooler_output, rich.pooler_output, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

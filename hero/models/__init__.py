@@ -33,19 +33,20 @@ class Encoded:
 
     Attributes:
         features: ``[T, P, C]``, the features the model uses, without CLS; may be a strided view.
-        cls: ``[T, C]``, the last layer at CLS, before the post layer norm.
+        cls: ``[T, C]``, the last layer at CLS, before the post layer norm; may be ``None`` where no
+            signal needs it.
         pooled: ``[T, C]``, the same after it.
         scores: ``[T, P]`` fp32, attention of CLS to patches (docs/method.md, 1).
         pixel_values: ``[T, 3, S, S]``, the crops.
-        output: what the tower returned.
+        output: what the tower returned; ``None`` where only the layers needed were run.
     """
 
     features: Tensor
-    cls: Tensor
-    pooled: Tensor
+    cls: Tensor | None
+    pooled: Tensor | None
     scores: Tensor
     pixel_values: Tensor
-    output: object
+    output: object | None
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,22 @@ class Tower(ABC):
 
     @abstractmethod
     def run(
-        self, tower: nn.Module, pixel_values: Tensor, feature_layer: int | Sequence[int], **kwargs
-    ) -> tuple[Tensor, Tensor, Tensor, object]:
-        """Encode crops: (features, cls, pooled, output) as in :class:`Encoded`."""
+        self,
+        tower: nn.Module,
+        pixel_values: Tensor,
+        feature_layer: int | Sequence[int],
+        *,
+        cls: bool = True,
+        scored: Sequence[int] = (),
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, object | None]:
+        """Encode crops: (features, cls, pooled, output) as in :class:`Encoded`.
+
+        Args:
+            cls: whether cls and pooled are needed.
+            scored: the layers whose attention is captured: they must run.
+            kwargs: what a caller asks of the tower beyond; then it runs whole.
+        """
 
 
 class Adapter(ABC):

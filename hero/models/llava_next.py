@@ -20,7 +20,8 @@ def get_image_features(
 ):
     """Kept visual tokens of each image: ``pooler_output`` is a list of ``[n_i, D]``, newlines included.
 
-    Takes the place of the model's own method, whose parameter names ``generate`` reads.
+    Takes the place of the model's own method, whose parameter names ``generate`` reads. Hidden states come
+    along where they are asked for; otherwise the tower runs no further than it must, and there are none.
     """
     strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
     _check_strategy(strategy)
@@ -29,10 +30,10 @@ def get_image_features(
         pixel_values, image_sizes, feature_layer=vision_feature_layer, **kwargs
     )
     output = BaseModelOutputWithPooling(
-        last_hidden_state=output.last_hidden_state,
+        last_hidden_state=getattr(output, "last_hidden_state", None),
         pooler_output=tokens,
         hidden_states=output.hidden_states if kwargs.get("output_hidden_states") else None,
-        attentions=output.attentions,
+        attentions=getattr(output, "attentions", None),
     )
     return output.to_tuple() if return_dict is False else output
 
