@@ -38,9 +38,13 @@ def _error(kind: type[Exception], name: str, expected: str, value: object) -> Ex
 def _real(name: str, expected: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _error(TypeError, name, expected, value)
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise _error(ValueError, name, expected, value)
-    return float(value)
+    return number
 
 
 def _positive(name: str, value: object) -> float:
@@ -215,7 +219,7 @@ class HeroConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, Mapping):
             raise _error(TypeError, "values", "a mapping", values)
-        unknown = sorted(set(values) - set(names))
+        unknown = sorted(set(values) - set(names), key=str)
         if unknown:
             raise _error(ValueError, "values", f"keys among {', '.join(names)}", unknown)
         return cls(**values)

@@ -120,6 +120,17 @@ def plan(layouts: tuple[ImageLayout, ...], config: HeroConfig, depth: int, devic
     return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), layer_weights)
 
 
+def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
+    """A hidden state, or several, of an encoder of ``depth`` layers; 0 is what the first layer takes."""
+    layers = (value,) if isinstance(value, int) else value
+    expected = f"hidden states in [{-depth - 1}, {depth}], at least one"
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or any(type(x) is not int for x in layers):
+        raise TypeError(f"feature_layer: expected {expected}, got {value!r}")
+    if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
+        raise ValueError(f"feature_layer: expected {expected}, got {value!r}")
+    return value if isinstance(value, int) else tuple(layers)
+
+
 class HeroVisionEncoder(nn.Module):
     """A vision encoder that returns only the visual tokens worth keeping (docs/method.md).
 
@@ -162,6 +173,12 @@ class HeroVisionEncoder(nn.Module):
             raise TypeError(f"relevance: expected hero.ClipRelevance, got {relevance!r}")
         if not isinstance(vision_tower, nn.Module):
             raise TypeError(f"vision_tower: expected an nn.Module, got {vision_tower!r}")
+        if projector is not None and not isinstance(projector, nn.Module):
+            raise TypeError(f"projector: expected an nn.Module or None, got {projector!r}")
+        if geometry is not None and not isinstance(geometry, Geometry):
+            raise TypeError(f"geometry: expected hero.Geometry, got {geometry!r}")
+        if image_newline is not None and not isinstance(image_newline, Tensor):
+            raise TypeError(f"image_newline: expected a tensor [D], got {image_newline!r}")
         self._tower = tower_for(vision_tower)
         crop_size, patch_size = self._tower.geometry(vision_tower)
         if geometry is None:
@@ -176,6 +193,7 @@ class HeroVisionEncoder(nn.Module):
             )
         modules = self._tower.attention_modules(vision_tower)
         self.depth = len(modules)
+        self.feature_layer = _check_feature_layer(feature_layer, self.depth)
         layers = {
             *resolve_layers("tile_layers", config.tile_layers, self.depth),
             *resolve_layers("thumbnail_layers", config.thumbnail_layers, self.depth),
@@ -191,7 +209,6 @@ class HeroVisionEncoder(nn.Module):
         else:
             self.register_buffer("image_newline", image_newline, persistent=False)
         self.relevance = relevance
-        self.feature_layer = feature_layer if isinstance(feature_layer, int) else tuple(feature_layer)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         self._captured = tuple(sorted(layers))
         capture.install(
@@ -246,8 +263,10 @@ class HeroVisionEncoder(nn.Module):
         if len(shape) not in (4, 5):
             raise ValueError(f"pixel_values: expected {expected}, got shape {shape}")
         size = self.geometry.crop_size
-        if shape[-2:] != (size, size):
-            raise ValueError(f"pixel_values: expected crops of {size} × {size} px, got shape {shape}")
+        if shape[-3:] != (3, size, size):
+            raise ValueError(f"pixel_values: expected crops of 3 × {size} × {size}, got shape {shape}")
+        if not isinstance(image_sizes, Sequence) and not hasattr(image_sizes, "tolist"):
+            raise TypeError(f"image_sizes: expected (height, width) of each image, got {image_sizes!r}")
         sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else list(image_sizes)
         if not sizes:
             raise ValueError("image_sizes: expected at least one image, got none")
@@ -281,7 +300,9 @@ class HeroVisionEncoder(nn.Module):
         collector = capture.Collector(
             weights, second_softmax=self.config.second_softmax, received=not self._tower.has_cls
         )
-        layer = self.feature_layer if feature_layer is None else feature_layer
+        layer = (
+            self.feature_layer if feature_layer is None else _check_feature_layer(feature_layer, self.depth)
+        )
         with capture.collect(collector, self._modules_captured()):
             features, cls, pooled, output = self._tower.run(
                 self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
@@ -366,6 +387,8 @@ class HeroVisionEncoder(nn.Module):
         crops, layouts = self.prepare(pixel_values, image_sizes)
         if isinstance(text, str):
             text = [text] * len(layouts)
+        if text is not None and not isinstance(text, Sequence):
+            raise TypeError(f"text: expected a string, or one an image, got {text!r}")
         if text is not None and self.relevance is None:
             raise ValueError(f"text: expected None without a relevance model, got {text!r}")
         encoded = self.encode(crops, layouts, **kwargs)

@@ -355,23 +355,27 @@ def attach(
         raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
     unknown = set(options) - {field.name for field in dataclasses.fields(HeroConfig)}
     if unknown:
-        raise TypeError(f"{', '.join(sorted(unknown))}: expected fields of hero.HeroConfig")
+        names = ", ".join(field.name for field in dataclasses.fields(HeroConfig))
+        given = {name: options[name] for name in sorted(unknown)}
+        raise TypeError(f"{', '.join(given)}: expected options among {names}, got {given}")
     config = HeroConfig(**options) if config is None else config
     adapter = adapter_for(model)
+    parts = adapter.parts(model)
+    if processor is not None:
+        adapter.check_processor(processor, parts)
+        tokenizer = processor.tokenizer if tokenizer is None else tokenizer
     for name, target in (("model", model), ("processor", processor)):
         if target is not None and "_hero" in target.__dict__:
             raise ValueError(
                 f"{name}: expected one without hero attached, got one with; handle.remove() first"
             )
-    parts = adapter.parts(model)
-    if processor is not None:
-        adapter.check_processor(processor, parts)
-        tokenizer = processor.tokenizer if tokenizer is None else tokenizer
     if relevance is not None and tokenizer is None:
         raise ValueError(
             "tokenizer: expected the language model's tokenizer (or a processor), with which relevance reads "
             "the question, got None"
         )
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer: expected the language model's tokenizer, got {tokenizer!r}")
     encoder = HeroVisionEncoder(
         parts.vision_tower,
         parts.projector,

@@ -259,6 +259,8 @@ def count_tokens(
     """
     if not isinstance(config, HeroConfig):
         raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
+    if geometry is not None and not isinstance(geometry, Geometry):
+        raise TypeError(f"geometry: expected hero.Geometry, got {geometry!r}")
     given = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
     given = {name: value for name, value in given.items() if value is not None}
     if geometry is not None and given:

@@ -38,7 +38,8 @@ def images_of_rows(is_image: Tensor, lengths: Sequence[int]) -> list[int]:
         begin_of_row = ends[row - 1] if row else 0
         if end - lengths[number] < begin_of_row:
             raise ValueError(
-                f"input_ids: expected the {lengths[number]} placeholders of image {number} in one row"
+                f"input_ids: expected the {lengths[number]} placeholders of image {number} in one row, "
+                f"got {end - begin_of_row} of them in row {row}"
             )
         rows.append(row)
     return rows

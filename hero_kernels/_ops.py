@@ -55,11 +55,16 @@ def _check_attention(query: Tensor, key: Tensor, scale: float, *, rows: bool) ->
     check_tensor(
         "query", query, (crops, heads, "N or 1" if rows else tokens, width), (key.dtype,), key.device
     )
-    if rows and query.shape[2] < 1:
-        raise ValueError(f"query: expected at least the CLS row, got {describe(query)}")
+    if rows:
+        _check_rows("query", query, tokens)
     if tokens < 1 + rows:
         raise ValueError(f"key: expected at least {1 + rows} tokens a crop, got {describe(key)}")
     check_number("scale", scale)
+
+
+def _check_rows(name: str, values: Tensor, tokens: int) -> None:
+    if values.shape[2] not in (1, tokens):
+        raise ValueError(f"{name}: expected {tokens} rows or the CLS row alone, got {describe(values)}")
 
 
 def _check_accumulation(weight: float | Tensor, out: Tensor | None, crops: int, size: int, device) -> None:
@@ -86,6 +91,7 @@ def cls_attention(
     _check_accumulation(weight, out, crops, tokens - 1, key.device)
     if lse is not None:
         check_tensor("lse", lse, (crops, heads, "N or 1"), FLOATS, key.device)
+        _check_rows("lse", lse, tokens)
     run = _implementation("cls_attention", key.device)
     return run(query, key, scale, lse=lse, weight=weight, out=out, second_softmax=second_softmax)
 
@@ -134,19 +140,25 @@ def _check_signals(signals: Sequence[TileSignal], segments: Segments, device: to
             raise TypeError(f"{name}: expected a TileSignal, got {describe(signal)}")
         check_tensor(f"{name}.values", signal.values, (segments.crops,), FLOATS, device)
         check_number(f"{name}.weight", signal.weight, low=0.0)
+        _check_cpu(f"{name}.values", "finite numbers", signal.values, torch.isfinite)
         if signal.temperature is not None:
             check_number(f"{name}.temperature", signal.temperature, positive=True)
-        _check_numbers(f"{name}.values", signal.values)
     if sum(signal.weight for signal in signals) <= 0:
         raise ValueError(f"signals: expected a weight > 0, got {[signal.weight for signal in signals]}")
 
 
+def _check_cpu(name: str, expected: str, values: Tensor, fits: Callable[[Tensor], Tensor]) -> None:
+    if values.device.type != "cpu":  # there the answer would have to be waited for
+        return
+    fit = fits(values)
+    if not fit.all():
+        wrong = values[~fit]
+        kind = "NaN" if torch.isnan(wrong).any() else "infinite"
+        raise ValueError(f"{name}: expected {expected}, got {len(wrong)} {kind} of {values.numel()}")
+
+
 def _check_numbers(name: str, values: Tensor) -> None:
-    # Only on the CPU: elsewhere the answer would have to be waited for.
-    if values.device.type == "cpu" and torch.isnan(values).any():
-        raise ValueError(
-            f"{name}: expected numbers, got {int(torch.isnan(values).sum())} NaN of {values.numel()}"
-        )
+    _check_cpu(name, "numbers", values, lambda values: ~torch.isnan(values))
 
 
 def tile_budgets(

@@ -144,10 +144,12 @@ def _shares(signals: Sequence[TileSignal], tiles: slice) -> Tensor:
     for signal in signals:
         values = signal.values[tiles].float()
         if signal.temperature is not None:
-            part = (values / signal.temperature).softmax(0)
+            part = ((values - values.max()) / signal.temperature).softmax(0)
         else:
             values = values.clamp_min(0.0)
-            part = values / values.sum() if values.sum() > 0 else torch.full_like(values, 1.0 / count)
+            part = values / values.sum()
+        if not 0.5 < part.sum() < 1.5:  # nothing to divide, or beyond fp32
+            part = torch.full_like(values, 1.0 / count)
         shares = shares + (signal.weight / total_weight) * part
     return shares
 
@@ -212,7 +214,8 @@ def tile_budgets(
         ``min(thumbnail_tokens, valid)``, its share 0.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name; NaN in a signal.
+        TypeError, ValueError: an argument of another type, shape or device, by name; a signal that is not
+            finite.
     """
     device = valid_counts.device
     rule = _apportion if allocation == "exact" else _apportion_floor
@@ -226,7 +229,7 @@ def tile_budgets(
         if image.tiles:
             start = first + image.first_tile
             shares[start : start + image.tiles] = _shares(signals, slice(start, start + image.tiles))
-    weights = (shares * FIXED_POINT + 0.5).floor().to(torch.int32)
+    weights = (shares.double() * FIXED_POINT + 0.5).floor().to(torch.int32)  # fp32 could not add the half
     whole_numbers = weights.tolist()
     for first, image in zip(segments.first_crops, segments.images, strict=False):
         if image.tiles:

@@ -78,6 +78,8 @@ class Segments:
     def __post_init__(self) -> None:
         if not isinstance(self.side, int) or self.side < 1:
             raise ValueError(f"side: expected an integer >= 1, got {describe(self.side)}")
+        if not self.images:
+            raise ValueError("images: expected at least one Segment, got none")
         for number, image in enumerate(self.images):
             name = f"images[{number}]"
             if not isinstance(image, Segment):
@@ -88,6 +90,8 @@ class Segments:
                 raise ValueError(f"{name}: expected grid_width to divide {image.tiles} tiles, got {image}")
             if min(image.thumbnail_tokens, image.tile_tokens) < 0:
                 raise ValueError(f"{name}: expected token counts >= 0, got {image}")
+            if image.thumbnail_newline and image.thumbnail < 0:
+                raise ValueError(f"{name}: expected a thumbnail before its newline, got {image}")
             begin, end = image.newline_rows
             if not 0 <= begin <= end <= (image.tiles // image.grid_width) * self.side:
                 raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
@@ -119,8 +123,8 @@ class TileSignal(NamedTuple):
     Attributes:
         values: ``[T]`` fp32; entries of thumbnails are ignored.
         weight: its weight in the share, >= 0.
-        temperature: softmax temperature, or ``None`` to divide by the sum over tiles instead (equal
-            parts where the sum is zero; negative values count as zero).
+        temperature: softmax temperature, or ``None`` to divide by the sum over tiles instead (negative
+            values count as zero). Where the sum is zero, or fp32 overflows, tiles get equal parts.
     """
 
     values: Tensor

@@ -141,10 +141,8 @@ def test_resolve_layers(layers, depth, expected):
 def test_layer_outside_the_encoder(layers, depth):
     with pytest.raises(ValueError) as error:
         resolve_layers("thumbnail_layers", layers, depth)
-    worst = max(layers, key=abs)
-    assert str(error.value) == (
-        f"thumbnail_layers: expected indices in [{-depth}, {depth}) for an encoder of {depth} layers, got {worst}"
-    )
+    expected = f"indices in [{-depth}, {depth}) for an encoder of {depth} layers"
+    assert str(error.value) == f"thumbnail_layers: expected {expected}, got {max(layers, key=abs)}"
 
 
 # --- weights ---------------------------------------------------------------------------------------------
@@ -294,6 +292,12 @@ def test_refused(fields, kind, names, build):
     assert rest.startswith("expected ") and ", got " in rest
 
 
+@pytest.mark.parametrize("field", ["keep_ratio", "temperature_cls"])
+def test_integer_beyond_floats(field):
+    with pytest.raises(ValueError, match=f"^{field}: expected "):
+        HeroConfig(**{field: 10**400})
+
+
 @pytest.mark.parametrize(
     ("fields", "value"),
     [
@@ -329,6 +333,7 @@ def test_message_lists_the_choices():
         ([("keep_ratio", 0.2)], TypeError),
         ("keep_ratio", TypeError),
         (None, TypeError),
+        ({"keep": 0.2, 3: 4}, ValueError),
     ],
 )
 def test_from_dict_refuses(values, kind):

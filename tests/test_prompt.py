@@ -20,8 +20,8 @@ IMAGE = 9
             "How many dogs?",
         ),
         (
-            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat colour?<|im_end|>"
-            "<|im_start|>assistant\n",
+            "<|im_start|>system\nAnswer the questions.<|im_end|>"
+            "<|im_start|>user\n<image>\nWhat colour?<|im_end|><|im_start|>assistant\n",
             "What colour?",
         ),
         (

@@ -38,7 +38,7 @@ def asked():
 
 
 def answers(loaded, asked, **options):
-    """(right answers [n] bool, tile with the largest budget [n] or None), hero attached where options say so."""
+    """(right answers [n] bool, tile with the largest budget [n]), hero attached where options say so."""
     from hero.mini import scenes
 
     right, largest = [], []

@@ -1,0 +1,1023 @@
+"""The PyTorch twins against oracles written as plain loops: float64 numbers, fractions, one token at a time.
+
+The operations are called by their public names: on a CPU these check the arguments and run the twin.
+"""
+
+import math
+import random
+from fractions import Fraction
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hero_kernels as hk
+from hero_kernels import Segment, Segments, TileBudgets, TileSignal
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CLOSE = {"rtol": 2e-5, "atol": 2e-7}  # of an fp32 computation to the exact one on the same inputs
+ROUNDED = {
+    torch.float32: CLOSE,
+    torch.bfloat16: {"rtol": 4e-3, "atol": 1e-5},
+    torch.float16: {"rtol": 5e-4, "atol": 1e-5},
+}
+FIXED_POINT = 2**24
+
+
+def examples(count):
+    return settings(max_examples=count, deadline=None, derandomize=True)
+
+
+def close(actual, expected, **tolerance):
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual.double(), expected, **(tolerance or CLOSE))
+
+
+def generator(*seed) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(repr(seed)).getrandbits(32))
+
+
+# --- attention -------------------------------------------------------------------------------------------
+
+
+def softmax(values):
+    top = max(values)
+    powers = [math.exp(value - top) for value in values]
+    whole = math.fsum(powers)
+    return [power / whole for power in powers]
+
+
+def logits_of(query, keys, scale):
+    return [scale * math.fsum(q * k for q, k in zip(query, key)) for key in keys]
+
+
+def oracle_attention(query, key, scale):
+    """Probabilities ``[T][H][M][N]`` of tensors ``[T, H, M, D]`` and ``[T, H, N, D]``."""
+    return [
+        [[softmax(logits_of(row, keys, scale)) for row in rows] for rows, keys in zip(crop_rows, crop_keys)]
+        for crop_rows, crop_keys in zip(query.tolist(), key.tolist())
+    ]
+
+
+def oracle_cls(query, key, scale, second_softmax=False):
+    """``[T][N - 1]``: attention of token 0 to the others, mean over heads."""
+    scores = []
+    for heads in oracle_attention(query[:, :, :1], key, scale):
+        rows = [rows[0][1:] for rows in heads]
+        if second_softmax:
+            rows = [softmax(row) for row in rows]
+        scores.append([math.fsum(column) / len(rows) for column in zip(*rows)])
+    return scores
+
+
+def oracle_lse(query, key, scale):
+    """``[T][H][M]``: natural logarithm of the sum of exponentials of the logits."""
+    lse = []
+    for crop_rows, crop_keys in zip(query.tolist(), key.tolist()):
+        lse.append([])
+        for rows, keys in zip(crop_rows, crop_keys):
+            lse[-1].append([])
+            for row in rows:
+                logits = logits_of(row, keys, scale)
+                top = max(logits)
+                lse[-1][-1].append(top + math.log(math.fsum(math.exp(logit - top) for logit in logits)))
+    return lse
+
+
+def contiguous(values):
+    return values.clone()
+
+
+def packed(values):
+    """The view that attention modules pass: a transposed ``[T, N, H·D]``."""
+    crops, heads, tokens, width = values.shape
+    memory = values.transpose(1, 2).flatten(2).contiguous()
+    return memory.view(crops, tokens, heads, width).transpose(1, 2)
+
+
+def offset(values):
+    """The middle third of a fused projection, within a larger batch; NaN all around."""
+    crops, heads, tokens, width = values.shape
+    memory = values.new_full((crops + 2, tokens + 3, 3 * heads * width), NAN)
+    view = memory[1:-1, 2:-1, heads * width : 2 * heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+    return view.copy_(values)
+
+
+def backwards(values):
+    """Memory order the reverse of the shape, every second element NaN."""
+    memory = values.new_full((*reversed(values.shape), 2), NAN)
+    return memory[..., 0].permute(3, 2, 1, 0).copy_(values)
+
+
+VIEWS = (contiguous, packed, offset, backwards)
+
+
+def draw_attention(*seed, crops=2, heads=3, tokens=37, width=8, dtype=torch.float32, count=2):
+    """``count`` tensors ``[T, H, N, D]`` of a spread that makes attention uneven."""
+    draw = generator(*seed)
+    return [(torch.randn(crops, heads, tokens, width, generator=draw) * 1.5).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("second_softmax", [False, True], ids=["", "second softmax"])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [2, 37, 577])
+def test_cls_attention(tokens, dtype, view, second_softmax):
+    query, key = draw_attention("cls", tokens, tokens=tokens, dtype=dtype)
+    scale = 8**-0.5
+    expected = oracle_cls(query, key, scale, second_softmax)
+    assert max(map(max, expected)) > 1.05 * min(map(min, expected)) or tokens == 2  # not uniform
+    lse = torch.tensor(oracle_lse(query[:, :, :1], key, scale)).float()
+    whole = torch.full((*query.shape[:2], tokens + 1), NAN)  # with strides of its own; only row 0 is read
+    whole[..., 0] = lse[..., 0]
+    query[:, :, 1:] = NAN
+    for rows in (view(query), view(query[:, :, :1])):
+        for sums in (None, lse, whole[..., :tokens]):
+            scores = hk.cls_attention(rows, view(key), scale, lse=sums, second_softmax=second_softmax)
+            assert scores.dtype == torch.float32
+            close(scores, expected)
+
+
+def test_cls_attention_uses_the_lse():
+    query, key = draw_attention("lse")
+    lse = torch.tensor(oracle_lse(query[:, :, :1], key, 0.3)).float()
+    expected = torch.tensor(oracle_cls(query, key, 0.3)) / 2
+    close(hk.cls_attention(query, key, 0.3, lse=lse + math.log(2)), expected.tolist())
+
+
+def test_cls_attention_of_a_double():
+    query, key = draw_attention("double", dtype=torch.float64)
+    scores = hk.cls_attention(query, key, 0.3)
+    assert scores.dtype == torch.float32
+    close(scores, oracle_cls(query, key, 0.3), rtol=1e-4, atol=1e-6)
+
+
+def test_cls_attention_of_extreme_logits():
+    query, key = draw_attention("extreme", tokens=37)
+    for scale in (1e4, -1e4):  # one key takes all; exponentials of the bare logits would overflow
+        scores = hk.cls_attention(query, key, scale)
+        close(scores, oracle_cls(query, key, scale))
+        assert float(scores.max()) > 0.3
+    close(hk.cls_attention(query, key, 0.0), [[1 / 37] * 36] * 2)  # the CLS column is dropped, no more
+
+
+@pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
+def test_accumulation(operation):
+    """Three layers, weighted by numbers and crop by crop, added to what stands in the buffer."""
+    function = getattr(hk, operation)
+    size = 37 if operation == "received_attention" else 36
+    memory = torch.full((4, size + 2), NAN)
+    out = memory[1:-1, 1:-1].copy_(torch.randn(2, size, generator=generator("out")))
+    expected = out.double()
+    weights = [0.25, torch.tensor([0.5, 0.0]), torch.tensor([[3.0, NAN], [1.0, NAN]])[:, 0]]
+    for layer, weight in enumerate(weights):
+        query, key, value = draw_attention("layer", layer, count=3)
+        tensors = (query, key, value) if operation == "attention_with_cls" else (query, key)
+        result = function(*tensors, 0.4, weight=weight, out=out)
+        assert (result[1] if operation == "attention_with_cls" else result) is out
+        rows = torch.tensor(
+            oracle_received(query, key, 0.4)
+            if operation == "received_attention"
+            else oracle_cls(query, key, 0.4)
+        )
+        expected += rows * (weight[:, None] if isinstance(weight, torch.Tensor) else weight)
+        close(out, expected.tolist())
+    memory[1:-1, 1:-1] = NAN
+    assert memory.isnan().all()  # nothing was written around the buffer
+
+
+@pytest.mark.parametrize("weight", [0.25, torch.tensor([0.5, -2.0])], ids=["number", "tensor"])
+def test_weight_without_a_buffer(weight):
+    query, key = draw_attention("weight")
+    factors = [weight] * 2 if isinstance(weight, float) else weight.tolist()
+    for function, oracle in (
+        (hk.cls_attention, oracle_cls),
+        (hk.received_attention, oracle_received),
+    ):
+        rows = oracle(query, key, 0.4)
+        expected = [[factor * score for score in row] for factor, row in zip(factors, rows)]
+        close(function(query, key, 0.4, weight=weight), expected)
+
+
+def oracle_received(query, key, scale):
+    """``[T][N]``: attention that each token receives, mean over heads and queries."""
+    received = []
+    for heads in oracle_attention(query, key, scale):
+        rows = [row for rows in heads for row in rows]
+        received.append([math.fsum(column) / len(rows) for column in zip(*rows)])
+    return received
+
+
+def oracle_output(query, key, value, scale):
+    """``[T][H][N][D]``: the attention output."""
+    return [
+        [
+            [[math.fsum(p * v for p, v in zip(row, column)) for column in zip(*values)] for row in rows]
+            for rows, values in zip(heads, crop_values)
+        ]
+        for heads, crop_values in zip(oracle_attention(query, key, scale), value.tolist())
+    ]
+
+
+def shapes(tokens):
+    """Small enough for N² loops."""
+    return {"crops": 1, "heads": 1, "tokens": tokens, "width": 2} if tokens > 100 else {"tokens": tokens}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [2, 37, 577])
+def test_attention_with_cls(tokens, dtype):
+    query, key, value = draw_attention("flash", tokens, dtype=dtype, count=3, **shapes(tokens))
+    expected = oracle_output(query, key, value, 0.4)
+    for second_softmax in (False, True):
+        rows = oracle_cls(query, key, 0.4, second_softmax)
+        for view in VIEWS:
+            output, scores = hk.attention_with_cls(
+                view(query), view(key), view(value), 0.4, second_softmax=second_softmax
+            )
+            assert (output.dtype, scores.dtype) == (dtype, torch.float32)
+            close(output, expected, **ROUNDED[dtype])
+            close(scores, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 37, 577])
+def test_received_attention(tokens, dtype):
+    query, key = draw_attention("received", tokens, dtype=dtype, **shapes(tokens))
+    expected = oracle_received(query, key, 0.4)
+    for view in VIEWS:
+        scores = hk.received_attention(view(query), view(key), 0.4)
+        assert scores.dtype == torch.float32
+        close(scores, expected)
+        close(scores.sum(1), [1.0] * len(scores))
+
+
+# --- top-k -----------------------------------------------------------------------------------------------
+
+
+def oracle_keep(scores, budget, valid=None):
+    """One crop: a stable sort of the valid patches, highest first."""
+    patches = [patch for patch in range(len(scores)) if valid is None or valid[patch]]
+    kept = sorted(patches, key=lambda patch: -scores[patch])[:budget]  # Python's sort is stable, −0 equals 0
+    return [patch in kept for patch in range(len(scores))]
+
+
+def check_topk(scores, budgets, valid=None, dtype=torch.float32, integers=torch.int32):
+    scores = torch.tensor(scores, dtype=torch.float64).to(dtype)
+    keep = hk.segmented_topk(
+        scores, torch.tensor(budgets, dtype=integers), None if valid is None else torch.tensor(valid)
+    )
+    assert keep.dtype == torch.bool
+    masks = [None] * len(budgets) if valid is None else valid
+    assert keep.tolist() == [oracle_keep(*crop) for crop in zip(scores.tolist(), budgets, masks)]
+
+
+TINY = 2.0**-149  # the least subnormal of fp32
+ROWS = {
+    "distinct": [0.3, 0.1, 0.9, 0.5, 0.2, 0.8, 0.7, 0.6, 0.4],
+    "ascending": [float(i) for i in range(9)],
+    "all equal": [0.5] * 9,
+    "all zero": [0.0] * 9,
+    "ties": [1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 0.0, 2.0],
+    "signed zeros": [-0.0, 0.0, -0.0, 0.0, -TINY, TINY, 0.0, -0.0, 0.0],
+    "infinities": [INF, 1.0, -INF, INF, -INF, 2.0, 3.4e38, -3.4e38, 0.0],
+    "all -inf": [-INF] * 9,
+    "subnormal": [TINY, 3 * TINY, 2 * TINY, 0.0, -TINY, 2.0**-126, 2.0**-127, 2 * TINY, -3 * TINY],
+    "negative": [-1.0, -2.0, -1.5, -0.5, -0.5, -4.0, -0.25, -8.0, -0.25],
+}
+MASKS = {
+    "none": None,
+    "all": [True] * 9,
+    "nothing": [False] * 9,
+    "border": [False, False, False, True, True, True, False, False, False],
+    "odd": [patch % 2 == 1 for patch in range(9)],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("row", ROWS)
+def test_topk(row, mask):
+    """Every budget at once, a crop each: none, all, and more than there is."""
+    budgets = [*range(12), 1000]
+    check_topk([ROWS[row]] * len(budgets), budgets, None if mask == "none" else [MASKS[mask]] * len(budgets))
+
+
+def test_topk_prefers_valid_minus_infinity_to_any_invalid_patch():
+    scores = torch.tensor([[5.0, -INF, INF, -INF, 7.0, -INF]])
+    valid = torch.tensor([[False, True, False, True, False, False]])
+    for budget, kept in ((1, [1]), (2, [1, 3]), (6, [1, 3])):
+        assert hk.segmented_topk(scores, torch.tensor([budget]), valid)[0].nonzero()[:, 0].tolist() == kept
+
+
+def test_topk_of_no_crops():
+    keep = hk.segmented_topk(torch.empty(0, 9), torch.empty(0, dtype=torch.int32))
+    assert keep.shape == (0, 9)
+
+
+PALETTE = st.sampled_from([-INF, -1.0, -TINY, -0.0, 0.0, TINY, 2 * TINY, 0.5, 1.0, 3.4e38, INF])
+CROPS = st.lists(
+    st.tuples(
+        st.lists(PALETTE, min_size=9, max_size=9),
+        st.integers(0, 11),
+        st.lists(st.booleans(), min_size=9, max_size=9),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@examples(800)
+@given(
+    CROPS,
+    st.booleans(),
+    st.sampled_from([*DTYPES, torch.float64]),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def test_topk_on_anything(crops, masked, dtype, integers):
+    scores, budgets, valid = ([crop[part] for crop in crops] for part in range(3))
+    check_topk(scores, budgets, valid if masked else None, dtype, integers)
+
+
+def test_topk_of_many_patches_with_ties():
+    draw = random.Random(3)
+    scores = [[draw.randrange(40) / 8 for _ in range(576)] for _ in range(8)]
+    valid = [[draw.random() < 0.7 for _ in range(576)] for _ in range(8)]
+    budgets = [0, 1, 57, 115, 288, 400, 576, 900]
+    check_topk(scores, budgets, valid)
+    check_topk(scores, budgets)
+
+
+# --- budgets ---------------------------------------------------------------------------------------------
+
+
+def oracle_exact(total, weights, caps):
+    """Water-filling by its definition: λ with Σ min(λ·weight, cap) = total, then the largest remainders.
+
+    Once the tiles that have weight are full, those without share what is left equally.
+    """
+    left = min(total, sum(caps))
+    quota = [Fraction(0)] * len(caps)
+    for group in ([i for i, w in enumerate(weights) if w], [i for i, w in enumerate(weights) if not w]):
+        weight = {tile: weights[tile] or 1 for tile in group}
+        group_total = min(left, sum(caps[tile] for tile in group))
+        level, water, open_weight = Fraction(0), Fraction(group_total), sum(weight.values())
+        for tile in sorted(group, key=lambda tile: Fraction(caps[tile], weight[tile])):
+            level = water / open_weight
+            if level * weight[tile] < caps[tile]:
+                break  # this one does not overflow, nor do those after it
+            water -= caps[tile]
+            open_weight -= weight[tile]
+            level = Fraction(0)
+        for tile in group:
+            full = open_weight == 0 or level * weight[tile] >= caps[tile]
+            quota[tile] = Fraction(caps[tile]) if full else level * weight[tile]
+        assert sum(quota[tile] for tile in group) == group_total
+        left -= group_total
+    budgets = [math.floor(q) for q in quota]
+    missing = min(total, sum(caps)) - sum(budgets)
+    order = sorted(range(len(caps)), key=lambda tile: (budgets[tile] - quota[tile], tile))
+    for tile in order[:missing]:
+        budgets[tile] += 1
+    cut = [quota[tile] - math.floor(quota[tile]) for tile in order[missing - 1 : missing + 1]]
+    tied = missing > 0 and len(cut) == 2 and cut[0] == cut[1]
+    return budgets, tied
+
+
+def oracle_floor(total, weights, caps):
+    whole = sum(weights)
+    return [min(math.floor(Fraction(total * weight, whole)), cap) for weight, cap in zip(weights, caps)]
+
+
+def oracle_shares(signals, tiles):
+    """In float64; a signal is (values, weight, temperature)."""
+    whole = math.fsum(weight for _, weight, _ in signals)
+    shares = [0.0] * len(tiles)
+    for values, weight, temperature in signals:
+        values = [values[tile] for tile in tiles]
+        if temperature is not None:
+            part = softmax([value / temperature for value in values])
+        else:
+            values = [max(value, 0.0) for value in values]
+            total = math.fsum(values)
+            part = [value / total if total else 1.0 / len(tiles) for value in values]
+        shares = [share + weight / whole * p for share, p in zip(shares, part)]
+    return shares
+
+
+def oracle_weights(shares):
+    return [math.floor(Fraction(share) * FIXED_POINT + Fraction(1, 2)) for share in shares]
+
+
+def image_of(caps, tile_tokens, thumbnail="first", thumbnail_tokens=0, **fields) -> tuple[Segment, list[int]]:
+    """A segment of the tiles with these caps, and the caps of its crops."""
+    crops = len(caps) + (thumbnail != "none")
+    position = {"first": 0, "last": crops - 1, "none": -1}[thumbnail]
+    caps = {"first": [16, *caps], "last": [*caps, 16], "none": list(caps)}[thumbnail]
+    return Segment(crops, position, 1, thumbnail_tokens, tile_tokens, **fields), caps
+
+
+def one_image(weights, caps, total, allocation="exact") -> TileBudgets:
+    """Budgets of an image without thumbnail, its one signal proportional to ``weights``."""
+    segments = Segments((image_of(caps, total, "none")[0],), 6)
+    signal = TileSignal(torch.tensor(weights, dtype=torch.float32), 1.0)
+    return hk.tile_budgets([signal], torch.tensor(caps), segments, allocation=allocation)
+
+
+TILES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 36)), min_size=1, max_size=9)
+UNEVEN = st.lists(
+    st.tuples(st.sampled_from([0, 1, 2, 1000, 10**6]), st.integers(0, 576)), min_size=1, max_size=40
+)
+TOTAL = st.integers(0, 200)
+FRACTION = st.integers(0, 110)
+
+
+@examples(4000)
+@given(st.one_of(TILES, UNEVEN), FRACTION)
+def test_exact_budgets(tiles, percent):
+    weights, caps = map(list, zip(*tiles))
+    total = sum(caps) * percent // 100
+    result = one_image(weights, caps, total)
+    emitted, budgets = result.weights.tolist(), result.budgets.tolist()
+    assert budgets == oracle_exact(total, emitted, caps)[0]
+    assert sum(budgets) == min(total, sum(caps))
+    assert all(0 <= budget <= cap for budget, cap in zip(budgets, caps))
+    for i, j in ((i, j) for i in range(len(caps)) for j in range(len(caps))):
+        if emitted[i] > emitted[j] and budgets[i] < caps[i]:
+            assert budgets[i] >= budgets[j]
+        if emitted[i] > 0 == emitted[j] and budgets[j] > 0:  # no weight: only what the others cannot take
+            assert budgets[i] == caps[i]
+
+
+@examples(2500)
+@given(TILES, TOTAL, st.integers(0, 8), st.integers(1, 5))
+def test_more_weight_never_means_less(tiles, total, tile, more):
+    weights, caps = map(list, zip(*tiles))
+    tile %= len(tiles)
+    before = one_image(weights, caps, total).budgets.tolist()
+    if sum(weights) == 0:
+        weights = [1] * len(weights)  # what all zero means
+    weights[tile] += more
+    after = one_image(weights, caps, total).budgets.tolist()
+    assert after[tile] >= before[tile]
+
+
+@examples(2500)
+@given(TILES, TOTAL, st.randoms(use_true_random=False))
+def test_order_of_tiles_matters_to_ties_alone(tiles, total, draw):
+    weights, caps = map(list, zip(*tiles))
+    order = list(range(len(tiles)))
+    draw.shuffle(order)
+    result = one_image(weights, caps, total)
+    budgets = result.budgets.tolist()
+    shuffled = one_image([weights[tile] for tile in order], [caps[tile] for tile in order], total)
+    assert shuffled.weights.tolist() == [int(result.weights[tile]) for tile in order]
+    if not oracle_exact(total, result.weights.tolist(), caps)[1]:
+        assert shuffled.budgets.tolist() == [budgets[tile] for tile in order]
+
+
+@examples(1500)
+@given(st.one_of(TILES, UNEVEN), TOTAL)
+def test_floor_budgets(tiles, total):
+    weights, caps = map(list, zip(*tiles))
+    result = one_image(weights, caps, total, "floor")
+    assert result.budgets.tolist() == oracle_floor(total, result.weights.tolist(), caps)
+
+
+@pytest.mark.parametrize(
+    ("weights", "caps", "total", "exact", "floor"),
+    [
+        ([1, 1, 1], [9, 9, 9], 10, [4, 3, 3], [3, 3, 3]),  # a tie of remainders: the lower tile
+        ([0, 0, 0], [9, 9, 9], 11, [4, 4, 3], [3, 3, 3]),  # no weight at all: equal parts
+        ([1, 0, 0], [4, 9, 9], 9, [4, 3, 2], [4, 0, 0]),  # zero weights take what a full tile leaves
+        ([1, 0, 1], [9, 9, 9], 18, [9, 0, 9], [9, 0, 9]),
+        ([3, 1], [4, 9], 8, [4, 4], [4, 2]),  # the cap binds, the rest flows on
+        ([4, 2, 2], [4, 5, 9], 16, [4, 5, 7], [4, 4, 4]),  # filling the first fills the second
+        ([1, 2], [9, 0], 5, [5, 0], [1, 0]),  # an empty tile
+        ([1, 2], [3, 4], 100, [3, 4], [3, 4]),
+        ([1, 2], [3, 4], 0, [0, 0], [0, 0]),
+        ([5], [9], 7, [7], [7]),
+        ([1, 1, 2], [9, 9, 9], 2, [1, 0, 1], [0, 0, 1]),  # quotas ½, ½, 1
+    ],
+)
+def test_budgets_by_hand(weights, caps, total, exact, floor):
+    assert one_image(weights, caps, total).budgets.tolist() == exact
+    assert one_image(weights, caps, total, "floor").budgets.tolist() == floor
+
+
+SIGNAL = st.tuples(st.sampled_from([0.0, 0.1, 0.8, 3.0]), st.sampled_from([None, 0.02, 0.1, 1.0]))
+IMAGES = st.lists(
+    st.tuples(
+        st.integers(0, 40),  # tiles
+        st.sampled_from(["first", "last", "none"]),
+        st.integers(0, 40),  # thumbnail tokens
+        st.integers(0, 700),  # tile tokens
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@examples(1200)
+@given(
+    IMAGES,
+    st.lists(SIGNAL, min_size=1, max_size=4).filter(lambda signals: any(weight for weight, _ in signals)),
+    st.sampled_from(["exact", "floor"]),
+    st.sampled_from([torch.int32, torch.int64]),
+    st.integers(0, 2**32),
+)
+def test_budgets_of_a_ragged_batch(images, signals, allocation, integers, seed):
+    draw = random.Random(seed)
+    segments, counts, places = [], [], []
+    for tiles, thumbnail, thumbnail_tokens, tile_tokens in images:
+        thumbnail = thumbnail if tiles else "first"
+        caps = [draw.choice([0, 5, 16, 16, 16]) for _ in range(tiles)]
+        image, caps = image_of(caps, tile_tokens, thumbnail, thumbnail_tokens)
+        first = len(counts) + (thumbnail == "first")
+        places.append((range(first, first + tiles), len(counts) + image.thumbnail))
+        segments.append(image)
+        counts += caps
+    values = [[draw.choice([draw.uniform(-0.3, 1), 0.0]) for _ in counts] for _ in signals]
+    result = hk.tile_budgets(
+        [TileSignal(torch.tensor(v), *signal) for v, signal in zip(values, signals)],
+        torch.tensor(counts, dtype=integers),
+        Segments(tuple(segments), 4),
+        allocation=allocation,
+    )
+    assert [part.dtype for part in result] == [torch.int32, torch.float32, torch.int32]
+    assert {part.shape for part in result} == {(len(counts),)}
+    budgets, shares, weights = (part.tolist() for part in result)
+    rule = {"exact": lambda *image: oracle_exact(*image)[0], "floor": oracle_floor}[allocation]
+    for image, (tiles, thumbnail) in zip(segments, places):
+        if image.thumbnail >= 0:
+            assert budgets[thumbnail] == min(image.thumbnail_tokens, counts[thumbnail])
+            assert shares[thumbnail] == weights[thumbnail] == 0
+        if not tiles:
+            continue
+        part = slice(tiles.start, tiles.stop)
+        expected = oracle_shares([(v, *signal) for v, signal in zip(values, signals)], tiles)
+        assert shares[part] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert math.fsum(shares[part]) == pytest.approx(1.0, abs=1e-5)
+        assert weights[part] == oracle_weights(shares[part])
+        assert budgets[part] == rule(image.tile_tokens, weights[part], counts[part])
+
+
+def test_shares_in_fixed_point():
+    """``floor(share · 2²⁴ + ½)`` exactly: fp32 cannot add ½ to 2²³, nor to the number just below ½."""
+    draw = random.Random(5)
+    values = [draw.random() for _ in range(40)]
+    values += [1.0, 2.0**-25, 2.0**-24, 2.0**-25 - 2.0**-50, 1.5 * 2.0**-24, 2.0**-40, 0.0]
+    for other in values:
+        result = one_image([1.0, other], [9, 9], 9)
+        assert result.weights.tolist() == oracle_weights(result.shares.tolist())
+
+
+@pytest.mark.parametrize(
+    ("values", "temperature"),
+    [
+        (torch.tensor([0.0, 1.0, 1.0]), 1e-40),
+        (torch.tensor([0.0, 1.0, 0.5]), 1e-320),
+        (torch.tensor([0.0, 1e300, 1.0], dtype=torch.float64), None),
+        (torch.tensor([0.0, 1e300, 1.0], dtype=torch.float64), 0.1),
+        (torch.tensor([1.0, 3e38, 3e38]), None),
+    ],
+)
+def test_signal_beyond_fp32(values, temperature):
+    """Refused, or shared out all the same: never more tokens than the image has placeholders."""
+    segments = Segments((image_of([16] * 3, 20, "none")[0],), 4)
+    try:
+        result = hk.tile_budgets([TileSignal(values, 1.0, temperature)], torch.full((3,), 16), segments)
+    except ValueError as error:
+        assert str(error).startswith("signals[0].")
+    else:
+        assert int(result.budgets.sum()) == 20
+        assert float(result.shares.sum()) == pytest.approx(1.0)
+
+
+def test_signals_of_other_dtypes():
+    values = torch.tensor([0.0, 1.0, 3.0, 0.5])
+    segments = Segments((image_of([16] * 3, 20)[0],), 4)
+    counts = torch.full((4,), 16)
+    expected = hk.tile_budgets([TileSignal(values, 1.0, 0.5)], counts, segments)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        result = hk.tile_budgets([TileSignal(values.to(dtype), 1.0, 0.5)], counts, segments)
+        assert all(torch.equal(got, want) for got, want in zip(result, expected))
+
+
+# --- gather ----------------------------------------------------------------------------------------------
+
+
+def oracle_index(keep, segments):
+    """The packed sequence of each image, token by token."""
+    side, sequences, first = segments.side, [], 0
+    for image in segments.images:
+        tiles = [crop for crop in range(first, first + image.crops) if crop - first != image.thumbnail]
+        thumbnail, stitched = [], []
+        if image.thumbnail >= 0:
+            crop = first + image.thumbnail
+            thumbnail = [crop * side**2 + patch for patch in range(side**2) if keep[crop][patch]]
+            if image.thumbnail_newline:
+                thumbnail.append(-1)
+        for line in range(len(tiles) // image.grid_width * side):
+            for column in range(image.grid_width * side):
+                crop = tiles[line // side * image.grid_width + column // side]
+                patch = line % side * side + column % side
+                if keep[crop][patch]:
+                    stitched.append(crop * side**2 + patch)
+            if image.newline_rows[0] <= line < image.newline_rows[1]:
+                stitched.append(-1)
+        last = image.thumbnail == image.crops - 1 and len(tiles) > 0
+        sequences.append(stitched + thumbnail if last else thumbnail + stitched)
+        first += image.crops
+    return sequences
+
+
+BATCHES = {
+    "stitched 2 × 2": (Segment(5, 0, 2, 3, 11, (0, 8)),),
+    "stitched 2 × 3, padding rows": (Segment(7, 0, 3, 4, 30, (2, 6)),),
+    "stitched 3 × 1": (Segment(4, 0, 1, 4, 9, (1, 11)),),
+    "stitched 1 × 4": (Segment(5, 0, 4, 16, 64, (0, 4)),),
+    "tile after tile": (Segment(7, 0, 1, 5, 17),),
+    "thumbnail last": (Segment(7, 6, 1, 5, 17),),
+    "thumbnail last, stitched": (Segment(7, 6, 2, 5, 17, (3, 9)),),
+    "thumbnail last, newline": (Segment(5, 4, 2, 5, 17, (0, 8), True),),
+    "no thumbnail": (Segment(6, -1, 3, 0, 21, (0, 8)),),
+    "thumbnail alone": (Segment(1, 0, 1, 7),),
+    "thumbnail alone, newline": (Segment(1, 0, 1, 7, 0, (0, 0), True),),
+    "thumbnail and tiles, both newlines": (Segment(5, 0, 2, 6, 10, (0, 8), True),),
+    "nothing kept": (Segment(5, 0, 2, 0, 0, (0, 8)),),
+    "nothing at all": (Segment(5, 0, 2), Segment(3, 0, 2, 2, 2)),
+    "everything kept": (Segment(5, 0, 2, 16, 64, (0, 8)),),
+    "more than there is": (Segment(5, 0, 2, 99, 999, (0, 8)),),
+    "ragged": (
+        Segment(5, 0, 2, 3, 11, (0, 8)),
+        Segment(1, 0, 1, 7, 0, (0, 0), True),
+        Segment(13, 12, 4, 2, 77, (5, 6)),
+        Segment(6, -1, 1, 0, 21, (0, 24)),
+        Segment(41, 0, 8, 16, 100, (4, 17)),
+        Segment(3, 0, 2, 16, 0, (0, 4)),
+    ),
+}
+MASKED = {"all valid": None, "padding": 0.7, "sparse": 0.1}
+
+
+def draw_batch(images, masked, *seed, width=3, dtype=torch.float32):
+    """Features, scores with ties, mask and signals of a batch."""
+    draw = generator(*seed)
+    segments = Segments(images, 4)
+    shape = (segments.crops, segments.patches)
+    features = torch.randn(*shape, width, generator=draw).to(dtype)
+    scores = torch.randint(0, 9, shape, generator=draw) / 8
+    valid = None if masked is None else torch.rand(shape, generator=draw) < masked
+    signals = [
+        TileSignal(torch.rand(segments.crops, generator=draw), 0.3),
+        TileSignal(torch.rand(segments.crops, generator=draw), 0.7, 0.2),
+    ]
+    return segments, features, scores, valid, signals
+
+
+@pytest.mark.parametrize("allocation", ["exact", "floor"])
+@pytest.mark.parametrize("masked", MASKED)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gather(batch, masked, allocation):
+    segments, features, scores, valid, signals = draw_batch(BATCHES[batch], MASKED[masked], batch, masked)
+    given = {"valid": valid, "signals": signals, "allocation": allocation}
+    result = hk.segmented_topk_gather(features, scores, segments, **given)
+    masks = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    counts = masks.sum(1)
+    budgets = hk.tile_budgets(signals, counts, segments, allocation=allocation)
+    keep = [oracle_keep(*crop) for crop in zip(scores.tolist(), budgets.budgets.tolist(), masks.tolist())]
+    sequences = oracle_index(keep, segments)
+
+    assert result.index.dtype == torch.int32
+    assert result.index.tolist() == list(chain(*sequences))
+    assert result.lengths == tuple(len(sequence) for sequence in sequences)
+    assert all(type(length) is int for length in result.lengths)
+    assert result.tokens.shape == (sum(result.lengths), 3)
+    for row, source in zip(result.tokens.tolist(), result.index.tolist()):
+        assert row == ([0.0] * 3 if source < 0 else features[source // 16, source % 16].tolist())
+    assert all(torch.equal(got, want) for got, want in zip(result.budgets, budgets))
+    if allocation == "exact":
+        for image, first, sequence in zip(segments.images, segments.first_crops, sequences):
+            tiles = slice(first + image.first_tile, first + image.first_tile + image.tiles)
+            expected = min(image.tile_tokens, int(counts[tiles].sum())) + image.newlines
+            if image.thumbnail >= 0:
+                expected += min(image.thumbnail_tokens, int(counts[first + image.thumbnail]))
+            assert len(sequence) == expected
+
+    again = hk.segmented_topk_gather(features, scores, segments, valid=valid, budgets=budgets)
+    assert torch.equal(again.tokens, result.tokens) and torch.equal(again.index, result.index)
+    assert again.lengths == result.lengths and again.budgets is budgets
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gather_of_views_and_dtypes(dtype, scores_dtype):
+    """Features as they come from a tower: everything but the CLS row of its hidden state."""
+    segments, features, scores, valid, signals = draw_batch(BATCHES["ragged"], 0.7, "views", dtype=dtype)
+    expected = hk.segmented_topk_gather(features, scores, segments, valid=valid, signals=signals)
+    hidden = torch.full((segments.crops, segments.patches + 1, 7), INF, dtype=dtype)
+    view = hidden[:, 1:, 2:5].copy_(features)
+    result = hk.segmented_topk_gather(
+        view,
+        scores.T.contiguous().T.to(scores_dtype),  # eighths are exact
+        segments,
+        valid=valid.T.contiguous().T,
+        signals=[TileSignal(values.repeat_interleave(2)[::2], *rest) for values, *rest in signals],
+    )
+    assert result.tokens.dtype == dtype
+    assert torch.equal(result.tokens, expected.tokens)
+    assert torch.equal(result.index, expected.index)
+
+
+@pytest.mark.parametrize("masked", MASKED)
+def test_image_does_not_depend_on_its_batch(masked):
+    segments, features, scores, valid, signals = draw_batch(BATCHES["ragged"], MASKED[masked], "alone")
+    together = hk.segmented_topk_gather(features, scores, segments, valid=valid, signals=signals)
+    sequences = zip(together.tokens.split(together.lengths), together.index.split(together.lengths))
+    for image, first, (tokens, index) in zip(segments.images, segments.first_crops, sequences):
+        part = slice(first, first + image.crops)
+        alone = hk.segmented_topk_gather(
+            features[part],
+            scores[part],
+            Segments((image,), 4),
+            valid=None if valid is None else valid[part],
+            signals=[signal._replace(values=signal.values[part]) for signal in signals],
+        )
+        assert torch.equal(alone.tokens, tokens)
+        assert torch.equal(torch.where(alone.index < 0, -1, alone.index + first * 16), index)
+        for got, want in zip(alone.budgets, together.budgets):
+            assert torch.equal(got, want[part])
+
+
+def test_budgets_beyond_the_valid_patches_are_clamped():
+    segments, features, scores, valid, signals = draw_batch(BATCHES["ragged"], 0.3, "clamped")
+    given = hk.tile_budgets(signals, torch.full((segments.crops,), 16), segments)  # as if all were valid
+    result = hk.segmented_topk_gather(features, scores, segments, valid=valid, budgets=given)
+    keep = [oracle_keep(*crop) for crop in zip(scores.tolist(), given.budgets.tolist(), valid.tolist())]
+    assert result.index.tolist() == list(chain(*oracle_index(keep, segments)))
+
+
+# --- arguments -------------------------------------------------------------------------------------------
+
+
+def qkv():
+    return draw_attention("arguments", crops=2, heads=2, tokens=5, width=4, count=3)
+
+
+def batch_of():
+    """Good arguments of the selecting operations, by name."""
+    segments, features, scores, valid, signals = draw_batch((Segment(5, 0, 2, 3, 11, (0, 8)),), 0.7, "good")
+    counts = valid.sum(1)
+    return {
+        "segments": segments,
+        "features": features,
+        "scores": scores,
+        "valid": valid,
+        "signals": signals,
+        "valid_counts": counts,
+        "budgets": hk.tile_budgets(signals, counts, segments),
+        "values": signals[0].values,
+    }
+
+
+def with_nan(values):
+    values = values.clone()
+    values.view(-1)[-1] = NAN
+    return values
+
+
+def attend(name, **change):
+    query, key, value = qkv()
+    given = {"query": query, "key": key, "scale": 0.5}
+    if name == "attention_with_cls":
+        given["value"] = value
+    return getattr(hk, name)(**{**given, **change})
+
+
+def topk(**change):
+    good = batch_of()
+    return hk.segmented_topk(
+        **{"scores": good["scores"], "budgets": good["budgets"].budgets, "valid": good["valid"], **change}
+    )
+
+
+def budgets(**change):
+    good = batch_of()
+    return hk.tile_budgets(
+        **{**{name: good[name] for name in ("signals", "valid_counts", "segments")}, **change}
+    )
+
+
+def gather(**change):
+    good = batch_of()
+    names = ("features", "scores", "segments", "valid") + (() if "budgets" in change else ("signals",))
+    return hk.segmented_topk_gather(**{**{name: good[name] for name in names}, **change})
+
+
+def signal(**change):
+    return [TileSignal(batch_of()["values"], 1.0)._replace(**change)]
+
+
+META = torch.empty(2, 2, 5, 4, device="meta")
+ATTENTION = [
+    ({"key": "key"}, TypeError, "key"),
+    ({"key": torch.ones(2, 2, 5, 4, dtype=torch.int32)}, TypeError, "key"),
+    ({"key": torch.ones(2, 5, 8)}, ValueError, "key"),
+    ({"key": torch.ones(2, 2, 0, 4), "query": torch.ones(2, 2, 1, 4)}, ValueError, None),
+    ({"query": None}, TypeError, "query"),
+    ({"query": torch.ones(2, 2, 5, 4, dtype=torch.float16)}, TypeError, "query"),
+    ({"query": torch.ones(2, 2, 5, 3)}, ValueError, "query"),
+    ({"query": torch.ones(2, 3, 5, 4)}, ValueError, "query"),
+    ({"query": torch.ones(1, 2, 5, 4)}, ValueError, "query"),
+    ({"query": torch.ones(2, 2, 5)}, ValueError, "query"),
+    ({"query": META}, ValueError, "query"),
+    ({"scale": "0.5"}, TypeError, "scale"),
+    ({"scale": True}, TypeError, "scale"),
+    ({"scale": None}, TypeError, "scale"),
+    ({"scale": NAN}, ValueError, "scale"),
+    ({"scale": INF}, ValueError, "scale"),
+    ({"weight": "1"}, TypeError, "weight"),
+    ({"weight": True}, TypeError, "weight"),
+    ({"weight": None}, TypeError, "weight"),
+    ({"weight": NAN}, ValueError, "weight"),
+    ({"weight": torch.ones(3)}, ValueError, "weight"),
+    ({"weight": torch.ones(2, 1)}, ValueError, "weight"),
+    ({"weight": torch.ones(2, dtype=torch.float64)}, TypeError, "weight"),
+    ({"weight": torch.ones(2, device="meta")}, ValueError, "weight"),
+    ({"out": [0.0]}, TypeError, "out"),
+    ({"out": torch.zeros(2, 3)}, ValueError, "out"),
+    ({"out": torch.zeros(1, 4)}, ValueError, "out"),
+    ({"out": torch.zeros(2, 4, dtype=torch.float16)}, TypeError, "out"),
+    ({"out": torch.zeros(2, 4, device="meta")}, ValueError, "out"),
+]
+CLS_ALONE = [
+    ({"query": torch.ones(2, 2, 0, 4)}, ValueError, "query"),
+    ({"key": torch.ones(2, 2, 1, 4), "query": torch.ones(2, 2, 1, 4)}, ValueError, "key"),
+    ({"lse": 1.0}, TypeError, "lse"),
+    ({"lse": torch.ones(2, 2)}, ValueError, "lse"),
+    ({"lse": torch.ones(2, 3, 5)}, ValueError, "lse"),
+    ({"lse": torch.ones(1, 2, 5)}, ValueError, "lse"),
+    ({"lse": torch.ones(2, 2, 5, dtype=torch.int64)}, TypeError, "lse"),
+    ({"lse": torch.ones(2, 2, 5, device="meta")}, ValueError, "lse"),
+]
+ALL_ROWS = [({"query": torch.ones(2, 2, 1, 4)}, ValueError, "query")]
+WITH_VALUE = [
+    ({"value": 1.0}, TypeError, "value"),
+    ({"value": torch.ones(2, 2, 4, 4)}, ValueError, "value"),
+    ({"value": torch.ones(2, 2, 5, 4, dtype=torch.bfloat16)}, TypeError, "value"),
+    ({"value": META}, ValueError, "value"),
+]
+SIGNALS = [
+    ({"signals": []}, ValueError, "signals"),
+    ({"signals": [1.0]}, TypeError, "signals[0]"),
+    ({"signals": [*signal(), None]}, TypeError, "signals[1]"),
+    ({"signals": signal(values=[1.0] * 5)}, TypeError, "signals[0].values"),
+    ({"signals": signal(values=torch.ones(5, dtype=torch.int64))}, TypeError, "signals[0].values"),
+    ({"signals": signal(values=torch.ones(4))}, ValueError, "signals[0].values"),
+    ({"signals": signal(values=torch.ones(5, 1))}, ValueError, "signals[0].values"),
+    ({"signals": signal(values=torch.ones(5, device="meta"))}, ValueError, "signals[0].values"),
+    ({"signals": [*signal(), *signal(values=with_nan(torch.ones(5)))]}, ValueError, "signals[1].values"),
+    ({"signals": signal(values=torch.full((5,), INF))}, ValueError, "signals[0].values"),
+    ({"signals": signal(values=torch.full((5,), -INF))}, ValueError, "signals[0].values"),
+    ({"signals": signal(weight="1")}, TypeError, "signals[0].weight"),
+    ({"signals": signal(weight=True)}, TypeError, "signals[0].weight"),
+    ({"signals": signal(weight=-0.1)}, ValueError, "signals[0].weight"),
+    ({"signals": signal(weight=NAN)}, ValueError, "signals[0].weight"),
+    ({"signals": signal(weight=INF)}, ValueError, "signals[0].weight"),
+    ({"signals": signal(weight=0.0) * 2}, ValueError, "signals"),
+    ({"signals": signal(temperature="hot")}, TypeError, "signals[0].temperature"),
+    ({"signals": signal(temperature=0.0)}, ValueError, "signals[0].temperature"),
+    ({"signals": signal(temperature=-1.0)}, ValueError, "signals[0].temperature"),
+    ({"signals": signal(temperature=NAN)}, ValueError, "signals[0].temperature"),
+]
+LAYOUT = [
+    ({"segments": None}, TypeError, "segments"),
+    ({"segments": (Segment(5),)}, TypeError, "segments"),
+    ({"allocation": "ceil"}, ValueError, "allocation"),
+    ({"allocation": None}, TypeError, "allocation"),
+]
+COUNTS = [
+    ({"valid_counts": [16] * 5}, TypeError, "valid_counts"),
+    ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
+    ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
+]
+TOPK = [
+    ({"scores": [[1.0]]}, TypeError, "scores"),
+    ({"scores": torch.ones(5, 16, dtype=torch.int32)}, TypeError, "scores"),
+    ({"scores": torch.ones(80)}, ValueError, "scores"),
+    ({"scores": with_nan(torch.ones(5, 16))}, ValueError, "scores"),
+    ({"valid": torch.ones(5, 16)}, TypeError, "valid"),
+    ({"valid": torch.ones(5, 15, dtype=torch.bool)}, ValueError, "valid"),
+    ({"valid": torch.ones(5, 16, dtype=torch.bool, device="meta")}, ValueError, "valid"),
+]
+BUDGETS = [
+    ({"budgets": 3}, TypeError, "budgets"),
+    ({"budgets": torch.ones(5)}, TypeError, "budgets"),
+    ({"budgets": torch.ones(4, dtype=torch.int32)}, ValueError, "budgets"),
+    ({"budgets": torch.ones(5, dtype=torch.int32, device="meta")}, ValueError, "budgets"),
+]
+GATHER = [
+    ({"scores": torch.ones(4, 16)}, ValueError, "scores"),
+    ({"scores": torch.ones(5, 9)}, ValueError, "scores"),
+    ({"features": [1.0]}, TypeError, "features"),
+    ({"features": torch.ones(5, 16, 3, dtype=torch.int8)}, TypeError, "features"),
+    ({"features": torch.ones(5, 17, 3)}, ValueError, "features"),
+    ({"features": torch.ones(80, 3)}, ValueError, "features"),
+    ({"features": torch.ones(5, 16, 3, device="meta")}, ValueError, "features"),
+    ({"features": with_nan(torch.ones(5, 16, 3))}, ValueError, "features"),
+    ({"budgets": None, "signals": None}, ValueError, "budgets"),
+    ({"budgets": batch_of()["budgets"], "signals": signal()}, ValueError, "budgets"),
+    ({"budgets": torch.ones(5, dtype=torch.int32)}, TypeError, "budgets"),
+    (
+        {"budgets": TileBudgets(torch.ones(5), torch.ones(5), torch.ones(5, dtype=torch.int32))},
+        TypeError,
+        "budgets.budgets",
+    ),
+    (
+        {"budgets": TileBudgets(*[torch.ones(4, dtype=torch.int32)] * 3)},
+        ValueError,
+        "budgets.budgets",
+    ),
+]
+
+
+def cases(name, call, *tables):
+    return [pytest.param(call, *case, id=f"{name}-{n}") for n, case in enumerate(chain(*tables))]
+
+
+REFUSED = [
+    *cases("cls_attention", lambda **c: attend("cls_attention", **c), ATTENTION, CLS_ALONE),
+    *cases(
+        "attention_with_cls", lambda **c: attend("attention_with_cls", **c), ATTENTION, ALL_ROWS, WITH_VALUE
+    ),
+    *cases(
+        "received_attention",
+        lambda **c: attend("received_attention", **c),
+        [case for case in ATTENTION if case[0].keys() != {"out"}],
+        [({"out": torch.zeros(2, 4)}, ValueError, "out")],
+        ALL_ROWS,
+    ),
+    *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
+    *cases("segmented_topk", topk, TOPK, BUDGETS),
+    *cases("segmented_topk_gather", gather, LAYOUT, SIGNALS, TOPK, GATHER),
+]
+
+
+@pytest.mark.parametrize(("call", "change", "kind", "name"), REFUSED)
+def test_refused(call, change, kind, name):
+    call()  # what is changed is what is wrong
+    with pytest.raises((TypeError, ValueError)) as error:
+        call(**change)
+    assert kind in (None, error.type)
+    said, _, rest = str(error.value).partition(": ")
+    assert said == name if name else said in change
+    assert rest.startswith("expected ") and ", got " in rest
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("query", torch.ones(2, 2, 3, 4)),  # of five tokens, neither all rows nor one
+        ("lse", torch.ones(2, 2, 3)),
+        ("lse", torch.ones(2, 2, 0)),
+    ],
+)
+def test_some_of_the_rows(name, tensor):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
+        attend("cls_attention", **{name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("fields", "side"),
+    [
+        ({"crops": 0}, 4),
+        ({"crops": 5, "thumbnail": 2, "grid_width": 2}, 4),
+        ({"crops": 5, "thumbnail": -2}, 4),
+        ({"crops": 5, "grid_width": 3}, 4),
+        ({"crops": 5, "grid_width": 0}, 4),
+        ({"crops": 5, "thumbnail": -1, "grid_width": 2}, 4),
+        ({"crops": 5, "thumbnail_tokens": -1}, 4),
+        ({"crops": 5, "tile_tokens": -1}, 4),
+        ({"crops": 5, "grid_width": 2, "newline_rows": (0, 9)}, 4),
+        ({"crops": 5, "grid_width": 2, "newline_rows": (-1, 8)}, 4),
+        ({"crops": 5, "grid_width": 2, "newline_rows": (5, 4)}, 4),
+        ({"crops": 1, "newline_rows": (0, 1)}, 4),
+        ({"crops": 5, "thumbnail": -1, "thumbnail_newline": True}, 4),
+    ],
+)
+def test_segment_contradicts_itself(fields, side):
+    with pytest.raises(ValueError, match=r"^images\[1\]: expected .*, got Segment\(") as error:
+        Segments((Segment(5, 0, 2, 3, 11, (0, 8)), Segment(**fields)), side)
+    assert str(Segment(**fields)) in str(error.value)
+
+
+def test_segments_refuse_other_things():
+    with pytest.raises(TypeError, match=r"^images\[0\]: expected a Segment, got tuple"):
+        Segments(((5, 0, 2),), 4)
+    for side in (0, -1, 4.0, "4", None):
+        with pytest.raises((TypeError, ValueError), match=r"^side: expected an integer >= 1, got "):
+            Segments((Segment(1),), side)
