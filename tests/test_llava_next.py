@@ -1,4 +1,4 @@
-"""LLaVA-NeXT with hero attached, against the per-token reference of ``independent.py`` and the stock model."""
+"""LLaVA-NeXT with hero attached, against the reference of ``independent.py`` and the stock model."""
 
 import copy
 import functools
