@@ -1,0 +1,83 @@
+"""What every record says besides its numbers: versions, commit, command, machine. No host names, no paths.
+
+Standard library only, save for the versions of what the benchmark has imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["ROOT", "commit", "cpu_name", "environment", "write"]
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("hero", "hero_kernels", "bench", ":!bench/results")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> dict[str, object]:
+    """The commit, and whether the code that ran differs from it; ``None`` outside a git checkout."""
+    changes = _git("status", "--porcelain", "--", *CODE)
+    return {"hash": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _words(arguments: Sequence[str]) -> list[str]:
+    """Arguments with paths made relative to the repository, or cut to their last part."""
+    words = []
+    for word in arguments:
+        if os.path.isabs(word):
+            path = Path(word)
+            word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        words.append(word)
+    return words
+
+
+def environment(module: str, arguments: Sequence[str], packages: Sequence[str]) -> dict[str, object]:
+    """Versions, commit, command and machine of a run of ``python -m module arguments``."""
+    import hero
+
+    versions = {"python": platform.python_version(), "hero": hero.__version__}
+    for package in packages:
+        imported = sys.modules.get(package)
+        version = getattr(imported, "__version__", None)
+        versions[package] = str(version) if version else metadata.version(package)
+    return {
+        "command": " ".join(["python", "-m", module, *_words(arguments)]),
+        "commit": commit(),
+        "versions": versions,
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()},
+    }
+
+
+def write(path: str | Path, record: Mapping[str, object]) -> None:
+    """Write a record as JSON; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
