@@ -265,12 +265,7 @@ class HeroVisionEncoder(nn.Module):
         size = self.geometry.crop_size
         if shape[-3:] != (3, size, size):
             raise ValueError(f"pixel_values: expected crops of 3 × {size} × {size}, got shape {shape}")
-        if not isinstance(image_sizes, Sequence) and not hasattr(image_sizes, "tolist"):
-            raise TypeError(f"image_sizes: expected (height, width) of each image, got {image_sizes!r}")
-        sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else list(image_sizes)
-        if not sizes:
-            raise ValueError("image_sizes: expected at least one image, got none")
-        layouts = tuple(self.geometry.layout(size) for size in sizes)
+        layouts = self.geometry.layouts(image_sizes)
         counts = [layout.crops for layout in layouts]
         if len(shape) == 4:
             if shape[0] != sum(counts):

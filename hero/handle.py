@@ -177,7 +177,7 @@ class Handle:
         pixels = inputs.get("pixel_values")
         if total == 0 and pixels is None:
             return inputs, None
-        layouts = [self.encoder.geometry.layout(size) for size in sizes.tolist()]
+        layouts = self.encoder.geometry.layouts(sizes)
         kept = [layout.kept_tokens(self.config) for layout in layouts]
         full = [layout.full_tokens for layout in layouts]
         if total not in (sum(kept), sum(full)):
@@ -194,9 +194,8 @@ class Handle:
                 mask = inputs.get("attention_mask")
                 text = questions(ids, mask, self.image_token_id, rows, self.tokenizer)
             call = _Call(text, tuple(rows))
-            if (
-                self.config.allocation == "floor"
-            ):  # how many are kept depends on the images: encode them first
+            if self.config.allocation == "floor":
+                # How many are kept depends on the images: encode them first.
                 layer = inputs.get("vision_feature_layer")
                 selection, output = self._encode(pixels, sizes, text, feature_layer=layer)
                 call, kept = _Call(text, tuple(rows), encoded=(selection, output)), selection.lengths

@@ -194,6 +194,19 @@ class Geometry:
             raise TypeError(f"image_size: expected (height, width) in pixels, got {image_size!r}")
         return _layout(self, _integer("image_size", image_size[0]), _integer("image_size", image_size[1]))
 
+    def layouts(self, image_sizes) -> tuple[ImageLayout, ...]:
+        """Layout of each image of a batch: ``[B, 2]`` (height, width), a tensor, an array or pairs.
+
+        Raises:
+            TypeError, ValueError: not pairs of positive integers, or none.
+        """
+        sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+            raise TypeError(f"image_sizes: expected (height, width) of each image, got {image_sizes!r}")
+        if not sizes:
+            raise ValueError("image_sizes: expected at least one image, got none")
+        return tuple(self.layout(size.tolist() if hasattr(size, "tolist") else size) for size in sizes)
+
 
 @lru_cache(maxsize=4096)
 def _layout(geometry: Geometry, height: int, width: int) -> ImageLayout:

@@ -382,6 +382,17 @@ def test_text_only_prompts_pass_untouched(model):
             assert torch.equal(model.generate(**tokens, max_new_tokens=3, do_sample=False), answer)
 
 
+@pytest.mark.parametrize("which", PROCESSORS)
+def test_image_sizes_as_a_list(model, which):
+    """The stock model takes them as well."""
+    handle, processor = attached(model, which, config_of({"keep_ratio": 0.2}))
+    with handle, torch.no_grad():
+        inputs = batch(processor, "two sizes")
+        wanted = model(**inputs).logits
+        inputs["image_sizes"] = inputs["image_sizes"].tolist()
+        assert torch.equal(model(**inputs).logits, wanted)
+
+
 def test_four_dimensional_pixels(model):
     handle, processor = attached(model, "patched", config_of({"keep_ratio": 0.2}))
     with handle, torch.no_grad():
