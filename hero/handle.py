@@ -30,9 +30,8 @@ class _Call:
 
     text: list[str] | None = None  # the question of each image
     rows: tuple[int, ...] = ()  # the prompt of each image
-    encoded: tuple[Selection, object] | None = (
-        None  # images encoded ahead, where they decide the prompt's length
-    )
+    # Images encoded ahead, where what is kept decides the length of the prompt.
+    encoded: tuple[Selection, object] | None = None
     in_forward: bool = False
     outer: _Call | None = None  # what was passed on before this call
 
