@@ -45,6 +45,7 @@ from transformers import (
 
 import hero
 from hero import capture
+from hero.layout import grid_pinpoints
 
 from .record import ROOT, environment, write
 from .timing import CLOCKS, compare, quiet_heap, seconds, summary, take_turns
@@ -53,7 +54,6 @@ __all__ = ["SMALL", "REAL", "Shape", "build_model", "build_processor", "main", "
 
 PHOTOGRAPH = "bench/data/astronaut.jpg"
 PROMPT = "USER : <image> what is in this picture ? ASSISTANT :"
-GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's
 KEEP = (1.0, 0.5, 0.2, 0.1)
 STAGES = ("prepare", "encode", "score", "budget", "select", "project")
 
@@ -70,7 +70,7 @@ class Shape:
 
     @property
     def pinpoints(self) -> list[list[int]]:
-        return [[rows * self.crop_size, columns * self.crop_size] for rows, columns in GRIDS]
+        return [list(pinpoint) for pinpoint in grid_pinpoints(self.crop_size)]
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -148,10 +148,25 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
     return times
 
 
-def _config(args: argparse.Namespace, relevance) -> HeroConfig:
-    # Half of the weight on the question where there is a model to read it, as the default has it.
+def _attach(loaded: _Loaded, args: argparse.Namespace, relevance):
+    """Hero on the loaded model, as the options say."""
+    from . import attach
+
     options = {"keep_tokens": args.tokens} if args.tokens is not None else {"keep_ratio": args.keep}
-    return HeroConfig(policy=args.policy, alpha=args.alpha, **options)
+    config = HeroConfig(policy=args.policy, alpha=args.alpha, **options)
+    return attach(loaded.model, loaded.processor, config=config, relevance=relevance)
+
+
+def _text(handle, loaded: _Loaded, question: str) -> list[str] | None:
+    """The question as the encoder takes it, if it weighs in the budgets."""
+    from .relevance import question_of
+
+    return [question_of(loaded.prompt(question))] if handle.encoder.needs_text else None
+
+
+def _save(picture, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
 
 
 def _open(path: str):
@@ -166,21 +181,15 @@ def _milliseconds(seconds: float) -> str:
 
 def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: str, save: Path) -> None:
     """Answer one question with all tokens and with the kept ones; print and save the picture."""
-    from . import attach, visualize
-    from .relevance import question_of
+    from . import visualize
 
     image = _open(image_path)
     full = _answer(loaded, image, question, args.max_new_tokens)
-    with attach(
-        loaded.model, loaded.processor, config=_config(args, loaded.relevance), relevance=loaded.relevance
-    ) as handle:
+    with _attach(loaded, args, loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
-        text = [question_of(loaded.prompt(question))] if handle.encoder.needs_text else None
-        stages = _stage_times(handle, _inputs(loaded, image, question), text)
+        stages = _stage_times(handle, _inputs(loaded, image, question), _text(handle, loaded, question))
         selection = handle.last
-        picture = visualize(image, selection, title=f"{question} → {kept.text}")
-    save.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(save)
+    _save(visualize(image, selection, title=f"{question} → {kept.text}"), save)
 
     def line(name: str, answer: _Answer) -> str:
         first, whole = _milliseconds(answer.first_token), _milliseconds(answer.whole)
@@ -210,40 +219,29 @@ def _run_demo(args: argparse.Namespace) -> None:
 
     loaded = _load(None, None)
     for number, demo in enumerate(mini.demo_questions(), 1):
-        image = (
-            str(demo.image.relative_to(Path.cwd()))
-            if demo.image.is_relative_to(Path.cwd())
-            else str(demo.image)
-        )
-        _ask(loaded, args, image, demo.question, Path(args.out) / f"demo_{number}.png")
+        image, here = demo.image, Path.cwd()
+        if image.is_relative_to(here):
+            image = image.relative_to(here)
+        _ask(loaded, args, str(image), demo.question, Path(args.out) / f"demo_{number}.png")
 
 
 def _run_show(args: argparse.Namespace) -> None:
     """The picture alone: nothing is generated."""
     import torch
 
-    from . import attach, visualize
-    from .relevance import question_of
+    from . import visualize
 
     loaded = _load(args.model, args.clip)
-    relevance = loaded.relevance if args.question else None
-    image = _open(args.image)
-    with (
-        attach(
-            loaded.model, loaded.processor, config=_config(args, relevance), relevance=relevance
-        ) as handle,
-        torch.inference_mode(),
-    ):
-        inputs = _inputs(loaded, image, args.question or "")
-        text = [question_of(loaded.prompt(args.question))] if handle.encoder.needs_text else None
+    question = args.question or ""
+    image, save = _open(args.image), Path(args.save)
+    relevance = loaded.relevance if question else None
+    with _attach(loaded, args, relevance) as handle, torch.inference_mode():
+        inputs = _inputs(loaded, image, question)
+        text = _text(handle, loaded, question)
         selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], text)
-        picture = visualize(image, selection)
-    save = Path(args.save)
-    save.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(save)
-    print(
-        f"{sum(selection.lengths)} of {selection.layout[0].full_tokens} visual tokens kept, picture in {save}"
-    )
+    _save(visualize(image, selection), save)
+    kept, full = sum(selection.lengths), selection.layout[0].full_tokens
+    print(f"{kept} of {full} visual tokens kept, picture in {save}")
 
 
 def _version(distribution: str) -> str:

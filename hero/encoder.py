@@ -14,7 +14,7 @@ import hero_kernels as hk
 
 from . import capture, policies, scoring
 from .config import HeroConfig, SignalWeights, resolve_layers
-from .layout import Geometry, ImageLayout
+from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
 from .policies import Scored
 from .relevance import ClipRelevance
@@ -182,10 +182,7 @@ class HeroVisionEncoder(nn.Module):
         self._tower = tower_for(vision_tower)
         crop_size, patch_size = self._tower.geometry(vision_tower)
         if geometry is None:
-            grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-            geometry = Geometry(
-                crop_size, patch_size, tuple((h * crop_size, w * crop_size) for h, w in grids)
-            )
+            geometry = Geometry(crop_size, patch_size, grid_pinpoints(crop_size))
         elif (geometry.crop_size, geometry.patch_size) != (crop_size, patch_size * self._tower.merge):
             got = f"{geometry.crop_size} and {geometry.patch_size}"
             raise ValueError(

@@ -144,7 +144,7 @@ class Handle:
         return selection.per_image(), output
 
     def _encode(self, pixel_values, image_sizes, text, **kwargs) -> tuple[Selection, object]:
-        if self.encoder.projector is not self._adapter.parts(self.model).projector:
+        if self.encoder.projector is not self._adapter.projector(self.model):
             raise RuntimeError("the model's projector was replaced after attach: attach again")
         selection, encoded = self.encoder.run(pixel_values, image_sizes, text, **kwargs)
         self._last.value = dataclasses.replace(
@@ -154,12 +154,11 @@ class Handle:
         )
         return selection, encoded.output
 
-    def prepare(self, inputs: dict, padding_side: str = "left") -> tuple[dict, _Call | None]:
+    def prepare(self, inputs: dict) -> tuple[dict, _Call | None]:
         """Fit a prompt to what is kept, and find the question of each image.
 
         Args:
             inputs: keyword arguments of ``forward`` or ``generate``.
-            padding_side: where to pad a batch that has no padding yet.
 
         Returns:
             the arguments, shortened where the prompt has the stock number of placeholders, and what to
@@ -209,18 +208,14 @@ class Handle:
                 for pair in zip(*(self._adapter.runs(layout, length) for length in lengths), strict=True)
             ]
             pad = self.model.generation_config.pad_token_id
-            inputs = shrink(
-                inputs,
-                self.image_token_id,
-                runs,
-                pad_token_id=0 if pad is None else pad,
-                padding_side=padding_side,
-            )
+            inputs = shrink(inputs, self.image_token_id, runs, pad_token_id=0 if pad is None else pad)
         return inputs, call
 
 
 def _named(function, args: tuple, kwargs: dict) -> dict:
     """Positional arguments of a method by their names, after ``self``, together with the others."""
+    if not args:
+        return dict(kwargs)
     names = list(inspect.signature(function).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -296,7 +291,7 @@ def _transformers_version() -> tuple[int, ...]:
 
 def _before_forward(module: nn.Module, args: tuple, kwargs: dict):
     """Forward pre-hook: fit the prompt and pass on the questions, for the length of the call."""
-    named = _named(type(module).forward, args, kwargs) if args else kwargs
+    named = _named(type(module).forward, args, kwargs)
     if named.get("pixel_values") is None:
         return None
     outer = _call.get()
@@ -351,11 +346,11 @@ def attach(
         raise ValueError(f"config: expected it or options, got both: {', '.join(options)}")
     if config is not None and not isinstance(config, HeroConfig):
         raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
-    unknown = set(options) - {field.name for field in dataclasses.fields(HeroConfig)}
+    fields = [field.name for field in dataclasses.fields(HeroConfig)]
+    unknown = set(options) - set(fields)
     if unknown:
-        names = ", ".join(field.name for field in dataclasses.fields(HeroConfig))
         given = {name: options[name] for name in sorted(unknown)}
-        raise TypeError(f"{', '.join(given)}: expected options among {names}, got {given}")
+        raise TypeError(f"{', '.join(given)}: expected options among {', '.join(fields)}, got {given}")
     config = HeroConfig(**options) if config is None else config
     adapter = adapter_for(model)
     parts = adapter.parts(model)

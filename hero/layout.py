@@ -14,9 +14,17 @@ from numbers import Integral
 
 from .config import HeroConfig
 
-__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "floor_ratio"]
+__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "floor_ratio", "grid_pinpoints"]
 
-LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # (rows, columns) of tiles
+
+
+def grid_pinpoints(crop_size: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels of LLaVA-NeXT's grids of crops of ``crop_size``."""
+    return tuple((rows * crop_size, columns * crop_size) for rows, columns in LLAVA_NEXT_GRIDS)
+
+
+LLAVA_NEXT_PINPOINTS = grid_pinpoints(336)
 
 
 def floor_ratio(value: float) -> int:

@@ -116,6 +116,10 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def projector(self, model: nn.Module) -> nn.Module:
+        """The projector of a model as it is now."""
+
+    @abstractmethod
     def check_processor(self, processor, parts: Parts) -> None:
         """Raise ``ValueError`` unless the processor cuts images as the model does."""
 

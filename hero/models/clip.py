@@ -51,8 +51,7 @@ def _is_plain(tower: nn.Module) -> bool:
     """Whether layers can be run one by one: nothing that the user put on the tower would be passed by."""
     if hasattr(tower, "_orig_mod") or tower._compiled_call_impl is not None:
         return False
-    last = tower.encoder.layers[-1]
-    for module in (tower, tower.encoder, last, *last.modules()):  # accelerate replaces forward
+    for module in (tower, tower.encoder, *tower.encoder.layers[-1].modules()):  # accelerate replaces forward
         if "forward" in module.__dict__:
             return False
     if any(module._forward_hooks or module._forward_pre_hooks for module in (tower, tower.encoder)):

@@ -56,6 +56,9 @@ def _check_strategy(strategy: str) -> None:
 
 
 class LlavaNextAdapter(Adapter):
+    def projector(self, model):
+        return model.model.multi_modal_projector
+
     def parts(self, model):
         config = model.config
         _check_strategy(config.vision_feature_select_strategy)
@@ -63,7 +66,7 @@ class LlavaNextAdapter(Adapter):
         layer = config.vision_feature_layer
         return Parts(
             vision_tower=model.model.vision_tower,
-            projector=model.model.multi_modal_projector,
+            projector=self.projector(model),
             image_newline=model.model.image_newline,
             geometry=Geometry(crop_size, patch_size, _pairs(config.image_grid_pinpoints)),
             feature_layer=layer if isinstance(layer, int) else tuple(layer),
