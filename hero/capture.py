@@ -32,7 +32,7 @@ _collector: contextvars.ContextVar[Collector | None] = contextvars.ContextVar("h
 
 
 class Collector:
-    """Patch scores of one pass of the encoder, accumulated over layers.
+    """Attention rows of one pass of the encoder, accumulated over layers; heads are averaged at the end.
 
     Args:
         weights: of each captured layer, ``[T]`` fp32 or a number: its weight in the mean over layers,
@@ -42,49 +42,67 @@ class Collector:
     """
 
     def __init__(
-        self, weights: Mapping[int, Tensor], *, second_softmax: bool = False, received: bool = False
+        self,
+        weights: Mapping[int, Tensor],
+        *,
+        second_softmax: bool = False,
+        received: bool = False,
     ):
         self.weights = weights
         self.second_softmax = second_softmax
         self.received = received
         self.seen: set[int] = set()
-        self.scores: Tensor | None = None  # [T, P] fp32
+        self.rows: Tensor | None = None  # [T, H, P] fp32
 
     def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Add the scores of one layer; query and key are ``[T, H, N, D]``."""
+        """Add the rows of one layer; query and key are ``[T, H, N, D]``, query at least at CLS."""
         if layer not in self.weights:
             return
-        self.seen.add(layer)
-        weight = self.weights[layer]
-        if isinstance(weight, Tensor):
-            weight = weight.to(query.device)
-        # Layers may sit on several devices: the scores stay on the first one's.
-        local = self.scores is not None and self.scores.device == query.device
-        out = self.scores if local else None
+        query, key = query.detach(), key.detach()  # selection is discrete: no gradient runs through scores
+        options = self._options(layer, query.device)
         if self.received:
-            rows = hk.received_attention(query, key, scale, weight=weight, out=out)
+            rows = hk.received_attention(query, key, scale, **options)
         else:
-            rows = hk.cls_attention(
-                query, key, scale, weight=weight, out=out, second_softmax=self.second_softmax
-            )
-        self._take(rows, local)
+            rows = hk.cls_attention(query, key, scale, second_softmax=self.second_softmax, **options)
+        self._take(layer, rows, options["out"])
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention ``[T, H, N, D]`` of one layer, its rows added on the way."""
+        options = self._options(layer, query.device)
+        output, rows = hk.attention_with_cls(
+            query, key, value, scale, second_softmax=self.second_softmax, **options
+        )
+        self._take(layer, rows, options["out"])
+        return output
 
     def add_rows(self, layer: int, rows: Tensor) -> None:
-        """Add the unweighted scores ``[T, P]`` of one layer."""
+        """Add the unweighted rows ``[T, H, P]`` of one layer."""
         if layer not in self.weights:
             return
-        self.seen.add(layer)
         weight = self.weights[layer]
-        self._take(rows * (weight.to(rows.device)[:, None] if isinstance(weight, Tensor) else weight), False)
+        if isinstance(weight, Tensor):
+            weight = weight.to(rows.device)[:, None, None]
+        self._take(layer, rows * weight, None)
 
-    def _take(self, rows: Tensor, added: bool) -> None:
-        if self.scores is None:
-            self.scores = rows
-        elif not added:
-            self.scores += rows.to(self.scores.device)
+    def _options(self, layer: int, device: torch.device) -> dict[str, object]:
+        weight = self.weights[layer]
+        # Layers may sit on several devices: the rows stay on the first one's.
+        local = self.rows is not None and self.rows.device == device
+        return {
+            "weight": weight.to(device) if isinstance(weight, Tensor) else weight,
+            "out": self.rows if local else None,
+            "per_head": True,
+        }
+
+    def _take(self, layer: int, rows: Tensor, added: Tensor | None) -> None:
+        self.seen.add(layer)
+        if self.rows is None:
+            self.rows = rows
+        elif added is None:
+            self.rows += rows.to(self.rows.device)
 
     def result(self) -> Tensor:
-        """The scores ``[T, P]`` fp32.
+        """The rows ``[T, H, P]`` fp32, for :func:`hero_kernels.finalize_scores`.
 
         Raises:
             RuntimeError: the encoder ran without passing the captured layers.
@@ -92,7 +110,7 @@ class Collector:
         missing = sorted(set(self.weights) - self.seen)
         if missing:
             raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
-        return self.scores
+        return self.rows
 
 
 class _View:
@@ -114,12 +132,13 @@ class _View:
 class _State:
     """What capture keeps on an attention module."""
 
-    def __init__(self, module: nn.Module, layer: int, received: bool, second_softmax: bool):
+    def __init__(self, module: nn.Module, layer: int, received: bool, second_softmax: bool, fused: bool):
         self.config = module.config
         self.view = _View(module, module.config)
         self.layer = layer
         self.received = received
         self.second_softmax = second_softmax
+        self.fused = fused
         self.rows: Tensor | None = None  # of a compiled call, until fetched
 
 
@@ -131,22 +150,31 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
         base = sys.modules[type(module).__module__].eager_attention_forward
     else:
         base = _interface()[name]
-    output = base(state.view, query, key, value, attention_mask, **kwargs)
     compiling = torch.compiler.is_compiling()
     collector = None if compiling else _collector.get()
-    if compiling or collector is not None:
-        scale = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        with torch.no_grad():  # selection is discrete: no gradient runs through scores
-            query, key = query.detach(), key.detach()
-            if collector is not None:
-                collector.add(state.layer, query, key, scale)
-            elif state.received:
-                state.rows = hk.reference.received_attention(query, key, scale)
-            else:
-                state.rows = hk.reference.cls_attention(
-                    query, key, scale, second_softmax=state.second_softmax
-                )
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if state.fused and query.shape == key.shape and (compiling or collector is not None):
+        if attention_mask is not None or kwargs.get("dropout"):
+            raise ValueError(
+                "attention: expected 'native' for an encoder with an attention mask or dropout, got 'fused'"
+            )
+        if collector is not None:
+            output = collector.attend(state.layer, query, key, value, scale)
+        else:
+            second = state.second_softmax
+            output, state.rows = hk.attention_with_cls(
+                query, key, value, scale, second_softmax=second, per_head=True
+            )
+        return output.transpose(1, 2), None
+    output = base(state.view, query, key, value, attention_mask, **kwargs)
+    if collector is not None:
+        collector.add(state.layer, query, key, scale)
+    elif compiling and state.received:
+        state.rows = hk.received_attention(query, key, scale, per_head=True)
+    elif compiling:
+        second = state.second_softmax
+        state.rows = hk.cls_attention(query, key, scale, second_softmax=second, per_head=True)
     return output
 
 
@@ -157,9 +185,15 @@ def _interface():
 
 
 def install(
-    modules: Mapping[int, nn.Module], *, received: bool = False, second_softmax: bool = False
+    modules: Mapping[int, nn.Module],
+    *,
+    received: bool = False,
+    second_softmax: bool = False,
+    fused: bool = False,
 ) -> None:
     """Capture the given attention modules, ``{layer: module}``.
+
+    ``fused`` has them run attention that yields the rows, instead of their own with the rows beside it.
 
     Raises:
         ValueError: one of them is captured already.
@@ -171,7 +205,7 @@ def install(
     if NAME not in _interface():
         type(_interface()).register(NAME, _attention)
     for layer, module in modules.items():
-        module.__dict__[_STATE] = _State(module, layer, received, second_softmax)
+        module.__dict__[_STATE] = _State(module, layer, received, second_softmax, fused)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME
 

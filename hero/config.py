@@ -13,6 +13,7 @@ __all__ = ["ALLOCATIONS", "DEFAULT_KEEP_RATIO", "POLICIES", "HeroConfig", "Signa
 
 DEFAULT_KEEP_RATIO = 0.2
 ALLOCATIONS = ("exact", "floor")
+ATTENTIONS = ("native", "fused")
 POLICIES = {
     "hero": "tile budgets by saliency, relevance and density; patches by CLS attention (arXiv 2509.13067)",
     "uniform": "equal tile budgets; patches by CLS attention",
@@ -120,6 +121,9 @@ class HeroConfig:
         temperature_clip: softmax temperature of relevance, a cosine.
         allocation: ``"exact"`` keeps exactly as many tokens as the image's size determines;
             ``"floor"`` is the released rule, which loses a few to rounding and caps.
+        attention: in the layers that score patches, ``"native"`` runs the encoder's own attention and
+            computes its CLS rows beside it; ``"fused"`` runs attention that yields the rows, for encoders
+            with CLS, without attention mask or dropout.
         second_softmax: a second softmax over the patches of each head, as the released code has it.
 
     Raises:
@@ -136,6 +140,7 @@ class HeroConfig:
     temperature_cls: float = 0.1
     temperature_clip: float = 0.05
     allocation: str = "exact"
+    attention: str = "native"
     second_softmax: bool = False
 
     def __post_init__(self) -> None:
@@ -178,6 +183,7 @@ class HeroConfig:
         put("temperature_cls", _positive("temperature_cls", self.temperature_cls))
         put("temperature_clip", _positive("temperature_clip", self.temperature_clip))
         _choice("allocation", self.allocation, ALLOCATIONS)
+        _choice("attention", self.attention, ATTENTIONS)
         if not isinstance(self.second_softmax, bool):
             raise _error(TypeError, "second_softmax", "a bool", self.second_softmax)
 

@@ -208,8 +208,13 @@ class HeroVisionEncoder(nn.Module):
         self.relevance = relevance
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         self._captured = tuple(sorted(layers))
+        if config.attention == "fused" and not self._tower.has_cls:
+            raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
         capture.install(
-            self._modules_captured(), received=not self._tower.has_cls, second_softmax=config.second_softmax
+            self._modules_captured(),
+            received=not self._tower.has_cls,
+            second_softmax=config.second_softmax,
+            fused=config.attention == "fused",
         )
 
     @property
@@ -288,9 +293,11 @@ class HeroVisionEncoder(nn.Module):
         **kwargs,
     ) -> Encoded:
         """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention."""
-        weights = plan(layouts, self.config, self.depth, pixel_values.device).layer_weights
+        batch = plan(layouts, self.config, self.depth, pixel_values.device)
         collector = capture.Collector(
-            weights, second_softmax=self.config.second_softmax, received=not self._tower.has_cls
+            batch.layer_weights,
+            second_softmax=self.config.second_softmax,
+            received=not self._tower.has_cls,
         )
         layer = (
             self.feature_layer if feature_layer is None else _check_feature_layer(feature_layer, self.depth)
@@ -299,8 +306,9 @@ class HeroVisionEncoder(nn.Module):
             features, cls, pooled, output = self._tower.run(
                 self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
             )
-        scores = collector.result().to(features.device)
-        return Encoded(features, cls, pooled, scores, pixel_values, output)
+        valid = plan(layouts, self.config, self.depth, features.device).valid
+        scores = hk.finalize_scores(collector.result().to(features.device), valid=valid, rank=True)
+        return Encoded(features, cls, pooled, *scores, pixel_values, output)
 
     def score(
         self, encoded: Encoded, layouts: tuple[ImageLayout, ...], text: Sequence[str] | None = None
@@ -324,6 +332,8 @@ class HeroVisionEncoder(nn.Module):
         with torch.no_grad():
             seen = policies.Seen(
                 scores=encoded.scores,
+                entropy=encoded.entropy,
+                ranks=encoded.ranks,
                 valid=plan(layouts, self.config, self.depth, encoded.scores.device).valid,
                 cls=encoded.cls,
                 layouts=layouts,
@@ -345,7 +355,14 @@ class HeroVisionEncoder(nn.Module):
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
         batch = plan(layouts, self.config, self.depth, scored.scores.device)
         return hk.segmented_topk_gather(
-            encoded.features, scored.scores, batch.segments, valid=batch.valid, budgets=budgets
+            encoded.features,
+            scored.scores,
+            batch.segments,
+            valid=batch.valid,
+            budgets=budgets,
+            allocation=self.config.allocation,
+            ranks=scored.ranks,
+            valid_counts=batch.valid_counts,
         )
 
     def project(self, gathered: hk.Gathered) -> Tensor:

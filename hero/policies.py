@@ -26,6 +26,8 @@ class Seen:
 
     Attributes:
         scores: ``[T, P]`` fp32 CLS attention, by tile layers for tiles, thumbnail layers for thumbnails.
+        entropy: ``[T]`` fp32, of the scores over the valid patches.
+        ranks: ``[T, P]`` int16, the order of the scores.
         valid: ``[T, P]`` bool.
         cls: ``[T, C]`` the encoder's last layer at CLS, if a signal needs it.
         layouts: the images of the batch.
@@ -35,6 +37,8 @@ class Seen:
     """
 
     scores: Tensor
+    entropy: Tensor
+    ranks: Tensor
     valid: Tensor
     cls: Tensor | None
     layouts: Sequence[ImageLayout]
@@ -44,10 +48,17 @@ class Seen:
 
 @dataclass(frozen=True)
 class Scored:
-    """Patch scores ``[T, P]`` fp32, and the signals that share each image's tokens among its tiles."""
+    """What a policy decides.
+
+    Attributes:
+        scores: ``[T, P]`` fp32, patch scores.
+        signals: what shares each image's tokens among its tiles.
+        ranks: ``[T, P]`` int16, the order of the scores, where the policy left that as it was.
+    """
 
     scores: Tensor
     signals: tuple[TileSignal, ...]
+    ranks: Tensor | None = None
 
 
 def _hero(seen: Seen) -> Scored:
@@ -65,13 +76,13 @@ def _hero(seen: Seen) -> Scored:
     if weights.relevance:
         signals.append(TileSignal(seen.relevance(), weights.relevance, config.temperature_clip))
     if weights.entropy:
-        signals.append(TileSignal(scoring.concentration(seen.scores, seen.valid), weights.entropy))
-    return Scored(seen.scores, tuple(signals))
+        signals.append(TileSignal(scoring.concentration(seen.entropy, seen.valid), weights.entropy))
+    return Scored(seen.scores, tuple(signals), seen.ranks)
 
 
 def _uniform(seen: Seen) -> Scored:
     """Equal budgets; patches by CLS attention."""
-    return Scored(seen.scores, (TileSignal(torch.ones_like(seen.scores[:, 0]), 1.0),))
+    return Scored(seen.scores, (TileSignal(torch.ones_like(seen.scores[:, 0]), 1.0),), seen.ranks)
 
 
 def _random(seen: Seen) -> Scored:

@@ -41,23 +41,19 @@ def saliency(cls: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
     return F.cosine_similarity(cls, cls[torch.tensor(thumbnails, device=cls.device)], dim=-1)
 
 
-def concentration(scores: Tensor, valid: Tensor) -> Tensor:
+def concentration(entropy: Tensor, valid: Tensor) -> Tensor:
     """How concentrated each crop's patch scores are: ``1 − H(p) / ln(valid)``, 0 flat, 1 on one patch.
 
     p is the score over the crop's valid patches, normalised to sum 1; H its entropy in nats. Crops with
     fewer than two valid patches, or no score, have concentration 0.
 
     Args:
-        scores: ``[T, P]`` >= 0.
+        entropy: ``[T]`` nats, as :func:`hero_kernels.finalize_scores` gives it.
         valid: ``[T, P]`` bool.
 
     Returns:
         ``[T]`` fp32 in [0, 1].
     """
-    scores = scores.float() * valid
-    total = scores.sum(1, keepdim=True)
-    share = scores / total.clamp_min(torch.finfo(torch.float32).tiny)
-    entropy = -torch.special.xlogy(share, share).sum(1)
     count = valid.sum(1)
-    flat = count.clamp_min(2).float().log()
-    return ((1.0 - entropy / flat).clamp_min(0.0)) * ((count > 1) & (total[:, 0] > 0))
+    value = 1.0 - entropy / count.clamp_min(2).float().log()
+    return value * ((count > 1) & (value > 1e-6))  # below, it is the rounding of the logarithms

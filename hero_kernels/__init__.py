@@ -2,22 +2,24 @@
 
 Every operation has a plain PyTorch twin of the same name and signature in
 :mod:`hero_kernels.reference`; the twin is the specification and the CPU path.
-This package needs torch alone: it imports neither ``hero`` nor transformers.
+Importing needs torch alone, kernels need Triton: neither ``hero`` nor transformers is imported.
 """
 
 from . import reference
 from ._ops import (
     attention_with_cls,
     cls_attention,
+    finalize_scores,
     implementations,
     received_attention,
     segmented_topk,
     segmented_topk_gather,
     tile_budgets,
 )
-from .segments import Gathered, Segment, Segments, TileBudgets, TileSignal
+from .segments import Finalized, Gathered, Segment, Segments, TileBudgets, TileSignal
 
 __all__ = [
+    "Finalized",
     "Gathered",
     "Segment",
     "Segments",
@@ -25,6 +27,7 @@ __all__ = [
     "TileSignal",
     "attention_with_cls",
     "cls_attention",
+    "finalize_scores",
     "implementations",
     "received_attention",
     "reference",

@@ -23,10 +23,14 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
+def _shape(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
 def check_tensor(
     name: str,
     value: object,
-    shape: Sequence[int | str | None],
+    shape: Sequence[int | str],
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> Tensor:
@@ -38,9 +42,8 @@ def check_tensor(
         TypeError: not a tensor, or of another dtype.
         ValueError: of another shape, or on another device.
     """
-    wanted = "[" + ", ".join(str(size) for size in shape) + "]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of shape {wanted}, got {describe(value)}")
+        raise TypeError(f"{name}: expected a tensor of shape {_shape(shape)}, got {describe(value)}")
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
@@ -48,7 +51,7 @@ def check_tensor(
         not isinstance(size, int) or size == actual for size, actual in zip(shape, value.shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name}: expected shape {wanted}, got {describe(value)}")
+        raise ValueError(f"{name}: expected shape {_shape(shape)}, got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {describe(value)}")
     return value

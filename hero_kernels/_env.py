@@ -1,8 +1,9 @@
-"""The ``HERO_*`` environment variables, read here and nowhere else.
+"""The environment variables, read here and nowhere else.
 
 ======================== =================================================================
 ``HERO_REFERENCE=1``      run the PyTorch twins even where a kernel exists
 ``HERO_REQUIRE_KERNEL=1`` raise instead of running a twin on an accelerator
+``TRITON_INTERPRET=1``    Triton's own: run the kernels on the CPU, in its interpreter
 ======================== =================================================================
 """
 
@@ -24,6 +25,11 @@ class Switches:
 
     reference: bool = False
     require_kernel: bool = False
+    interpret: bool = False
 
 
-SWITCHES = Switches(reference=_flag("HERO_REFERENCE"), require_kernel=_flag("HERO_REQUIRE_KERNEL"))
+SWITCHES = Switches(
+    reference=_flag("HERO_REFERENCE"),
+    require_kernel=_flag("HERO_REQUIRE_KERNEL"),
+    interpret=_flag("TRITON_INTERPRET"),
+)

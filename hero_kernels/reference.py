@@ -13,11 +13,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .segments import Gathered, Segment, Segments, TileBudgets, TileSignal
+from .segments import Finalized, Gathered, Segment, Segments, TileBudgets, TileSignal
 
 __all__ = [
     "attention_with_cls",
     "cls_attention",
+    "finalize_scores",
     "received_attention",
     "segmented_topk",
     "segmented_topk_gather",
@@ -27,11 +28,15 @@ __all__ = [
 FIXED_POINT = 1 << 24
 
 
-def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None) -> Tensor:
-    """``out += weight · rows`` with ``rows`` [T, n] and a weight for all crops or one a crop."""
+def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None, per_head: bool) -> Tensor:
+    """``out += weight · rows`` with ``rows`` [T, H, n], or their mean over heads; weight 0 adds nothing."""
+    if not per_head:
+        rows = rows.mean(1)
     if isinstance(weight, Tensor):
-        weight = weight[:, None]
-    rows = rows * weight
+        weight = weight.view(-1, *[1] * (rows.dim() - 1))
+        rows = (rows * weight).masked_fill(weight == 0, 0.0)
+    else:
+        rows = rows * weight if weight else torch.zeros_like(rows)
     return rows if out is None else out.add_(rows)
 
 
@@ -44,6 +49,7 @@ def cls_attention(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     second_softmax: bool = False,
+    per_head: bool = False,
 ) -> Tensor:
     """Attention of the CLS token to every patch, averaged over heads (§1).
 
@@ -56,13 +62,17 @@ def cls_attention(
         scale: factor of the logits, usually D^−½.
         lse: ``[T, H, N or 1]`` natural-log sum of exponentials of the logits, where the attention
             backend returns it; saves the softmax reduction. Only row 0 is read.
-        weight: factor of this layer, for all crops or ``[T]`` fp32, one a crop.
-        out: ``[T, N − 1]`` fp32 to add to in place; a new tensor where ``None``.
+        weight: factor of this layer, for all crops or ``[T]`` fp32, one a crop. Crops of weight 0 get
+            nothing added, whatever their keys.
+        out: fp32 of the result's shape to add to in place; a new tensor where ``None``.
         second_softmax: a second softmax over the N − 1 patches of each head before averaging, as the
             paper's released code has it.
+        per_head: leave the mean over heads out, for :func:`finalize_scores` to take once after the last
+            layer.
 
     Returns:
-        ``[T, N − 1]`` fp32: ``out`` where given.
+        ``[T, N − 1]`` fp32, or ``[T, H, N − 1]`` with ``per_head``: ``out`` where given. No gradient runs
+        through it.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name.
@@ -74,7 +84,7 @@ def cls_attention(
         rows = (logits - lse[:, :, :1].float()).exp()[..., 1:]
     if second_softmax:
         rows = rows.softmax(-1)
-    return _accumulate(rows.mean(1), weight, out)
+    return _accumulate(rows, weight, out, per_head)
 
 
 def attention_with_cls(
@@ -86,23 +96,26 @@ def attention_with_cls(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     second_softmax: bool = False,
+    per_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Full attention that yields the CLS row of :func:`cls_attention` on the side.
 
     Args:
         query, key, value: ``[T, H, N, D]`` floating views, any strides.
-        scale, weight, out, second_softmax: as in :func:`cls_attention`.
+        scale, weight, out, second_softmax, per_head: as in :func:`cls_attention`.
 
     Returns:
         the attention output ``[T, H, N, D]`` in the dtype of ``query`` (accumulated in fp32), and the
-        CLS rows ``[T, N − 1]`` fp32.
+        CLS rows as :func:`cls_attention` returns them.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name.
     """
     logits = torch.einsum("thmd,thnd->thmn", query.float(), key.float()) * scale
     output = torch.einsum("thmn,thnd->thmd", logits.softmax(-1), value.float()).to(query.dtype)
-    rows = cls_attention(query, key, scale, weight=weight, out=out, second_softmax=second_softmax)
+    rows = cls_attention(
+        query, key, scale, weight=weight, out=out, second_softmax=second_softmax, per_head=per_head
+    )
     return output, rows
 
 
@@ -113,6 +126,7 @@ def received_attention(
     *,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
+    per_head: bool = False,
 ) -> Tensor:
     """Attention a token receives, averaged over queries and heads: the score of encoders without CLS (§1).
 
@@ -120,20 +134,49 @@ def received_attention(
 
     Args:
         query, key: ``[T, H, N, D]`` floating views, any strides.
-        scale, weight: as in :func:`cls_attention`.
-        out: ``[T, N]`` fp32 to add to in place; a new tensor where ``None``.
+        scale, weight, out, per_head: as in :func:`cls_attention`.
 
     Returns:
-        ``[T, N]`` fp32: ``out`` where given.
+        ``[T, N]`` fp32, or ``[T, H, N]`` with ``per_head``: ``out`` where given. No gradient runs through
+        it.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name.
     """
-    rows = query.new_zeros((key.shape[0], key.shape[2]), dtype=torch.float32)
+    rows = query.new_zeros(key.shape[:3], dtype=torch.float32)
     for crop in range(key.shape[0]):  # one crop at a time: N × N maps of a whole batch would not fit
         logits = torch.einsum("hmd,hnd->hmn", query[crop].float(), key[crop].float()) * scale
-        rows[crop] = logits.softmax(-1).mean((0, 1))
-    return _accumulate(rows, weight, out)
+        rows[crop] = logits.softmax(-1).mean(1)
+    return _accumulate(rows, weight, out, per_head)
+
+
+def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = False) -> Finalized:
+    """Patch scores from rows per head, and what follows from the scores alone (§1, §2).
+
+    Args:
+        rows: ``[T, H, P]`` fp32, as :func:`cls_attention` accumulates them with ``per_head``.
+        valid: ``[T, P]`` bool; all valid where ``None``.
+        rank: whether ranks are wanted.
+
+    Returns:
+        ``scores[t, p] = mean_h rows[t, h, p]``; the entropy in nats of each crop's scores over its valid
+        patches, normalised to sum 1 (negative scores count as 0; of no scores at all it is that of equal
+        ones, ``ln(valid)``); and each patch's place in the order of selection (§4): highest score first,
+        ties to the lower index, invalid patches last.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, by name; more than 32767
+            patches where ranks are wanted.
+    """
+    scores = rows.mean(1)
+    weight = scores.clamp_min(0.0) if valid is None else scores.clamp_min(0.0).masked_fill(~valid, 0.0)
+    total = weight.sum(1, keepdim=True)
+    share = weight / total.clamp_min(torch.finfo(torch.float32).tiny)
+    entropy = -torch.special.xlogy(share, share).sum(1)
+    count = torch.full_like(entropy, scores.shape[1]) if valid is None else valid.sum(1).float()
+    entropy = torch.where(total[:, 0] > 0, entropy, count.clamp_min(1.0).log())
+    ranks = _ranks(scores, valid).to(torch.int16) if rank else None
+    return Finalized(scores, entropy, ranks)
 
 
 def _shares(signals: Sequence[TileSignal], tiles: slice) -> Tensor:
@@ -239,6 +282,24 @@ def tile_budgets(
     return TileBudgets(torch.tensor(budgets, dtype=torch.int32, device=device), shares, weights)
 
 
+def _ranks(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """``[T, P]`` int64: each patch's place in the order of selection (§4)."""
+    last = scores.isnan().to(torch.uint8)  # behind a valid −inf come NaN, then invalid patches
+    if valid is not None:
+        last = last.masked_fill(~valid, 2)
+    keys = (scores + 0.0).masked_fill(last > 0, -torch.inf)  # −0 becomes +0
+    order = keys.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, last.gather(1, order).argsort(dim=1, stable=True))
+    ranks = torch.empty_like(order)
+    return ranks.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
+
+
+def _top(ranks: Tensor, budgets: Tensor, valid: Tensor | None) -> Tensor:
+    """``[T, P]`` bool: the budget's first valid patches."""
+    keep = ranks < budgets[:, None]
+    return keep if valid is None else keep & valid
+
+
 def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None) -> Tensor:
     """Per crop, the budget's highest-scoring valid patches (§4).
 
@@ -253,21 +314,10 @@ def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None)
         ``[T, P]`` bool, true where the patch is kept.
 
     Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name; NaN in ``scores``.
-            (A kernel cannot raise: there NaN ranks below every number.)
+        TypeError, ValueError: an argument of another type, shape or device, by name; NaN in ``scores``,
+            where that is seen without waiting, on the CPU. (Elsewhere NaN ranks below every number.)
     """
-    keys = scores + 0.0  # −0 becomes +0
-    if valid is not None:
-        # Invalid patches sort behind a valid −inf: order by score first, then stably by validity.
-        by_score = keys.argsort(dim=1, descending=True, stable=True)
-        by_valid = valid.gather(1, by_score).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        order = by_score.gather(1, by_valid)
-        budgets = torch.minimum(budgets, valid.sum(1).to(budgets.dtype))
-    else:
-        order = keys.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order))
-    return rank < budgets[:, None]
+    return _top(_ranks(scores, valid), budgets, valid)
 
 
 def _packed_index(keep: Tensor, image: Segment, first: int, side: int) -> Tensor:
@@ -302,6 +352,8 @@ def segmented_topk_gather(
     budgets: TileBudgets | None = None,
     signals: Sequence[TileSignal] | None = None,
     allocation: str = "exact",
+    ranks: Tensor | None = None,
+    valid_counts: Tensor | None = None,
 ) -> Gathered:
     """Budgets, top-k, packing in stitched raster order with newline rows, gather; ragged batches (§3–§5).
 
@@ -311,15 +363,25 @@ def segmented_topk_gather(
         segments: the images of the batch.
         valid: ``[T, P]`` bool; all valid where ``None``.
         budgets: what :func:`tile_budgets` returned; or
-        signals, allocation: what it takes, for both steps at once. One of the two is given.
+        signals: what it takes, for both steps at once. One of the two is given.
+        allocation: the rule of the budgets, those given too: with ``"exact"`` a kernel need not wait for
+            them to know how long the result is.
+        ranks: ``[T, P]`` int16, what :func:`finalize_scores` made of the scores and the same ``valid``.
+            They decide in place of the scores and spare a kernel the search for the cut.
+        valid_counts: ``[T]`` int32, the row sums of ``valid`` where they are known: spares counting them.
 
     Returns:
         packed tokens (newline rows zero: they live in the language model's width and are filled after
-        projection), their source, the length of each image, and the budgets.
+        projection), their source, the length of each image, and the budgets. Gradients run from tokens
+        to features.
+
+        On an accelerator, and compiled, the lengths are those that ``segments`` promise, unless
+        ``allocation`` is ``"floor"``. Where budgets or mask hold fewer patches, the image ends in empty
+        rows (zeros, index −2); budgets that hold more are cut off at the length.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name; both or none of
-            ``budgets`` and ``signals``; NaN in ``features`` or ``scores``.
+            ``budgets`` and ``signals``; NaN in ``features`` or ``scores`` (on the CPU).
     """
     if budgets is None:
         if valid is None:
@@ -327,7 +389,7 @@ def segmented_topk_gather(
         else:
             counts = valid.sum(1, dtype=torch.int32)
         budgets = tile_budgets(signals, counts, segments, allocation=allocation)
-    keep = segmented_topk(scores, budgets.budgets, valid)
+    keep = _top(_ranks(scores, valid) if ranks is None else ranks, budgets.budgets, valid)
     rows = [
         _packed_index(keep[first : first + image.crops], image, first, segments.side)
         for first, image in zip(segments.first_crops, segments.images, strict=False)

@@ -9,17 +9,30 @@ LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ._checks import check_choice, describe
 
-__all__ = ["ALLOCATIONS", "Gathered", "Segment", "Segments", "TileBudgets", "TileSignal"]
+__all__ = ["ALLOCATIONS", "Finalized", "Gathered", "Segment", "Segments", "TileBudgets", "TileSignal"]
 
 ALLOCATIONS = ("exact", "floor")
+MAX_SIGNALS = 4
+NUMBERS = (
+    "crops",
+    "thumbnail",
+    "grid_width",
+    "thumbnail_tokens",
+    "tile_tokens",
+    "newline_begin",
+    "newline_end",
+    "thumbnail_newline",
+)
+COLUMNS = ("first_crop", "first_row", "rows", *NUMBERS)  # of the table that kernels read
 
 
 class Segment(NamedTuple):
@@ -95,6 +108,10 @@ class Segments:
             begin, end = image.newline_rows
             if not 0 <= begin <= end <= (image.tiles // image.grid_width) * self.side:
                 raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
+        object.__setattr__(self, "_tables", {})
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"images": self.images, "side": self.side, "_tables": {}}
 
     @property
     def patches(self) -> int:
@@ -111,10 +128,77 @@ class Segments:
         """First crop of each image, and at the end T."""
         return tuple(accumulate((image.crops for image in self.images), initial=0))
 
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The images as plain integers, ``len(NUMBERS)`` each: what an operator's schema can carry."""
+        return tuple(
+            number
+            for image in self.images
+            for number in (*image[:5], *image.newline_rows, int(image.thumbnail_newline))
+        )
+
+    def table(self, device: torch.device) -> Tensor:
+        """``[B, len(COLUMNS)]`` int32 on a device, what a kernel reads of each image.
+
+        Copied to the device once and kept with this object: it must outlive CUDA graphs captured with it.
+        """
+        table = self._tables.get(device)
+        if table is None:
+            begins = accumulate(self.lengths, initial=0)
+            rows = zip(self.first_crops, begins, self.lengths, self.images, strict=False)
+            numbers = [
+                (first, begin, length, *image[:5], *image.newline_rows, image.thumbnail_newline)
+                for first, begin, length, image in rows
+            ]
+            table = torch.tensor(numbers, dtype=torch.int32).to(device)
+            self._tables[device] = table
+        return table
+
+    def bound(self, table: Tensor) -> Segments:
+        """The same segments with their table given."""
+        same = object.__new__(Segments)
+        same.__dict__.update(self.__dict__, _tables={table.device: table})
+        return same
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Rows that each image promises: its tokens, where there are as many patches, and newlines."""
+        patches = self.patches
+        return tuple(
+            (min(image.thumbnail_tokens, patches) if image.thumbnail >= 0 else 0)
+            + min(image.tile_tokens, image.tiles * patches)
+            + image.newlines
+            for image in self.images
+        )
+
     def check_crops(self, name: str, crops: int) -> None:
         """Raise ``ValueError`` unless argument ``name`` has one row a crop."""
         if crops != self.crops:
             raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
+
+
+@lru_cache(maxsize=256)
+def segments_of(numbers: tuple[int, ...], side: int) -> Segments:
+    """The :class:`Segments` of :attr:`Segments.numbers`."""
+    images = []
+    for i in range(0, len(numbers), len(NUMBERS)):
+        *fields, begin, end, newline = numbers[i : i + len(NUMBERS)]
+        images.append(Segment(*fields, (begin, end), bool(newline)))
+    return Segments(tuple(images), side)
+
+
+class Finalized(NamedTuple):
+    """What :func:`hero_kernels.finalize_scores` returns.
+
+    Attributes:
+        scores: ``[T, P]`` fp32, mean over heads.
+        entropy: ``[T]`` fp32, nats, of the scores over the valid patches.
+        ranks: ``[T, P]`` int16, place in the order of selection, or ``None``.
+    """
+
+    scores: Tensor
+    entropy: Tensor
+    ranks: Tensor | None
 
 
 class TileSignal(NamedTuple):
@@ -151,7 +235,7 @@ class Gathered(NamedTuple):
 
     Attributes:
         tokens: ``[total, D]``, kept features packed image by image; newline rows are zero.
-        index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline.
+        index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline (−2 for an empty row).
         lengths: rows of each image, host integers.
         budgets: the budgets that were served.
     """

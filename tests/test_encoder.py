@@ -150,18 +150,20 @@ def test_policies(model, encoder, inputs, name):
 
 def test_images_without_thumbnail_use_entropy():
     layout = ImageLayout((112, 56), (2, 1), 4, (0, 8), (0, 4), thumbnail="none", newlines=False)
-    scores = torch.rand(2, 16)
+    scores, entropy, ranks = hk.finalize_scores(torch.rand(2, 1, 16), rank=True)
     seen = policies.Seen(
         scores=scores,
+        entropy=entropy,
+        ranks=ranks,
         valid=torch.ones(2, 16, dtype=torch.bool),
         cls=torch.randn(2, 8),
         layouts=(layout,),
         config=hero.HeroConfig(),
         relevance=None,
     )
-    density, entropy = policies.FUNCTIONS["hero"](seen).signals
-    assert (density.weight, entropy.weight) == (pytest.approx(0.2), pytest.approx(0.8))
-    torch.testing.assert_close(entropy.values, scoring.concentration(scores, seen.valid))
+    density, concentration = policies.FUNCTIONS["hero"](seen).signals
+    assert (density.weight, concentration.weight) == (pytest.approx(0.2), pytest.approx(0.8))
+    torch.testing.assert_close(concentration.values, scoring.concentration(entropy, seen.valid))
 
 
 def test_plan_of_other_families():
@@ -220,7 +222,7 @@ def test_capture_of_encoders_without_cls():
         output = module(query, key, value)
     capture.remove({0: module})
     assert "_hero_capture" not in module.__dict__
-    torch.testing.assert_close(plain.result(), hk.received_attention(query, key, 0.3))
+    torch.testing.assert_close(plain.result().mean(1), hk.received_attention(query, key, 0.3))
     wanted = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(output, wanted)
 

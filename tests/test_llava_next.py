@@ -581,9 +581,9 @@ def test_nothing_stays_in_memory(model, rule):
         references.extend(map(weakref.ref, (features, cls)))
         return features, cls, pooled, output
 
-    def spy_take(self, rows, added):
+    def spy_take(self, layer, rows, added):
         references.append(weakref.ref(rows))
-        return add(self, rows, added)
+        return add(self, layer, rows, added)
 
     with handle:
         handle.encoder._tower.run = spy_run

@@ -37,6 +37,8 @@ class Encoded:
             signal needs it.
         pooled: ``[T, C]``, the same after it.
         scores: ``[T, P]`` fp32, attention of CLS to patches (docs/method.md, 1).
+        entropy: ``[T]`` fp32, of the scores over the patches that are not padding.
+        ranks: ``[T, P]`` int16, the order of the scores.
         pixel_values: ``[T, 3, S, S]``, the crops.
         output: what the tower returned; ``None`` where only the layers needed were run.
     """
@@ -45,6 +47,8 @@ class Encoded:
     cls: Tensor | None
     pooled: Tensor | None
     scores: Tensor
+    entropy: Tensor
+    ranks: Tensor
     pixel_values: Tensor
     output: object | None
 

@@ -1,0 +1,74 @@
+"""The one door through which kernels are launched, and their tuned configurations, which are data.
+
+A configuration file ``configs/NAME.json`` maps a kernel to rows ``{"upto": size, ...}`` in ascending
+order; a launch takes the first row whose size reaches its own (of a kernel's own measure: head width,
+patches, feature width). ``default.json`` serves every GPU that has no file of its own, ``amd.json`` the
+AMD ones; a file for one GPU is named as the driver names it, in lower case with dashes
+(``nvidia-h200.json``) and says in ``source`` how it was measured. Nothing is tuned in the user's process.
+
+A configuration never depends on the number of crops or images: block sizes decide the order of sums, and
+a crop's scores must not depend on its neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+__all__ = ["config_names", "configuration", "launch", "read_config"]
+
+CONFIGS = resources.files(__package__) / "configs"
+
+
+def launch(kernel: Callable, grid: Sequence[int], *arguments: object, **options: object) -> None:
+    """Launch a Triton kernel; an empty grid is nothing to do. Tests put their own in this place."""
+    options.setdefault("enable_fp_fusion", True)  # versions of Triton differ in their default
+    if all(grid):
+        kernel[tuple(grid)](*arguments, **options)
+
+
+def config_names() -> list[str]:
+    """Names of the configuration files that come with the package."""
+    return sorted(
+        file.name.removesuffix(".json") for file in CONFIGS.iterdir() if file.name.endswith(".json")
+    )
+
+
+@cache
+def read_config(name: str) -> dict[str, Any]:
+    """A configuration file as it stands."""
+    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    """The configuration file of a device."""
+    if device.type != "cuda":  # the interpreter
+        return "default"
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    if name in config_names():
+        return name
+    return "amd" if torch.version.hip else "default"
+
+
+def configuration(kernel: str, size: int, device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel at a size on a device: block sizes, ``num_warps``, ``num_stages``.
+
+    Raises:
+        ValueError: the size is beyond what the kernel is made for.
+    """
+    return dict(_row(_name_of(device), kernel, size))
+
+
+@lru_cache(maxsize=1024)
+def _row(name: str, kernel: str, size: int) -> tuple[tuple[str, Any], ...]:
+    rows = read_config(name)["kernels"][kernel]
+    for row in rows:
+        if size <= row["upto"]:
+            return tuple((key, value) for key, value in row.items() if key != "upto")
+    raise ValueError(f"{kernel}: expected a size of at most {rows[-1]['upto']}, got {size}")

@@ -1,0 +1,126 @@
+"""From rows per head to patch scores, and what follows from these alone: one launch after the last layer.
+
+    score[t, p] = 1/H · Σ_h rows[t, h, p]                       heads in fixed order
+    entropy[t] = −Σ_p x_p ln x_p,  x = score over the valid patches, normalised; ln(valid) of no scores
+    rank[t, p] = |{p' : p' comes before p in the order of selection}|            (docs/method.md, 2 and 4)
+
+Grid (slices, T). Each program reads all rows of its crop, T·H·P·4 bytes, and owns the ranks of SLICE
+patches: it compares their keys with all P, which costs P² comparisons a crop and needs no sort. Without
+ranks there is one slice. The rank does not depend on the budget, so selection becomes a comparison.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._launch import configuration, launch
+from ..segments import Finalized
+from .common import mask_arguments, order_key, power_of_2
+
+
+@triton.jit
+def head_mean(rows, t, p, heads, patches):
+    """Mean over heads at patches p of crop t."""
+    base = rows + t * heads * patches + p
+    total = tl.zeros(p.shape, tl.float32)
+    for h in range(0, heads):
+        total += tl.load(base + h * patches, mask=p < patches, other=0.0)
+    return total / heads
+
+
+@triton.jit
+def finalize_kernel(
+    rows,
+    valid,
+    scores,
+    entropy,
+    ranks,
+    stride_vt,
+    stride_vp,
+    stride_st,
+    stride_sp,
+    heads,
+    patches,
+    P_PAD: tl.constexpr,
+    SLICE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    RANK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    s = tl.program_id(0)
+    t = tl.program_id(1).to(tl.int64)
+    p = tl.arange(0, P_PAD)
+    inside = p < patches
+    score = head_mean(rows, t, p, heads, patches)
+    ok = inside
+    if HAS_VALID:
+        ok = inside & (tl.load(valid + t * stride_vt + p * stride_vp, mask=inside, other=0) != 0)
+    if s == 0:
+        place = scores + t * stride_st + p.to(tl.int64) * stride_sp
+        if ADD:
+            tl.store(place, tl.load(place, mask=inside, other=0.0) + score, mask=inside)
+        else:
+            tl.store(place, score, mask=inside)
+        if ENTROPY:
+            weight = tl.where(ok & (score > 0.0), score, 0.0)
+            total = tl.sum(weight, 0)
+            share = weight / tl.maximum(total, 1.1754943508222875e-38)
+            some = share > 0.0
+            value = -tl.sum(tl.where(some, share * tl.log(tl.where(some, share, 1.0)), 0.0), 0)
+            count = tl.maximum(tl.sum(ok.to(tl.int32), 0), 1).to(tl.float32)
+            tl.store(entropy + t, tl.where(total > 0.0, value, tl.log(count)))
+    if RANK:
+        key = order_key(score, ok)
+        q = s * SLICE + tl.arange(0, SLICE)
+        mine = q < patches
+        if HAS_VALID:
+            mine = mine & (tl.load(valid + t * stride_vt + q * stride_vp, mask=mine, other=0) != 0)
+        key_q = order_key(head_mean(rows, t, q, heads, patches), mine)
+        before = (key[None, :] > key_q[:, None]) | (
+            (key[None, :] == key_q[:, None]) & (p[None, :] < q[:, None])
+        )
+        rank = tl.sum(before.to(tl.int32), 1)
+        tl.store(ranks + t * patches + q, rank.to(tl.int16), mask=q < patches)
+
+
+def finalize(rows, valid, scores, entropy, ranks, add):
+    """Launch; ``entropy`` and ``ranks`` may be ``None``."""
+    crops, heads, patches = rows.shape
+    options = configuration("finalize", patches, rows.device)
+    size = options.pop("SLICE")
+    launch(
+        finalize_kernel,
+        (triton.cdiv(patches, size) if ranks is not None else 1, crops),
+        rows,
+        mask_arguments(valid, rows)[0],
+        scores,
+        rows if entropy is None else entropy,
+        rows if ranks is None else ranks,
+        *mask_arguments(valid, rows)[1:],
+        *(*scores.stride(), heads, patches),
+        P_PAD=power_of_2(patches, 16),
+        SLICE=size,
+        HAS_VALID=valid is not None,
+        ENTROPY=entropy is not None,
+        RANK=ranks is not None,
+        ADD=add,
+        **options,
+    )
+
+
+def add_mean(rows, out):
+    """The mean over heads, in a new tensor or added to ``out``."""
+    scores = rows.new_empty((rows.shape[0], rows.shape[2])) if out is None else out
+    finalize(rows, None, scores, None, None, out is not None)
+    return scores
+
+
+def finalize_scores(rows, *, valid=None, rank=False):
+    rows = rows.contiguous()
+    crops, _, patches = rows.shape
+    scores = rows.new_empty((crops, patches))
+    entropy = rows.new_empty((crops,))
+    ranks = torch.empty((crops, patches), dtype=torch.int16, device=rows.device) if rank else None
+    finalize(rows, valid, scores, entropy, ranks, False)
+    return Finalized(scores, entropy, ranks)
