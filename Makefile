@@ -5,6 +5,11 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3 python,$(shell $(pytho
     'import ensurepip, sys, venv; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
 PYTEST_ARGS ?=
 
+# Run again in Triton's interpreter, where the CPU runs the kernels.
+KERNEL_TESTS := tests/test_kernels.py tests/test_kernel_properties.py tests/test_library.py tests/test_mutants.py
+# The oldest supported Triton and the newest, beside the pinned one.
+TRITONS := 3.3.0 3.9.0
+
 VENV := .venv
 LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
@@ -26,7 +31,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-lowest lint clean
+.PHONY: help setup demo test test-slow test-lowest test-triton test-exhaustive lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -48,16 +53,32 @@ demo: $(STAMP) ## ask the bundled model three questions; pictures in out/
 
 test: $(STAMP) ## the fast tests
 	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m "not slow" $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the slow tests
-	$(VENV)/bin/python -m pytest -q -m slow $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -q -m "slow and not exhaustive" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m "slow and not exhaustive" $(KERNEL_TESTS) $(PYTEST_ARGS)
+
+test-exhaustive: $(STAMP) ## the kernels at every configuration, for every target: when kernels change
+	$(VENV)/bin/python -m pytest -q -m exhaustive $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m exhaustive $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST_STAMP) ## the fast tests on the oldest supported transformers, in .venv-lowest
 	$(LOWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-triton: $(STAMP) $(TRITONS:%=.triton/%) ## compile the kernels with the oldest and the newest Triton, in .triton
+	for version in $(TRITONS); do \
+	    echo "Triton $$version"; \
+	    PYTHONPATH=.triton/$$version $(VENV)/bin/python -m pytest -q -m "not exhaustive" tests/test_compile.py $(PYTEST_ARGS) || exit 1; \
+	done
+
+.triton/%: | $(STAMP)
+	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $@.part triton==$*
+	mv $@.part $@
 
 lint: $(STAMP) ## ruff
 	$(VENV)/bin/ruff check .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(LOWEST) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOWEST) .triton out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

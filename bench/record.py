@@ -5,16 +5,18 @@ Standard library only, save for the versions of what the benchmark has imported.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["ROOT", "commit", "cpu_name", "environment", "write"]
+__all__ = ["ROOT", "accelerator", "commit", "cpu_name", "environment", "fingerprint", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("hero", "hero_kernels", "bench", ":!bench/results")
@@ -57,17 +59,61 @@ def _words(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def environment(module: str, arguments: Sequence[str], packages: Sequence[str]) -> dict[str, object]:
-    """Versions, commit, command and machine of a run of ``python -m module arguments``."""
+def fingerprint() -> str:
+    """The beginning of a hash of the code that ran: it tells copies apart that have no git with them."""
+    digest = hashlib.sha256()
+    for folder in CODE[:3]:
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in (".py", ".json") and "results" not in file.parts:
+                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def accelerator() -> dict[str, object] | None:
+    """The GPU and its driver; ``None`` without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    driver = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        driver = done.stdout.strip().splitlines()[0] if done.returncode == 0 else None
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": properties.total_memory / 2**30,
+        "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def environment(
+    module: str, arguments: Sequence[str], packages: Sequence[str], command: Sequence[str] | None = None
+) -> dict[str, object]:
+    """Versions, commit, command and machine of a run of ``python -m module arguments``.
+
+    Args:
+        command: what was run instead of ``python -m module``.
+    """
     import hero
 
     versions = {"python": platform.python_version(), "hero": hero.__version__}
     for package in packages:
         imported = sys.modules.get(package)
         version = getattr(imported, "__version__", None)
-        versions[package] = str(version) if version else metadata.version(package)
+        try:
+            versions[package] = str(version) if version else metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "none"
     return {
-        "command": " ".join(["python", "-m", module, *_words(arguments)]),
+        "command": " ".join([*(command or ("python", "-m", module)), *_words(arguments)]),
         "commit": commit(),
         "versions": versions,
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "system": platform.system()},

@@ -51,22 +51,31 @@ def _against(comparison: Mapping, limit: float) -> str:
     return "missed" if low > limit else "not decided: the interval includes it"
 
 
-def _provenance(record: Mapping) -> list[str]:
-    commit, machine = record["commit"], record["machine"]
+def _code(record: Mapping) -> str:
+    """Commit and versions."""
+    commit = record["commit"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     code = (commit["hash"] or "unknown")[:12] + (", with uncommitted changes" if commit["dirty"] else "")
-    small = (
-        ["**Tiny shapes, a test of the script: these numbers say nothing.**", ""] if record["small"] else []
-    )
+    return f"- commit {code}; {versions}"
+
+
+def _small(record: Mapping) -> list[str]:
+    if not record["small"]:
+        return []
+    return ["**Tiny shapes, a test of the script: these numbers say nothing.**", ""]
+
+
+def _provenance(record: Mapping) -> list[str]:
+    machine = record["machine"]
     clock = {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
     load = " and ".join(f"{value:.1f}" for value in record["load_average"])
     return [
-        *small,
+        *_small(record),
         f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds, {clock}",
         f"- {machine['cpu']}, {record['threads']} of {machine['cores']} cores, {machine['system']}, "
         f"{record['dtype']}; peak memory {record['peak_memory_gib']:.1f} GiB; "
         f"load average before and after {load}",
-        f"- commit {code}; {versions}",
+        _code(record),
         "",
     ]
 
@@ -179,7 +188,134 @@ def _loses(comparison: Mapping) -> bool:
     return comparison["pairs"] >= ENOUGH and comparison["interval"][0] > 1.0
 
 
-RENDERERS: dict[str, Callable[[Mapping], list[str]]] = {"cpu_vision": cpu_vision}
+def _microseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _tests(record: Mapping) -> str:
+    """How the GPU tests of a run ended."""
+    tests = record["tests"]
+    if not tests.get("counts"):
+        return tests["status"] + (f" ({tests['reason']})" if "reason" in tests else "")
+    return (
+        f"{tests['status']} (" + ", ".join(f"{count} {name}" for name, count in tests["counts"].items()) + ")"
+    )
+
+
+def _machine(record: Mapping) -> list[str]:
+    """Where a run of the kernels took place, and the ceilings it was held against."""
+    gpu, ceilings = record["gpu"], record["ceilings"]
+    lines = [*_small(record), f"- `{record['command']}`, {record['date']}, {record['dtype']}"]
+    if gpu is None:
+        lines.append(
+            f"- no GPU: the PyTorch twins, on {record['machine']['cpu']}, {record['machine']['system']}"
+        )
+    else:
+        lines.append(
+            f"- {gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_mib']:.0f} MiB, "
+            f"driver {gpu['driver']}, {'HIP ' + gpu['hip'] if gpu['hip'] else 'CUDA ' + str(gpu['cuda'])}"
+        )
+    if ceilings:
+        lines.append(
+            f"- measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s (in and out), bf16 "
+            f"matrix product {ceilings['flops'] / 1e12:.0f} TFLOP/s, smallest launch in a graph "
+            f"{ceilings['launch_us']:.1f} µs"
+        )
+    sanitizer = record["sanitizer"]
+    if sanitizer:
+        parts = [f"{name} {tool['summary']}" for name, tool in sanitizer.get("tools", {}).items()]
+        lines.append(f"- compute-sanitizer: {'; '.join(parts) or sanitizer['reason']}")
+    return [*lines, f"- GPU tests: {_tests(record)}", f"{_code(record)}; code {record['code']}", ""]
+
+
+def _row(one: Mapping, ours: Mapping[tuple, float]) -> list[str]:
+    """A line of the kernels' table."""
+    name = one["variant"] if one["ours"] else f"*{one['variant']}*"
+    head = [f"{one['geometry']}, T = {one['crops']}", name]
+    if one["status"] != "ok":
+        return [*head, f"**{one['status']}**" if one["status"] != "skipped" else "left out", *[""] * 5]
+    base = ours.get((one["geometry"], one["crops"], one["against"]))
+    ratio = f"{one['us'] / base:.2f}" if base else ""
+    return [
+        *head,
+        _microseconds(one["us"]) + (" †" if one["timing"] != "graph" else "" if one["cold"] else " ‡"),
+        f"{one['gb_s']:.0f}",
+        "" if one["floor_us"] is None else _microseconds(one["floor_us"]),
+        "" if one["floor_share"] is None else f"{100 * one['floor_share']:.0f} %",
+        f"({ratio})" if ratio and one["less"] else ratio,
+        _microseconds(one["eager_us"]) if "eager_us" in one else "",
+    ]
+
+
+def _faster_peers(results: Sequence[Mapping], ours: Mapping[tuple, float]) -> list[str]:
+    """Peers that do as much in less time."""
+    lines = []
+    for one in results:
+        base = ours.get((one["geometry"], one["crops"], one["against"])) if one["status"] == "ok" else None
+        if base and not one["less"] and one["us"] < base:
+            where, ratio = f"{one['geometry']}, T = {one['crops']}", one["us"] / base
+            lines.append(f"- {where}: *{one['variant']}* takes {ratio:.2f} of {one['against']}")
+    return lines
+
+
+def _reasons(results: Sequence[Mapping]) -> list[str]:
+    """What was not timed and why, one line for each reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in results:
+        if one["status"] not in ("ok", "skipped"):
+            where = f"{one['geometry']} T = {one['crops']}"
+            found.setdefault((f"{one['variant']}: {one['status']}", one["reason"]), []).append(where)
+    return [f"- {what}: {reason} ({'; '.join(where)})" for (what, reason), where in found.items()]
+
+
+def kernels(record: Mapping) -> list[str]:
+    """The tables of ``bench/run_device``."""
+    lines = _machine(record)
+    by_op: dict[str, list[Mapping]] = {}
+    for one in record["results"]:
+        by_op.setdefault(one["op"], []).append(one)
+    head = ["shape", "", "µs", "GB/s", "floor, µs", "of floor", "to ours", "eager, µs"]
+    losses, reasons = [], _reasons(record["results"])
+    for op, results in by_op.items():
+        ours = {
+            (one["geometry"], one["crops"], one["variant"]): one["us"]
+            for one in results
+            if one["ours"] and one["status"] == "ok"
+        }
+        table = _table(head, [_row(one, ours) for one in results])
+        table[1] = table[1].replace("| --- | ---: |", "| --- | --- |", 1)
+        lines += [f"**{op}**", "", *table, ""]
+        losses += _faster_peers(results, ours)
+    lines += ["**Where a peer that does as much is faster**", "", *(losses or ["Nowhere in this run."]), ""]
+    lines += ["**Not timed**", "", *(reasons or ["Nothing was missing."])]
+    skipped = sum(one["status"] == "skipped" for one in record["results"])
+    return [*lines, *([f"- {skipped} more: left out, the time of the run was over"] if skipped else [])]
+
+
+def dispatch(record: Mapping) -> list[str]:
+    """The table of ``bench.dispatch``."""
+    machine = record["machine"]
+    rows = []
+    for name, ways in record["us"].items():
+        values = [ways["public"], ways["operator"], ways["launcher"]]
+        rows.append([f"`{name}`", *("not measured" if value is None else f"{value:.1f}" for value in values)])
+    return [
+        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds of {record['repeats']} calls, "
+        "medians, processor time",
+        f"- {machine['cpu']}, one thread, {machine['system']}",
+        _code(record),
+        "",
+        *_table(["µs of the host", "checks and routing", "`torch.ops` instead", "with the launcher"], rows),
+    ]
+
+
+RENDERERS: dict[str, Callable[[Mapping], list[str]]] = {
+    "cpu_vision": cpu_vision,
+    "dispatch": dispatch,
+    "kernels": kernels,
+}
+MISSING = {"kernels": "Not measured: no GPU was available so far."}
+ELSEWHERE = ("compiled",)  # records that another script puts on another page
 
 
 def replace(page: str, name: str, lines: Sequence[str]) -> str:
@@ -202,12 +338,13 @@ def render(page: str, records: Sequence[Mapping]) -> str:
     Raises:
         ValueError: a record of an unknown benchmark, or a page without its markers.
     """
+    records = [record for record in records if record["benchmark"] not in ELSEWHERE]
     unknown = {record["benchmark"] for record in records} - set(RENDERERS)
     if unknown:
         raise ValueError(f"records: expected {', '.join(RENDERERS)}, got {', '.join(sorted(unknown))}")
     for name, renderer in RENDERERS.items():
         parts = [renderer(record) for record in records if record["benchmark"] == name]
-        lines = ["Not measured yet."]
+        lines = [MISSING.get(name, "Not measured yet.")]
         for number, part in enumerate(parts):
             lines = part if number == 0 else [*lines, "", *part]
         page = replace(page, name, lines)

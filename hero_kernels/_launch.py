@@ -1,10 +1,11 @@
 """The one door through which kernels are launched, and their tuned configurations, which are data.
 
 A configuration file ``configs/NAME.json`` maps a kernel to rows ``{"upto": size, ...}`` in ascending
-order; a launch takes the first row whose size reaches its own (of a kernel's own measure: head width,
-patches, feature width). ``default.json`` serves every GPU that has no file of its own, ``amd.json`` the
-AMD ones; a file for one GPU is named as the driver names it, in lower case with dashes
-(``nvidia-h200.json``) and says in ``source`` how it was measured. Nothing is tuned in the user's process.
+order; a launch takes the first row whose size reaches its own (head width or patches, as the kernel goes).
+``default.json`` serves every GPU that has no file of its own, ``amd.json`` the AMD ones, which do not know
+``maxnreg`` (it keeps ptxas from spilling for occupancy's sake). A file for one GPU is named as the driver
+names it, in lower case with dashes (``nvidia-h200.json``), and says in ``source`` how it was measured.
+Nothing is tuned in the user's process.
 
 A configuration never depends on the number of crops or images: block sizes decide the order of sums, and
 a crop's scores must not depend on its neighbours in the batch.

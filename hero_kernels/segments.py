@@ -108,6 +108,8 @@ class Segments:
             begin, end = image.newline_rows
             if not 0 <= begin <= end <= (image.tiles // image.grid_width) * self.side:
                 raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
+        if self.crops * self.patches >= 1 << 31:
+            raise ValueError(f"images: expected crops · patches below 2³¹, got {self.crops} · {self.patches}")
         object.__setattr__(self, "_tables", {})
 
     def __getstate__(self) -> dict[str, object]:

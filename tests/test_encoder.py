@@ -343,3 +343,47 @@ def test_hidden_states_come_along_when_asked_for(model, inputs):
     )
     for one, other in zip(plain.pooler_output, rich.pooler_output, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_fused_attention_gives_the_same_tokens(model, inputs):
+    """Attention that yields the rows, in place of the encoder's own and rows beside it."""
+    tower, sizes = model.model.vision_tower, inputs["image_sizes"]
+    results = {}
+    for attention in ("native", "fused"):
+        encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(0.3, attention=attention, **LAYERS))
+        with torch.no_grad():
+            results[attention] = encoder(inputs["pixel_values"], sizes)
+        encoder.remove()
+    native, fused = results.values()
+    assert torch.equal(native.index, fused.index)
+    torch.testing.assert_close(native.scores, fused.scores)
+    torch.testing.assert_close(native.tokens, fused.tokens)
+
+
+def test_fused_attention_runs_instead(model, inputs, monkeypatch):
+    """In the captured layers that run whole, and nowhere else; the last runs at CLS alone."""
+    layers, attend = [], capture.Collector.attend
+
+    def spy(self, layer, *tensors):
+        layers.append(layer)
+        return attend(self, layer, *tensors)
+
+    monkeypatch.setattr(capture.Collector, "attend", spy)
+    config = hero.HeroConfig(0.3, attention="fused", tile_layers=(1, 2), thumbnail_layers=(-1,))
+    encoder = hero.HeroVisionEncoder(model.model.vision_tower, config=config)
+    with torch.no_grad():
+        encoder(inputs["pixel_values"], inputs["image_sizes"])
+    encoder.remove()
+    assert layers == [1, 2]
+
+
+def test_fused_attention_has_no_mask_and_no_dropout():
+    module = _Attention(_Config())
+    query, key, value = torch.randn(3, 2, 4, 9, 8).unbind(0)
+    capture.install({0: module}, fused=True)
+    attend = capture._attention
+    with capture.collect(capture.Collector({0: 1.0}), {0: module}):
+        for mask, dropout in ((torch.zeros(2, 1, 9, 9), 0.0), (None, 0.1)):
+            with pytest.raises(ValueError, match=r"attention: expected 'native'"):
+                attend(module, query, key, value, mask, scaling=0.3, dropout=dropout)
+    capture.remove({0: module})

@@ -10,6 +10,7 @@ import torch
 import hero_kernels as hk
 from hero_kernels import _ops
 
+pytestmark = pytest.mark.skipif(_ops.SWITCHES.interpret, reason="about a CPU without TRITON_INTERPRET")
 SCORES, BUDGETS = torch.rand(2, 9), torch.tensor([3, 4])
 
 
@@ -20,24 +21,52 @@ def test_signatures_are_those_of_the_twins():
         assert operation.__doc__ == twin.__doc__ and operation.__doc__
 
 
-def test_without_kernels_the_twin_runs():
+def test_on_a_cpu_the_twin_runs():
     assert set(hk.implementations("cpu").values()) == {"reference"}
-    assert sorted(hk.implementations("cuda")) == sorted(hk.reference.__all__)
+    assert sorted(hk.implementations("cuda")) == sorted(hk.reference.__all__) == sorted(_ops._MODULES)
     assert torch.equal(hk.segmented_topk(SCORES, BUDGETS), hk.reference.segmented_topk(SCORES, BUDGETS))
 
 
-def test_a_registered_kernel_runs(monkeypatch):
+def test_a_kernel_runs(monkeypatch):
     def kernel(scores, budgets, valid=None):
         return "kernel"
 
-    monkeypatch.setitem(_ops._KERNELS, ("segmented_topk", "cpu"), kernel)
+    monkeypatch.setattr(_ops, "_launcher", {"segmented_topk": kernel}.get)
+    monkeypatch.setattr(_ops.SWITCHES, "interpret", True)
     assert hk.implementations("cpu")["segmented_topk"] == "kernel"
+    assert hk.implementations("cpu")["tile_budgets"] == "reference"
     assert hk.segmented_topk(SCORES, BUDGETS) == "kernel"
     with pytest.raises(TypeError, match="budgets: expected dtype int32 or int64"):
         hk.segmented_topk(SCORES, BUDGETS.float())  # checked before any implementation
     monkeypatch.setattr(_ops.SWITCHES, "reference", True)
     assert hk.implementations("cpu")["segmented_topk"] == "reference"
     assert torch.equal(hk.segmented_topk(SCORES, BUDGETS).sum(1), BUDGETS)
+
+
+def test_without_triton_the_twin_runs_and_says_so(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton.language")
+
+    monkeypatch.setattr(_ops.importlib, "import_module", missing)
+    _ops._launcher.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no Triton"):
+            assert _ops._launcher("segmented_topk") is None
+    finally:
+        _ops._launcher.cache_clear()
+
+
+def test_a_broken_kernel_is_no_missing_triton(monkeypatch):
+    def broken(name):
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    monkeypatch.setattr(_ops.importlib, "import_module", broken)
+    _ops._launcher.cache_clear()
+    try:
+        with pytest.raises(ModuleNotFoundError, match="other"):
+            _ops._launcher("segmented_topk")
+    finally:
+        _ops._launcher.cache_clear()
 
 
 def test_requiring_a_kernel(monkeypatch):
@@ -54,15 +83,22 @@ def test_requiring_a_kernel(monkeypatch):
     ("value", "on"), [("1", True), ("true", True), ("0", False), ("", False), ("off", False)]
 )
 def test_switches_come_from_the_environment(value, on):
-    code = "from hero_kernels._env import SWITCHES; print(SWITCHES.reference, SWITCHES.require_kernel)"
-    environment = {"HERO_REFERENCE": value, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
+    code = "from hero_kernels._env import SWITCHES as s; print(s.reference, s.require_kernel, s.interpret)"
+    environment = {
+        "HERO_REFERENCE": value,
+        "TRITON_INTERPRET": value,
+        "PATH": "",
+        "PYTHONPATH": ":".join(sys.path),
+    }
     output = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert output.stdout.split() == [str(on), "False"]
+    assert output.stdout.split() == [str(on), "False", str(on)]
 
 
-def test_kernels_import_neither_hero_nor_transformers():
-    code = "import sys, hero_kernels; print(sorted({'hero', 'transformers'} & set(sys.modules)))"
+def test_importing_needs_torch_alone():
+    """Neither ``hero`` nor transformers, and Triton only once a kernel is to run."""
+    wanted = "{'hero', 'transformers', 'hero_kernels.kernels', 'hero_kernels.testing'}"
+    code = f"import sys, hero_kernels; print(sorted({wanted} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"

@@ -5,16 +5,32 @@ The operations are called by their public names: on a CPU these check the argume
 
 import math
 import random
-from fractions import Fraction
 from itertools import chain
 
 import pytest
 import torch
+from cases import BATCHES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import (
+    draw_attention,
+    generator,
+    oracle_cls,
+    oracle_exact,
+    oracle_floor,
+    oracle_index,
+    oracle_keep,
+    oracle_lse,
+    oracle_order,
+    oracle_output,
+    oracle_received,
+    oracle_shares,
+    oracle_weights,
+)
 
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal
+from hero_kernels.testing import VIEWS
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +40,6 @@ ROUNDED = {
     torch.bfloat16: {"rtol": 4e-3, "atol": 1e-5},
     torch.float16: {"rtol": 5e-4, "atol": 1e-5},
 }
-FIXED_POINT = 2**24
 
 
 def examples(count):
@@ -37,93 +52,11 @@ def close(actual, expected, **tolerance):
     torch.testing.assert_close(actual.double(), expected, **(tolerance or CLOSE))
 
 
-def generator(*seed) -> torch.Generator:
-    return torch.Generator().manual_seed(random.Random(repr(seed)).getrandbits(32))
-
-
 # --- attention -------------------------------------------------------------------------------------------
 
 
-def softmax(values):
-    top = max(values)
-    powers = [math.exp(value - top) for value in values]
-    whole = math.fsum(powers)
-    return [power / whole for power in powers]
-
-
-def logits_of(query, keys, scale):
-    return [scale * math.fsum(q * k for q, k in zip(query, key)) for key in keys]
-
-
-def oracle_attention(query, key, scale):
-    """Probabilities ``[T][H][M][N]`` of tensors ``[T, H, M, D]`` and ``[T, H, N, D]``."""
-    return [
-        [[softmax(logits_of(row, keys, scale)) for row in rows] for rows, keys in zip(crop_rows, crop_keys)]
-        for crop_rows, crop_keys in zip(query.tolist(), key.tolist())
-    ]
-
-
-def oracle_cls(query, key, scale, second_softmax=False):
-    """``[T][N - 1]``: attention of token 0 to the others, mean over heads."""
-    scores = []
-    for heads in oracle_attention(query[:, :, :1], key, scale):
-        rows = [rows[0][1:] for rows in heads]
-        if second_softmax:
-            rows = [softmax(row) for row in rows]
-        scores.append([math.fsum(column) / len(rows) for column in zip(*rows)])
-    return scores
-
-
-def oracle_lse(query, key, scale):
-    """``[T][H][M]``: natural logarithm of the sum of exponentials of the logits."""
-    lse = []
-    for crop_rows, crop_keys in zip(query.tolist(), key.tolist()):
-        lse.append([])
-        for rows, keys in zip(crop_rows, crop_keys):
-            lse[-1].append([])
-            for row in rows:
-                logits = logits_of(row, keys, scale)
-                top = max(logits)
-                lse[-1][-1].append(top + math.log(math.fsum(math.exp(logit - top) for logit in logits)))
-    return lse
-
-
-def contiguous(values):
-    return values.clone()
-
-
-def packed(values):
-    """The view that attention modules pass: a transposed ``[T, N, H·D]``."""
-    crops, heads, tokens, width = values.shape
-    memory = values.transpose(1, 2).flatten(2).contiguous()
-    return memory.view(crops, tokens, heads, width).transpose(1, 2)
-
-
-def offset(values):
-    """The middle third of a fused projection, within a larger batch; NaN all around."""
-    crops, heads, tokens, width = values.shape
-    memory = values.new_full((crops + 2, tokens + 3, 3 * heads * width), NAN)
-    view = memory[1:-1, 2:-1, heads * width : 2 * heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
-    return view.copy_(values)
-
-
-def backwards(values):
-    """Memory order the reverse of the shape, every second element NaN."""
-    memory = values.new_full((*reversed(values.shape), 2), NAN)
-    return memory[..., 0].permute(3, 2, 1, 0).copy_(values)
-
-
-VIEWS = (contiguous, packed, offset, backwards)
-
-
-def draw_attention(*seed, crops=2, heads=3, tokens=37, width=8, dtype=torch.float32, count=2):
-    """``count`` tensors ``[T, H, N, D]`` of a spread that makes attention uneven."""
-    draw = generator(*seed)
-    return [(torch.randn(crops, heads, tokens, width, generator=draw) * 1.5).to(dtype) for _ in range(count)]
-
-
 @pytest.mark.parametrize("second_softmax", [False, True], ids=["", "second softmax"])
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [2, 37, 577])
 def test_cls_attention(tokens, dtype, view, second_softmax):
@@ -203,26 +136,6 @@ def test_weight_without_a_buffer(weight):
         close(function(query, key, 0.4, weight=weight), expected)
 
 
-def oracle_received(query, key, scale):
-    """``[T][N]``: attention that each token receives, mean over heads and queries."""
-    received = []
-    for heads in oracle_attention(query, key, scale):
-        rows = [row for rows in heads for row in rows]
-        received.append([math.fsum(column) / len(rows) for column in zip(*rows)])
-    return received
-
-
-def oracle_output(query, key, value, scale):
-    """``[T][H][N][D]``: the attention output."""
-    return [
-        [
-            [[math.fsum(p * v for p, v in zip(row, column)) for column in zip(*values)] for row in rows]
-            for rows, values in zip(heads, crop_values)
-        ]
-        for heads, crop_values in zip(oracle_attention(query, key, scale), value.tolist())
-    ]
-
-
 def shapes(tokens):
     """Small enough for N² loops."""
     return {"crops": 1, "heads": 1, "tokens": tokens, "width": 2} if tokens > 100 else {"tokens": tokens}
@@ -235,7 +148,7 @@ def test_attention_with_cls(tokens, dtype):
     expected = oracle_output(query, key, value, 0.4)
     for second_softmax in (False, True):
         rows = oracle_cls(query, key, 0.4, second_softmax)
-        for view in VIEWS:
+        for view in VIEWS.values():
             output, scores = hk.attention_with_cls(
                 view(query), view(key), view(value), 0.4, second_softmax=second_softmax
             )
@@ -249,21 +162,108 @@ def test_attention_with_cls(tokens, dtype):
 def test_received_attention(tokens, dtype):
     query, key = draw_attention("received", tokens, dtype=dtype, **shapes(tokens))
     expected = oracle_received(query, key, 0.4)
-    for view in VIEWS:
+    for view in VIEWS.values():
         scores = hk.received_attention(view(query), view(key), 0.4)
         assert scores.dtype == torch.float32
         close(scores, expected)
         close(scores.sum(1), [1.0] * len(scores))
 
 
+@pytest.mark.parametrize("second_softmax", [False, True], ids=["", "second softmax"])
+def test_rows_per_head(second_softmax):
+    """``per_head`` leaves the mean over heads out, of every operation that has it."""
+    query, key, value = draw_attention("per head", count=3)
+    heads = [slice(head, head + 1) for head in range(3)]
+    cls = [oracle_cls(query[:, h], key[:, h], 0.4, second_softmax) for h in heads]
+    received = [oracle_received(query[:, h], key[:, h], 0.4) for h in heads]
+    options = {"per_head": True, "second_softmax": second_softmax}
+    for rows, expected in (
+        (hk.cls_attention(query, key, 0.4, **options), cls),
+        (hk.attention_with_cls(query, key, value, 0.4, **options)[1], cls),
+        (hk.received_attention(query, key, 0.4, per_head=True), received),
+    ):
+        close(rows.transpose(0, 1), expected)
+    out = torch.ones(2, 3, 36)
+    assert hk.cls_attention(query, key, 0.4, out=out, weight=2.0, **options) is out
+    close(out.transpose(0, 1), (1 + 2 * torch.tensor(cls)).tolist())
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["", "per head"])
+@pytest.mark.parametrize("operation", ["cls_attention", "received_attention"])
+def test_crops_of_weight_zero_are_left(operation, per_head):
+    """Whatever their keys: NaN and infinity there change nothing, not even the sign of a zero."""
+    query, key = draw_attention("zero weight", crops=3)
+    key[1], key[2, 0, 5] = NAN, INF
+    size = 37 if operation == "received_attention" else 36
+    shape = (3, 3, size) if per_head else (3, size)
+    function = getattr(hk, operation)
+    alone = function(query[:1], key[:1], 0.4, weight=0.5, per_head=per_head)
+    weight = torch.tensor([0.5, 0.0, -0.0])
+    result = function(query, key, 0.4, weight=weight, per_head=per_head)
+    close(result, torch.cat([alone, torch.zeros(2, *shape[1:])]).tolist())
+    for factor, left, start in ((weight, 1, 7.0), (0.0, 0, -1.0), (torch.zeros(3), 0, 3.0)):
+        out = torch.full(shape, start)
+        assert function(query, key, 0.4, weight=factor, out=out, per_head=per_head) is out
+        assert (out[left:] == start).all()
+
+
+# --- scores ----------------------------------------------------------------------------------------------
+
+
+def oracle_entropy(scores, valid):
+    scores = [max(score, 0.0) for score, ok in zip(scores, valid) if ok]
+    whole = math.fsum(scores)
+    if not whole:
+        return math.log(max(len(scores), 1))
+    return -math.fsum(score / whole * math.log(score / whole) for score in scores if score)
+
+
+@pytest.mark.parametrize("masked", [None, 0.7, 0.1])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_finalize_scores(heads, masked):
+    draw = generator("finalize", heads, masked)
+    rows = torch.randint(-2, 9, (7, heads, 49), generator=draw) / 8
+    rows[2], rows[3] = 0.0, -1.0  # nothing to normalise
+    rows[4, :, 1:], rows[4, :, 0] = 0.0, 1e-36  # one alone
+    valid = None if masked is None else torch.rand(7, 49, generator=draw) < masked
+    if masked:
+        valid[5], valid[6] = False, True
+    masks = [[True] * 49] * 7 if valid is None else valid.tolist()
+    for view in (rows, rows.transpose(0, 2).contiguous().transpose(0, 2)):
+        scores, entropy, ranks = hk.finalize_scores(view, valid=valid, rank=True)
+        assert (scores.dtype, entropy.dtype, ranks.dtype) == (torch.float32, torch.float32, torch.int16)
+        close(scores, rows.double().mean(1).tolist(), rtol=1e-6, atol=0.0)
+        expected = [oracle_entropy(*crop) for crop in zip(scores.tolist(), masks)]
+        close(entropy, expected, rtol=1e-5, atol=1e-5)
+        for crop, mask, row in zip(scores.tolist(), masks, ranks.tolist()):
+            assert sorted(row) == list(range(49))
+            order = oracle_order(crop, mask)
+            assert [row[patch] for patch in order] == list(range(len(order)))
+    assert hk.finalize_scores(rows, valid=valid).ranks is None
+
+
+def test_finalize_scores_of_extremes():
+    equal = hk.finalize_scores(torch.full((2, 1, 36), 1e-30))
+    close(equal.entropy, [math.log(36)] * 2)
+    one = torch.zeros(1, 2, 36)
+    one[0, 0, 5] = 3.0
+    assert hk.finalize_scores(one).entropy.tolist() == [0.0]
+    assert hk.finalize_scores(one, valid=torch.zeros(1, 36, dtype=torch.bool)).entropy.tolist() == [0.0]
+    none = hk.finalize_scores(torch.empty(0, 2, 9), rank=True)
+    assert [part.shape for part in none] == [(0, 9), (0,), (0, 9)]
+
+
+def test_ranks_put_nan_last_of_the_valid():
+    scores = torch.tensor([[NAN, -INF, 1.0, -NAN, INF, -0.0, 0.0]])
+    valid = torch.tensor([[True, True, True, True, False, True, True]])
+    ranks = hk.finalize_scores(scores[:, None], valid=valid, rank=True).ranks
+    assert ranks[0, [2, 5, 6, 1, 0, 3, 4]].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    for k in range(8):  # the twin's own selection agrees where the public one refuses NaN
+        keep = hk.reference.segmented_topk(scores, torch.tensor([k]), valid)
+        assert keep.tolist() == [oracle_keep(scores[0].tolist(), k, valid[0].tolist())]
+
+
 # --- top-k -----------------------------------------------------------------------------------------------
-
-
-def oracle_keep(scores, budget, valid=None):
-    """One crop: a stable sort of the valid patches, highest first."""
-    patches = [patch for patch in range(len(scores)) if valid is None or valid[patch]]
-    kept = sorted(patches, key=lambda patch: -scores[patch])[:budget]  # Python's sort is stable, −0 equals 0
-    return [patch in kept for patch in range(len(scores))]
 
 
 def check_topk(scores, budgets, valid=None, dtype=torch.float32, integers=torch.int32):
@@ -352,64 +352,6 @@ def test_topk_of_many_patches_with_ties():
 
 
 # --- budgets ---------------------------------------------------------------------------------------------
-
-
-def oracle_exact(total, weights, caps):
-    """Water-filling by its definition: λ with Σ min(λ·weight, cap) = total, then the largest remainders.
-
-    Once the tiles that have weight are full, those without share what is left equally.
-    """
-    left = min(total, sum(caps))
-    quota = [Fraction(0)] * len(caps)
-    for group in ([i for i, w in enumerate(weights) if w], [i for i, w in enumerate(weights) if not w]):
-        weight = {tile: weights[tile] or 1 for tile in group}
-        group_total = min(left, sum(caps[tile] for tile in group))
-        level, water, open_weight = Fraction(0), Fraction(group_total), sum(weight.values())
-        for tile in sorted(group, key=lambda tile: Fraction(caps[tile], weight[tile])):
-            level = water / open_weight
-            if level * weight[tile] < caps[tile]:
-                break  # this one does not overflow, nor do those after it
-            water -= caps[tile]
-            open_weight -= weight[tile]
-            level = Fraction(0)
-        for tile in group:
-            full = open_weight == 0 or level * weight[tile] >= caps[tile]
-            quota[tile] = Fraction(caps[tile]) if full else level * weight[tile]
-        assert sum(quota[tile] for tile in group) == group_total
-        left -= group_total
-    budgets = [math.floor(q) for q in quota]
-    missing = min(total, sum(caps)) - sum(budgets)
-    order = sorted(range(len(caps)), key=lambda tile: (budgets[tile] - quota[tile], tile))
-    for tile in order[:missing]:
-        budgets[tile] += 1
-    cut = [quota[tile] - math.floor(quota[tile]) for tile in order[missing - 1 : missing + 1]]
-    tied = missing > 0 and len(cut) == 2 and cut[0] == cut[1]
-    return budgets, tied
-
-
-def oracle_floor(total, weights, caps):
-    whole = sum(weights)
-    return [min(math.floor(Fraction(total * weight, whole)), cap) for weight, cap in zip(weights, caps)]
-
-
-def oracle_shares(signals, tiles):
-    """In float64; a signal is (values, weight, temperature)."""
-    whole = math.fsum(weight for _, weight, _ in signals)
-    shares = [0.0] * len(tiles)
-    for values, weight, temperature in signals:
-        values = [values[tile] for tile in tiles]
-        if temperature is not None:
-            part = softmax([value / temperature for value in values])
-        else:
-            values = [max(value, 0.0) for value in values]
-            total = math.fsum(values)
-            part = [value / total if total else 1.0 / len(tiles) for value in values]
-        shares = [share + weight / whole * p for share, p in zip(shares, part)]
-    return shares
-
-
-def oracle_weights(shares):
-    return [math.floor(Fraction(share) * FIXED_POINT + Fraction(1, 2)) for share in shares]
 
 
 def image_of(caps, tile_tokens, thumbnail="first", thumbnail_tokens=0, **fields) -> tuple[Segment, list[int]]:
@@ -597,6 +539,14 @@ def test_signal_beyond_fp32(values, temperature):
         assert float(result.shares.sum()) == pytest.approx(1.0)
 
 
+def test_at_most_four_signals():
+    segments = Segments((image_of([16] * 3, 20)[0],), 4)
+    signals = [TileSignal(torch.ones(4), 1.0)] * 4
+    assert int(hk.tile_budgets(signals, torch.full((4,), 16), segments).budgets.sum()) == 20
+    with pytest.raises(ValueError, match=r"^signals: expected 1 to 4 TileSignals, got "):
+        hk.tile_budgets([*signals, signals[0]], torch.full((4,), 16), segments)
+
+
 def test_signals_of_other_dtypes():
     values = torch.tensor([0.0, 1.0, 3.0, 0.5])
     segments = Segments((image_of([16] * 3, 20)[0],), 4)
@@ -610,57 +560,6 @@ def test_signals_of_other_dtypes():
 # --- gather ----------------------------------------------------------------------------------------------
 
 
-def oracle_index(keep, segments):
-    """The packed sequence of each image, token by token."""
-    side, sequences, first = segments.side, [], 0
-    for image in segments.images:
-        tiles = [crop for crop in range(first, first + image.crops) if crop - first != image.thumbnail]
-        thumbnail, stitched = [], []
-        if image.thumbnail >= 0:
-            crop = first + image.thumbnail
-            thumbnail = [crop * side**2 + patch for patch in range(side**2) if keep[crop][patch]]
-            if image.thumbnail_newline:
-                thumbnail.append(-1)
-        for line in range(len(tiles) // image.grid_width * side):
-            for column in range(image.grid_width * side):
-                crop = tiles[line // side * image.grid_width + column // side]
-                patch = line % side * side + column % side
-                if keep[crop][patch]:
-                    stitched.append(crop * side**2 + patch)
-            if image.newline_rows[0] <= line < image.newline_rows[1]:
-                stitched.append(-1)
-        last = image.thumbnail == image.crops - 1 and len(tiles) > 0
-        sequences.append(stitched + thumbnail if last else thumbnail + stitched)
-        first += image.crops
-    return sequences
-
-
-BATCHES = {
-    "stitched 2 × 2": (Segment(5, 0, 2, 3, 11, (0, 8)),),
-    "stitched 2 × 3, padding rows": (Segment(7, 0, 3, 4, 30, (2, 6)),),
-    "stitched 3 × 1": (Segment(4, 0, 1, 4, 9, (1, 11)),),
-    "stitched 1 × 4": (Segment(5, 0, 4, 16, 64, (0, 4)),),
-    "tile after tile": (Segment(7, 0, 1, 5, 17),),
-    "thumbnail last": (Segment(7, 6, 1, 5, 17),),
-    "thumbnail last, stitched": (Segment(7, 6, 2, 5, 17, (3, 9)),),
-    "thumbnail last, newline": (Segment(5, 4, 2, 5, 17, (0, 8), True),),
-    "no thumbnail": (Segment(6, -1, 3, 0, 21, (0, 8)),),
-    "thumbnail alone": (Segment(1, 0, 1, 7),),
-    "thumbnail alone, newline": (Segment(1, 0, 1, 7, 0, (0, 0), True),),
-    "thumbnail and tiles, both newlines": (Segment(5, 0, 2, 6, 10, (0, 8), True),),
-    "nothing kept": (Segment(5, 0, 2, 0, 0, (0, 8)),),
-    "nothing at all": (Segment(5, 0, 2), Segment(3, 0, 2, 2, 2)),
-    "everything kept": (Segment(5, 0, 2, 16, 64, (0, 8)),),
-    "more than there is": (Segment(5, 0, 2, 99, 999, (0, 8)),),
-    "ragged": (
-        Segment(5, 0, 2, 3, 11, (0, 8)),
-        Segment(1, 0, 1, 7, 0, (0, 0), True),
-        Segment(13, 12, 4, 2, 77, (5, 6)),
-        Segment(6, -1, 1, 0, 21, (0, 24)),
-        Segment(41, 0, 8, 16, 100, (4, 17)),
-        Segment(3, 0, 2, 16, 0, (0, 4)),
-    ),
-}
 MASKED = {"all valid": None, "padding": 0.7, "sparse": 0.1}
 
 
@@ -761,6 +660,20 @@ def test_budgets_beyond_the_valid_patches_are_clamped():
     assert result.index.tolist() == list(chain(*oracle_index(keep, segments)))
 
 
+@pytest.mark.parametrize("masked", MASKED)
+def test_ranks_decide_in_place_of_scores(masked):
+    segments, features, scores, valid, signals = draw_batch(BATCHES["ragged"], MASKED[masked], "ranks")
+    expected = hk.segmented_topk_gather(features, scores, segments, valid=valid, signals=signals)
+    ranks = hk.finalize_scores(scores[:, None], valid=valid, rank=True).ranks
+    counts = torch.full((segments.crops,), 16) if valid is None else valid.sum(1)
+    for more in ({}, {"valid_counts": counts}, {"valid_counts": counts.int()}):
+        result = hk.segmented_topk_gather(
+            features, -scores, segments, valid=valid, signals=signals, ranks=ranks, **more
+        )
+        assert torch.equal(result.index, expected.index) and torch.equal(result.tokens, expected.tokens)
+        assert all(torch.equal(got, want) for got, want in zip(result.budgets, expected.budgets))
+
+
 # --- arguments -------------------------------------------------------------------------------------------
 
 
@@ -818,6 +731,11 @@ def gather(**change):
     return hk.segmented_topk_gather(**{**{name: good[name] for name in names}, **change})
 
 
+def finalize(**change):
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    return hk.finalize_scores(**{"rows": torch.ones(2, 3, 9), "valid": valid, "rank": True, **change})
+
+
 def signal(**change):
     return [TileSignal(batch_of()["values"], 1.0)._replace(**change)]
 
@@ -848,6 +766,9 @@ ATTENTION = [
     ({"weight": torch.ones(2, 1)}, ValueError, "weight"),
     ({"weight": torch.ones(2, dtype=torch.float64)}, TypeError, "weight"),
     ({"weight": torch.ones(2, device="meta")}, ValueError, "weight"),
+    ({"per_head": 1}, TypeError, "per_head"),
+    ({"per_head": True, "out": torch.zeros(2, 4)}, ValueError, "out"),
+    ({"out": torch.zeros(2, 2, 4)}, ValueError, "out"),
     ({"out": [0.0]}, TypeError, "out"),
     ({"out": torch.zeros(2, 3)}, ValueError, "out"),
     ({"out": torch.zeros(1, 4)}, ValueError, "out"),
@@ -874,6 +795,7 @@ WITH_VALUE = [
 SIGNALS = [
     ({"signals": []}, ValueError, "signals"),
     ({"signals": [1.0]}, TypeError, "signals[0]"),
+    ({"signals": signal() * 5}, ValueError, "signals"),
     ({"signals": [*signal(), None]}, TypeError, "signals[1]"),
     ({"signals": signal(values=[1.0] * 5)}, TypeError, "signals[0].values"),
     ({"signals": signal(values=torch.ones(5, dtype=torch.int64))}, TypeError, "signals[0].values"),
@@ -904,6 +826,7 @@ COUNTS = [
     ({"valid_counts": [16] * 5}, TypeError, "valid_counts"),
     ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
     ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
+    ({"valid_counts": torch.tensor([1, 2, -1, 3, 4])}, ValueError, "valid_counts"),
 ]
 TOPK = [
     ({"scores": [[1.0]]}, TypeError, "scores"),
@@ -919,6 +842,7 @@ BUDGETS = [
     ({"budgets": torch.ones(5)}, TypeError, "budgets"),
     ({"budgets": torch.ones(4, dtype=torch.int32)}, ValueError, "budgets"),
     ({"budgets": torch.ones(5, dtype=torch.int32, device="meta")}, ValueError, "budgets"),
+    ({"budgets": torch.tensor([1, 2, -1, 3, 4])}, ValueError, "budgets"),
 ]
 GATHER = [
     ({"scores": torch.ones(4, 16)}, ValueError, "scores"),
@@ -942,6 +866,26 @@ GATHER = [
         ValueError,
         "budgets.budgets",
     ),
+    (
+        {"budgets": TileBudgets(*[torch.tensor([1, -2, 3, 4, 5])] * 3)},
+        ValueError,
+        "budgets.budgets",
+    ),
+    ({"ranks": torch.ones(5, 16, dtype=torch.int32)}, TypeError, "ranks"),
+    ({"ranks": torch.ones(5, 15, dtype=torch.int16)}, ValueError, "ranks"),
+    ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
+    ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
+]
+ROWS_PER_HEAD = [
+    ({"rows": None}, TypeError, "rows"),
+    ({"rows": torch.ones(2, 3, 9, dtype=torch.float16)}, TypeError, "rows"),
+    ({"rows": torch.ones(2, 9)}, ValueError, "rows"),
+    ({"rows": torch.ones(2, 0, 9)}, ValueError, "rows"),
+    ({"rows": torch.ones(2, 1, 32768), "valid": None, "rank": True}, ValueError, "rows"),
+    ({"valid": torch.ones(2, 9)}, TypeError, "valid"),
+    ({"valid": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "valid"),
+    ({"valid": torch.ones(2, 9, dtype=torch.bool, device="meta")}, ValueError, "valid"),
+    ({"rank": 1}, TypeError, "rank"),
 ]
 
 
@@ -962,6 +906,7 @@ REFUSED = [
         ALL_ROWS,
     ),
     *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
+    *cases("finalize_scores", finalize, ROWS_PER_HEAD),
     *cases("segmented_topk", topk, TOPK, BUDGETS),
     *cases("segmented_topk_gather", gather, LAYOUT, SIGNALS, TOPK, GATHER),
 ]

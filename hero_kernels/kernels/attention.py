@@ -160,7 +160,7 @@ def attention_with_cls(
     rows, add = rows_buffer((crops, heads, patches), out, per_head, key.device)
     weights, weight, has_weights = weight_arguments(weight, key)
     padded = power_of_2(width, 16)
-    options = configuration("attention", padded * key.element_size(), key.device)
+    options = configuration(by_precision("attention", key.dtype), padded, key.device)
     launch(
         attention_kernel,
         (1 + triton.cdiv(tokens, options["BLOCK_M"]), heads, crops),
@@ -178,6 +178,11 @@ def attention_with_cls(
         **{**options, **row_blocks(patches, options["BLOCK"])},
     )
     return output, finish_rows(rows, out, per_head)
+
+
+def by_precision(kernel: str, dtype: torch.dtype) -> str:
+    """The name of a kernel's configuration: products of fp32 run on other units, out of registers."""
+    return kernel + "_fp32" if dtype == torch.float32 else kernel
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from .._launch import configuration, launch
 from .common import LOG2E, alignment, power_of_2, weight_arguments, weight_of
 from .finalize import add_mean
 
-MAX_PATCHES = 16384
+MAX_PATCHES = 8192
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .._env import SWITCHES
 from .._launch import configuration, launch
-from .attention import dot_precision
+from .attention import by_precision, dot_precision
 from .cls_attention import finish_rows, rows_buffer
 from .common import LOG2E, alignment, power_of_2, weight_arguments, weight_of
 
@@ -146,7 +146,7 @@ def received_attention(query, key, scale, *, weight=1.0, out=None, per_head=Fals
     rows, add = rows_buffer((crops, heads, tokens), out, per_head, key.device)
     weights, weight, has_weights = weight_arguments(weight, key)
     padded = power_of_2(width, 16)
-    options = configuration("received_attention", padded * key.element_size(), key.device)
+    options = configuration(by_precision("received_attention", key.dtype), padded, key.device)
     options.update(
         ALIGN=alignment(query, key),
         D=width,

@@ -269,20 +269,23 @@ def segmented_topk_gather_kernel(
         here = r[None, :] == row[:, None]
         place = j - begin - tl.sum(tl.where(here, (row_end - length - has_newline)[None, :], 0), 1)
         is_patch = place < tl.sum(tl.where(here, length[None, :], 0), 1)
-        row_words = tl.zeros([ROWS, BAND], tl.int64)
-        row_counts = tl.zeros([ROWS, BAND], tl.int32)
         if BAND * SIDE_PAD <= 256:
             row_words = tl.sum(tl.where(here[:, :, None], words[None, :, :], 0), 1)
             row_counts = tl.sum(tl.where(here[:, :, None], counts[None, :, :], 0), 1)
+            # A cumulative sum, which Triton up to 3.6 cannot take of what was reduced from three dimensions.
+            up_to = g[None, :, None] >= g[None, None, :]
+            ends = tl.sum(tl.where(up_to, row_counts[:, None, :], 0), 2)
         else:  # too much for the registers at once
             step = tl.arange(0, ROWS)
+            row_words = tl.zeros([ROWS, BAND], tl.int64)
+            row_counts = tl.zeros([ROWS, BAND], tl.int32)
             for i in range(0, ROWS):
                 wanted = (r == tl.sum(tl.where(step == i, row, 0), 0))[:, None]
                 one_word = tl.sum(tl.where(wanted, words, 0), 0)[None, :]
                 one_count = tl.sum(tl.where(wanted, counts, 0), 0)[None, :]
                 row_words = tl.where(step[:, None] == i, one_word, row_words)
                 row_counts = tl.where(step[:, None] == i, one_count, row_counts)
-        ends = tl.cumsum(row_counts, 1)
+            ends = tl.cumsum(row_counts, 1)
         column_tile = tl.sum((ends <= place[:, None]).to(tl.int32), 1)
         of_tile = g[None, :] == column_tile[:, None]
         place -= tl.sum(tl.where(of_tile, ends - row_counts, 0), 1)
@@ -356,7 +359,7 @@ def segmented_topk_gather(
     arguments, flags = signal_arguments(signals if budgets is None else (), scores)
     side = segments.side
     side_pad = power_of_2(side, 4)
-    options = configuration("segmented_topk_gather", width, device)
+    options = configuration("segmented_topk_gather", patches, device)
     band = power_of_2(max(image.grid_width for image in segments.images))
     total = sum(segments.lengths)
     tokens = torch.empty((total, width), dtype=features.dtype, device=device)

@@ -1,0 +1,183 @@
+"""For tests of the operations, here and in packages that build on them: tolerance, poisoned memory, views.
+
+Nothing else imports this module, and it needs torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = [
+    "VIEWS",
+    "assert_accurate",
+    "backwards",
+    "call",
+    "contiguous",
+    "offset",
+    "packed",
+    "same_bits",
+    "tensors_in",
+]
+
+# --- tolerance -------------------------------------------------------------------------------------------
+
+# What is allowed beside twice PyTorch's own error, in units of the last place of the largest result: that
+# error may be small by luck, and an exponential multiplies the rounding of its argument, a logit of 10 or 20.
+ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, peer: Tensor, name: str = "result") -> None:
+    """The one tolerance: at most twice the error that PyTorch makes in the same dtype, plus ``ULPS``.
+
+    Args:
+        actual: what is tested.
+        exact: the result in float64, or what counts as exact.
+        peer: PyTorch's own result, of the dtype that ``actual`` must have.
+        name: for the message.
+    """
+    actual, exact, peer = actual.detach().cpu(), exact.detach().cpu().double(), peer.detach().cpu()
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert actual.dtype == peer.dtype, f"{name}: {actual.dtype}, not {peer.dtype}"
+    if not exact.numel():
+        return
+    assert exact.isfinite().all() and peer.isfinite().all(), f"{name}: nothing to compare with"
+    errors = (actual.double() - exact).abs()
+    own = float((peer.double() - exact).abs().max())
+    allowed = 2 * own + ULPS[peer.dtype] * torch.finfo(peer.dtype).eps * float(exact.abs().max())
+    error = float(errors.max())  # NaN stays NaN, which is not below anything
+    where = [int(i) for i in torch.unravel_index(errors.nan_to_num(math.inf).argmax(), exact.shape)]
+    assert error <= allowed, (
+        f"{name}: error {error:.3g} at {where}, allowed {allowed:.3g} (PyTorch {own:.3g})"
+    )
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """The memory of a tensor, strides or not, as bytes."""
+    return values.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal shape, dtype and bits: NaN equals itself, −0 is not +0."""
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(_bytes(one), _bytes(other))
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+GUARD = 256  # elements before and after an allocation; keeps its alignment
+# A NaN of its own kind for floats, nonsense for integers: neither is ever a result.
+POISON = {
+    torch.float64: (torch.int64, 0x7FFDA5A5A5A5A5A5),
+    torch.float32: (torch.int32, 0x7FDA5A5A),
+    torch.float16: (torch.int16, 0x7FDA),
+    torch.bfloat16: (torch.int16, 0x7FDA),
+    torch.int64: (torch.int64, 0x5A5A5A5A5A5A5A5A),
+    torch.int32: (torch.int32, 0x5A5A5A5A),
+    torch.int16: (torch.int16, 0x5A5A),
+    torch.uint8: (torch.uint8, 0x5A),
+    torch.bool: (torch.uint8, 0x5A),
+}
+
+
+class _Poisoned(TorchFunctionMode):
+    """While it is on, new empty tensors are full of poison and lie between guards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocations: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function not in (torch.empty, torch.empty_like, Tensor.new_empty) or not result.numel():
+            return result
+        kind, poison = POISON[result.dtype]
+        memory = torch.full((result.numel() + 2 * GUARD,), poison, dtype=kind, device=result.device)
+        self.allocations.append((memory, poison))
+        return memory[GUARD:-GUARD].view(result.dtype).as_strided(result.shape, result.stride(), GUARD)
+
+    def check(self, outputs: list[Tensor]) -> None:
+        for memory, poison in self.allocations:
+            for guard in (memory[:GUARD], memory[-GUARD:]):
+                assert (guard == poison).all(), "written beyond an allocation"
+        for output in outputs:
+            kind, value = POISON[output.dtype]
+            left = int((output.detach().contiguous().view(kind) == value).sum())
+            assert not left, f"{left} elements of {tuple(output.shape)} {output.dtype} never written"
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def call(function: Callable, *arguments: Any, poison: bool = True, **options: Any) -> Any:
+    """Call an operation and check what can be checked without knowing it.
+
+    What it allocates is poisoned: every element of its outputs must be written, and nothing around them.
+    The memory of its inputs must be as before, that of ``out`` at least around the view.
+    ``poison=False`` is for compiled functions, which allocate elsewhere.
+    """
+    out = options.get("out")
+    inputs = [tensor.detach() for tensor in tensors_in([arguments, options])]
+    before = [tensor.untyped_storage().clone() for tensor in inputs]
+    memory = _Poisoned()
+    if poison:
+        with memory:
+            result = function(*arguments, **options)
+    else:
+        result = function(*arguments, **options)
+    memory.check([tensor for tensor in tensors_in(result) if tensor is not out])
+    for tensor, bits in zip(inputs, before, strict=True):
+        storage = tensor.untyped_storage()
+        if out is not None and storage.data_ptr() == out.untyped_storage().data_ptr():
+            tensor.new_empty(0).set_(bits, out.storage_offset(), out.shape, out.stride()).copy_(out)
+        old, new = (torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(s) for s in (bits, storage))
+        assert torch.equal(old, new), "an input was changed"
+    return result
+
+
+# --- views: the same values in other memory --------------------------------------------------------------
+
+
+def contiguous(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+def packed(values: Tensor) -> Tensor:
+    """The view that attention modules pass: a transposed ``[T, N, H·D]``."""
+    crops, heads, tokens, width = values.shape
+    memory = values.transpose(1, 2).flatten(2).contiguous()
+    return memory.view(crops, tokens, heads, width).transpose(1, 2)
+
+
+def offset(values: Tensor) -> Tensor:
+    """The middle third of a fused projection, within a larger batch; NaN all around."""
+    crops, heads, tokens, width = values.shape
+    memory = values.new_full((crops + 2, tokens + 3, 3 * heads * width), math.nan)
+    view = memory[1:-1, 2:-1, heads * width : 2 * heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+    return view.copy_(values)
+
+
+def backwards(values: Tensor) -> Tensor:
+    """Memory order the reverse of the shape, every second element NaN (or true); of any rank."""
+    memory = torch.full(
+        (*reversed(values.shape), 2),
+        math.nan if values.is_floating_point() else 1,
+        dtype=values.dtype,
+        device=values.device,
+    )
+    return memory[..., 0].permute(*reversed(range(values.dim()))).copy_(values)
+
+
+VIEWS = {view.__name__: view for view in (contiguous, packed, offset, backwards)}

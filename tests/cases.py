@@ -1,0 +1,320 @@
+"""The cases that every operation runs on, and the four ways of running it.
+
+``ATTENTION`` for the operations on queries and keys, ``SELECTION`` for those on scores, budgets and features.
+The tests take them through every way: the twin; the kernel in Triton's interpreter
+(``TRITON_INTERPRET=1``); the kernel on a GPU, eager and compiled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracles import draw_attention, generator
+
+import hero_kernels as hk
+from hero_kernels import Segment, Segments, TileSignal
+from hero_kernels._env import SWITCHES
+from hero_kernels.testing import VIEWS, backwards, call, contiguous
+
+NAN, INF = float("nan"), float("inf")
+TINY = 2.0**-149  # the least subnormal of fp32
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+# --- ways ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running an operation. ``kernel`` tells a kernel from the twin."""
+
+    name: str
+
+    @property
+    def kernel(self) -> bool:
+        return self.name != "twin"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.name in ("eager", "compiled") else "cpu"
+
+    def why_not(self) -> str | None:
+        """Why this way cannot be gone here."""
+        if self.device == "cuda":
+            missing = SWITCHES.interpret or not torch.cuda.is_available()
+            return "needs a GPU, and kernels compiled for it" if missing else None
+        if self.kernel:
+            return None if SWITCHES.interpret else "needs TRITON_INTERPRET=1"
+        return "the twin is tested without TRITON_INTERPRET" if SWITCHES.interpret else None
+
+    def run(self, operation: str, *arguments, **options):
+        """The operation on arguments that are on the device, with the checks of :func:`call`."""
+        if not self.kernel:
+            return call(getattr(hk.reference, operation), *arguments, **options)
+        function = getattr(hk, operation)
+        if self.name == "compiled":
+            torch._dynamo.reset()
+            function = torch.compile(function, fullgraph=True)
+        return call(function, *arguments, poison=self.name != "compiled", **options)
+
+
+WAYS = [
+    Way("twin"),
+    Way("interpreter"),
+    pytest.param(Way("eager"), marks=pytest.mark.gpu),
+    pytest.param(Way("compiled"), marks=pytest.mark.gpu),
+]
+
+
+def parameters(cases, all_fast=False):
+    """Cases as parameters, those that take long marked so."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow and not all_fast else [])
+        for case in cases
+    ]
+
+
+def combined(cases, options, fast):
+    """Cases with options, those marked slow that are, and all that are not fast."""
+    return [
+        pytest.param(
+            *(case, option),
+            id=f"{case.name}-{option}",
+            marks=[pytest.mark.slow] if case.slow or not fast(case, option) else [],
+        )
+        for case in cases
+        for option in options
+    ]
+
+
+# --- attention -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Queries, keys and values of a layer: P = tokens − 1 with CLS."""
+
+    name: str
+    crops: int
+    heads: int
+    tokens: int
+    width: int
+    dtype: torch.dtype = FLOAT
+    view: str = "contiguous"
+    scale: float = 0.25
+    kind: str = "uneven"
+    slow: bool = False  # in full, where every query attends
+
+    def tensors(self) -> list[torch.Tensor]:
+        """``[T, H, N, D]`` query, key and value, contiguous, on the CPU."""
+        shape = {name: getattr(self, name) for name in ("crops", "heads", "tokens", "width", "dtype")}
+        tensors = draw_attention(self.name, count=3, **shape)
+        if self.kind == "all equal":
+            tensors[1][:] = tensors[1][:, :, :1]
+        if self.kind == "zero":
+            tensors[0].zero_()
+        return tensors
+
+    def seen(self, tensors, device) -> list[torch.Tensor]:
+        """The tensors on a device, as views of this case's kind."""
+        return [VIEWS[self.view](tensor.to(device)) for tensor in tensors]
+
+
+ATTENTION = [
+    Attention("two tokens", 2, 2, 2, 32),
+    Attention("P 36", 3, 2, 37, 64, FLOAT, "packed"),
+    Attention("P 256 bf16", 2, 2, 257, 80, BRAIN, "offset"),
+    Attention("P 576 fp16", 1, 2, 577, 64, HALF, "packed"),
+    Attention("P 729", 1, 1, 730, 72, FLOAT, "packed", slow=True),
+    Attention("P 1024 bf16", 1, 1, 1025, 128, BRAIN, "offset", slow=True),
+    Attention("P 4096 fp16", 1, 1, 4097, 32, HALF, "packed", slow=True),
+    Attention("one past a block", 1, 3, 66, 64, BRAIN, "packed"),
+    Attention("odd sizes", 2, 3, 101, 40, FLOAT, "backwards"),
+    Attention("odd width fp16", 1, 2, 50, 17, HALF, "offset"),
+    Attention("one head", 4, 1, 23, 32),
+    Attention("many heads", 1, 17, 20, 64, BRAIN, "packed"),
+    Attention("narrow", 1, 2, 70, 8),
+    Attention("all equal", 2, 2, 37, 32, kind="all equal"),
+    Attention("query zero", 2, 2, 65, 32, BRAIN, kind="zero"),
+    Attention("one key takes all", 1, 2, 67, 32, FLOAT, "packed", scale=-1e4),
+    Attention("scale zero", 1, 2, 40, 32, HALF, scale=0.0),
+]
+
+# --- selection -------------------------------------------------------------------------------------------
+
+BATCHES = {
+    "stitched 2 × 2": (Segment(5, 0, 2, 3, 11, (0, 8)),),
+    "stitched 2 × 3, padding rows": (Segment(7, 0, 3, 4, 30, (2, 6)),),
+    "stitched 3 × 1": (Segment(4, 0, 1, 4, 9, (1, 11)),),
+    "stitched 1 × 4": (Segment(5, 0, 4, 16, 64, (0, 4)),),
+    "tile after tile": (Segment(7, 0, 1, 5, 17),),
+    "thumbnail last": (Segment(7, 6, 1, 5, 17),),
+    "thumbnail last, stitched": (Segment(7, 6, 2, 5, 17, (3, 9)),),
+    "thumbnail last, newline": (Segment(5, 4, 2, 5, 17, (0, 8), True),),
+    "no thumbnail": (Segment(6, -1, 3, 0, 21, (0, 8)),),
+    "thumbnail alone": (Segment(1, 0, 1, 7),),
+    "thumbnail alone, newline": (Segment(1, 0, 1, 7, 0, (0, 0), True),),
+    "thumbnail and tiles, both newlines": (Segment(5, 0, 2, 6, 10, (0, 8), True),),
+    "nothing kept": (Segment(5, 0, 2, 0, 0, (0, 8)),),
+    "nothing at all": (Segment(5, 0, 2), Segment(3, 0, 2, 2, 2)),
+    "everything kept": (Segment(5, 0, 2, 16, 64, (0, 8)),),
+    "more than there is": (Segment(5, 0, 2, 99, 999, (0, 8)),),
+    "ragged": (
+        Segment(5, 0, 2, 3, 11, (0, 8)),
+        Segment(1, 0, 1, 7, 0, (0, 0), True),
+        Segment(13, 12, 4, 2, 77, (5, 6)),
+        Segment(6, -1, 1, 0, 21, (0, 24)),
+        Segment(41, 0, 8, 16, 100, (4, 17)),
+        Segment(3, 0, 2, 16, 0, (0, 4)),
+    ),
+}
+
+
+def _special(values, draw, patches):
+    """Scores drawn from a few values."""
+    return torch.tensor(values)[torch.randint(len(values), (patches,), generator=draw)]
+
+
+# Scores of one crop; "mixed" takes them in turn.
+SCORES: dict[str, Callable] = {
+    "distinct": lambda draw, patches: torch.randperm(patches, generator=draw) / patches,
+    "ties": lambda draw, patches: torch.randint(0, 9, (patches,), generator=draw) / 8,
+    "all equal": lambda draw, patches: torch.full((patches,), 0.5),
+    "ascending": lambda draw, patches: torch.arange(patches) / patches - 0.5,
+    "zeros of both signs": lambda draw, patches: _special([0.0, -0.0, TINY, -TINY], draw, patches),
+    "infinities": lambda draw, patches: _special([INF, -INF, 3e38, -3e38, 1.0], draw, patches),
+    "subnormal": lambda draw, patches: _special(
+        [k * TINY for k in range(-4, 5)] + [2.0**-126], draw, patches
+    ),
+    "some NaN": lambda draw, patches: _special([NAN, -NAN, -INF, 1.0, 2.0], draw, patches),
+    "all NaN": lambda draw, patches: torch.full((patches,), NAN),
+    "all −inf": lambda draw, patches: torch.full((patches,), -INF),
+    "random": lambda draw, patches: torch.randn(patches, generator=draw),
+}
+MASKS = {"none": None, "padding": 0.7, "sparse": 0.1, "nothing": 0.0}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A ragged batch: its images, scores, mask, signals and features."""
+
+    name: str
+    images: tuple[Segment, ...]
+    side: int = 4
+    width: int = 3
+    dtype: torch.dtype = FLOAT
+    scores: str = "mixed"
+    mask: str = "padding"
+    view: str = "contiguous"
+    scores_dtype: torch.dtype = FLOAT
+    slow: bool = False
+
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.images, self.side)
+
+    def draw_scores(self) -> torch.Tensor:
+        """``[T, P]``."""
+        draw, segments = generator(self.name, "scores"), self.segments
+        kinds = list(SCORES) if self.scores == "mixed" else [self.scores]
+        rows = [SCORES[kinds[t % len(kinds)]](draw, segments.patches) for t in range(segments.crops)]
+        return torch.stack(rows).to(self.scores_dtype)
+
+    def draw_valid(self) -> torch.Tensor | None:
+        """``[T, P]``; of a mask with holes, every third crop but the first has none or nothing."""
+        share, segments = MASKS[self.mask], self.segments
+        if share is None:
+            return None
+        draw = generator(self.name, "valid")
+        valid = torch.rand(segments.crops, segments.patches, generator=draw) < share
+        valid[1::6] = False
+        valid[4::6] = share > 0
+        return valid
+
+    def draw_signals(self) -> list[TileSignal]:
+        draw, crops = generator(self.name, "signals"), self.segments.crops
+        return [
+            TileSignal(torch.rand(crops, generator=draw) - 0.1, 0.3),
+            TileSignal(torch.rand(crops, generator=draw), 0.7, 0.2),
+        ]
+
+    def draw_features(self) -> torch.Tensor:
+        """``[T, P, D]``, NaN among them: they are copied, not computed with."""
+        segments = self.segments
+        shape = (segments.crops, segments.patches, self.width)
+        features = torch.randn(shape, generator=generator(self.name, "features"))
+        features[..., 0][features[..., 0] > 1.5] = NAN
+        return features.to(self.dtype)
+
+    def seen(self, value, device):
+        """A nest of tensors on a device, as views of this case's kind."""
+        view = {"contiguous": contiguous, "backwards": backwards, "hidden": _hidden}[self.view]
+        if isinstance(value, torch.Tensor):
+            return view(value.to(device))
+        if isinstance(value, list):
+            return [self.seen(part, device) for part in value]
+        return value._replace(values=view(value.values.to(device))) if value is not None else None
+
+
+def _hidden(values: torch.Tensor) -> torch.Tensor:
+    """As from a tower: all but the CLS row of wider hidden states. Masks and rows of numbers just offset."""
+    shape = [size + 3 for size in values.shape]
+    memory = values.new_full(shape, NAN if values.is_floating_point() else 1)
+    return memory[tuple(slice(1, -2) for _ in shape)].copy_(values)
+
+
+def _tiles(count, grid_width, tokens=None, **fields) -> Segment:
+    """Tiles behind a thumbnail, of which about a fifth of 16 patches is kept."""
+    tokens = 3 * count if tokens is None else tokens
+    return Segment(count + 1, 0, grid_width if count else 1, 3, tokens, **fields)
+
+
+def _widths():
+    """Each grid width, two bands each."""
+    return tuple(_tiles(2 * gw, gw, 9, newline_rows=(1, 7)) for gw in range(1, 9))
+
+
+SELECTION = [
+    *(Selection(name, images) for name, images in BATCHES.items()),
+    Selection("all valid", BATCHES["ragged"][:3], mask="none", view="backwards"),
+    Selection("sparse", BATCHES["ragged"][:4], mask="sparse", view="hidden", width=33, dtype=BRAIN),
+    Selection("nothing valid", BATCHES["ragged"][:4], mask="nothing", width=16, dtype=HALF),
+    Selection("grid widths", _widths(), width=1),
+    Selection("forty in a row", (_tiles(40, 40, 40, newline_rows=(0, 4)),), view="hidden"),
+    Selection("63 tiles", (_tiles(63, 9, 60, newline_rows=(0, 28)),), width=7),
+    Selection("63 in a row", (_tiles(63, 63, 30),), width=5, mask="sparse"),
+    Selection("64 tiles", (Segment(64, -1, 8, 0, 70), Segment(64, 63, 1, 2, 20)), mask="none", slow=True),
+    Selection("K from 0 to 40", tuple(_tiles(k, 1, k) for k in (0, 1, 2, 5, 13, 40)), mask="none"),
+    Selection("every K", tuple(_tiles(k, 1) for k in range(41)), slow=True),
+    Selection("side 1", (_tiles(6, 3, 4, newline_rows=(0, 2)), _tiles(0, 1)), side=1, scores="ties"),
+    Selection("side 3", (_tiles(4, 2, 9, newline_rows=(1, 5)), _tiles(1, 1)), side=3, width=100, dtype=HALF),
+    Selection(
+        "P 36", (_tiles(6, 3, 43, newline_rows=(0, 12)), _tiles(2, 1)), side=6, width=64, view="hidden"
+    ),
+    Selection("P 256 bf16", (_tiles(4, 2, 104, newline_rows=(0, 32)),), 16, 100, BRAIN, view="hidden"),
+    Selection("P 576 bf16", (Segment(5, 0, 2, 57, 130, (4, 44)),), 24, 1024, BRAIN, view="hidden"),
+    Selection("P 576 random", (Segment(5, 4, 2, 115, 60),), 24, 8, scores="random", mask="none"),
+    Selection("P 576 fp16 scores", (Segment(3, 0, 1, 60, 40),), 24, 40, HALF, "ties", scores_dtype=HALF),
+    Selection("P 576 bf16 scores", (Segment(3, 0, 1, 60, 40),), 24, 40, FLOAT, scores_dtype=BRAIN),
+    Selection("P 576 five wide", (Segment(6, 0, 5, 3, 40, (4, 9)),), 24, 4, view="backwards"),
+    Selection("P 729", (Segment(4, -1, 2, 0, 99, (0, 27)),), 27, 1152, HALF),
+    Selection("P 1024", (Segment(3, 2, 1, 30, 50),), 32, 6, mask="none"),
+    Selection("P 4096", (Segment(2, 0, 1, 9, 70, (3, 60)),), 64, 5),
+    Selection("P 4096, all kept", (Segment(1, 0, 1, 4096),), 64, 1, mask="none", slow=True),
+    Selection("8192 wide", (Segment(2, 0, 1, 2, 5, (0, 1)),), 4, 8192, BRAIN, mask="none"),
+]
+
+# Where crops alone matter and not how they make images: of each kind the case with most crops, up to 25.
+CROPS = list(
+    {
+        (case.side, case.scores, case.mask, case.view, case.scores_dtype, case.slow): case
+        for case in sorted(SELECTION, key=lambda case: case.segments.crops)
+        if case.segments.crops <= 25
+    }.values()
+)
+# A few for options that are the same everywhere.
+FEW = [
+    case
+    for case in SELECTION
+    if case.name in ("stitched 2 × 3, padding rows", "thumbnail last, newline", "more than there is", "P 36")
+]

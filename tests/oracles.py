@@ -1,0 +1,187 @@
+"""Oracles: what the operations compute, written as plain loops in float64, integers and fractions.
+
+They share nothing with :mod:`hero_kernels`, and no speed is wanted of them.
+"""
+
+import math
+import random
+from fractions import Fraction
+
+import torch
+
+FIXED_POINT = 2**24
+
+
+def generator(*seed) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(repr(seed)).getrandbits(32))
+
+
+def softmax(values):
+    top = max(values)
+    powers = [math.exp(value - top) for value in values]
+    whole = math.fsum(powers)
+    return [power / whole for power in powers]
+
+
+def logits_of(query, keys, scale):
+    return [scale * math.fsum(q * k for q, k in zip(query, key)) for key in keys]
+
+
+def oracle_attention(query, key, scale):
+    """Probabilities ``[T][H][M][N]`` of tensors ``[T, H, M, D]`` and ``[T, H, N, D]``."""
+    return [
+        [[softmax(logits_of(row, keys, scale)) for row in rows] for rows, keys in zip(crop_rows, crop_keys)]
+        for crop_rows, crop_keys in zip(query.tolist(), key.tolist())
+    ]
+
+
+def oracle_cls(query, key, scale, second_softmax=False):
+    """``[T][N - 1]``: attention of token 0 to the others, mean over heads."""
+    scores = []
+    for heads in oracle_attention(query[:, :, :1], key, scale):
+        rows = [rows[0][1:] for rows in heads]
+        if second_softmax:
+            rows = [softmax(row) for row in rows]
+        scores.append([math.fsum(column) / len(rows) for column in zip(*rows)])
+    return scores
+
+
+def oracle_lse(query, key, scale):
+    """``[T][H][M]``: natural logarithm of the sum of exponentials of the logits."""
+    lse = []
+    for crop_rows, crop_keys in zip(query.tolist(), key.tolist()):
+        lse.append([])
+        for rows, keys in zip(crop_rows, crop_keys):
+            lse[-1].append([])
+            for row in rows:
+                logits = logits_of(row, keys, scale)
+                top = max(logits)
+                lse[-1][-1].append(top + math.log(math.fsum(math.exp(logit - top) for logit in logits)))
+    return lse
+
+
+def oracle_received(query, key, scale):
+    """``[T][N]``: attention that each token receives, mean over heads and queries."""
+    received = []
+    for heads in oracle_attention(query, key, scale):
+        rows = [row for rows in heads for row in rows]
+        received.append([math.fsum(column) / len(rows) for column in zip(*rows)])
+    return received
+
+
+def oracle_output(query, key, value, scale):
+    """``[T][H][N][D]``: the attention output."""
+    return [
+        [
+            [[math.fsum(p * v for p, v in zip(row, column)) for column in zip(*values)] for row in rows]
+            for rows, values in zip(heads, crop_values)
+        ]
+        for heads, crop_values in zip(oracle_attention(query, key, scale), value.tolist())
+    ]
+
+
+def draw_attention(*seed, crops=2, heads=3, tokens=37, width=8, dtype=torch.float32, count=2):
+    """``count`` tensors ``[T, H, N, D]`` of a spread that makes attention uneven."""
+    draw = generator(*seed)
+    return [(torch.randn(crops, heads, tokens, width, generator=draw) * 1.5).to(dtype) for _ in range(count)]
+
+
+def attention_maps(query, key, scale, dtype=torch.float64):
+    """``[T, H, M, N]``: for larger tensors, where loops take too long. In fp32 it is what PyTorch can do."""
+    return torch.einsum("thmd,thnd->thmn", query.to(dtype), key.to(dtype)).mul(scale).softmax(-1)
+
+
+def oracle_order(scores, valid=None):
+    """The valid patches of one crop in the order of selection: a stable sort, highest first, NaN last."""
+    patches = [patch for patch in range(len(scores)) if valid is None or valid[patch]]
+    # Python's sort is stable, and to it −0 equals 0.
+    return sorted(patches, key=lambda p: (1, 0.0) if math.isnan(scores[p]) else (0, -scores[p]))
+
+
+def oracle_keep(scores, budget, valid=None):
+    """One crop: which patches are kept."""
+    kept = set(oracle_order(scores, valid)[:budget])
+    return [patch in kept for patch in range(len(scores))]
+
+
+def oracle_exact(total, weights, caps):
+    """Water-filling by its definition: λ with Σ min(λ·weight, cap) = total, then the largest remainders.
+
+    Once the tiles that have weight are full, those without share what is left equally.
+    """
+    left = min(total, sum(caps))
+    quota = [Fraction(0)] * len(caps)
+    for group in ([i for i, w in enumerate(weights) if w], [i for i, w in enumerate(weights) if not w]):
+        weight = {tile: weights[tile] or 1 for tile in group}
+        group_total = min(left, sum(caps[tile] for tile in group))
+        level, water, open_weight = Fraction(0), Fraction(group_total), sum(weight.values())
+        for tile in sorted(group, key=lambda tile: Fraction(caps[tile], weight[tile])):
+            level = water / open_weight
+            if level * weight[tile] < caps[tile]:
+                break  # this one does not overflow, nor do those after it
+            water -= caps[tile]
+            open_weight -= weight[tile]
+            level = Fraction(0)
+        for tile in group:
+            full = open_weight == 0 or level * weight[tile] >= caps[tile]
+            quota[tile] = Fraction(caps[tile]) if full else level * weight[tile]
+        assert sum(quota[tile] for tile in group) == group_total
+        left -= group_total
+    budgets = [math.floor(q) for q in quota]
+    missing = min(total, sum(caps)) - sum(budgets)
+    order = sorted(range(len(caps)), key=lambda tile: (budgets[tile] - quota[tile], tile))
+    for tile in order[:missing]:
+        budgets[tile] += 1
+    cut = [quota[tile] - math.floor(quota[tile]) for tile in order[missing - 1 : missing + 1]]
+    tied = missing > 0 and len(cut) == 2 and cut[0] == cut[1]
+    return budgets, tied
+
+
+def oracle_floor(total, weights, caps):
+    whole = sum(weights)
+    return [min(math.floor(Fraction(total * weight, whole)), cap) for weight, cap in zip(weights, caps)]
+
+
+def oracle_shares(signals, tiles):
+    """In float64; a signal is (values, weight, temperature)."""
+    whole = math.fsum(weight for _, weight, _ in signals)
+    shares = [0.0] * len(tiles)
+    for values, weight, temperature in signals:
+        values = [values[tile] for tile in tiles]
+        if temperature is not None:
+            part = softmax([value / temperature for value in values])
+        else:
+            values = [max(value, 0.0) for value in values]
+            total = math.fsum(values)
+            part = [value / total if total else 1.0 / len(tiles) for value in values]
+        shares = [share + weight / whole * p for share, p in zip(shares, part)]
+    return shares
+
+
+def oracle_weights(shares):
+    return [math.floor(Fraction(share) * FIXED_POINT + Fraction(1, 2)) for share in shares]
+
+
+def oracle_index(keep, segments):
+    """The packed sequence of each image, token by token."""
+    side, sequences, first = segments.side, [], 0
+    for image in segments.images:
+        tiles = [crop for crop in range(first, first + image.crops) if crop - first != image.thumbnail]
+        thumbnail, stitched = [], []
+        if image.thumbnail >= 0:
+            crop = first + image.thumbnail
+            thumbnail = [crop * side**2 + patch for patch in range(side**2) if keep[crop][patch]]
+            if image.thumbnail_newline:
+                thumbnail.append(-1)
+        for line in range(len(tiles) // image.grid_width * side):
+            for column in range(image.grid_width * side):
+                crop = tiles[line // side * image.grid_width + column // side]
+                patch = line % side * side + column % side
+                if keep[crop][patch]:
+                    stitched.append(crop * side**2 + patch)
+            if image.newline_rows[0] <= line < image.newline_rows[1]:
+                stitched.append(-1)
+        last = image.thumbnail == image.crops - 1 and len(tiles) > 0
+        sequences.append(stitched + thumbnail if last else thumbnail + stitched)
+        first += image.crops
+    return sequences

@@ -1,0 +1,170 @@
+"""Every kernel compiles for every target at the shipped configurations, and to what it should: no spills,
+wide accesses, shared memory that fits. No GPU needed; what is compiled are the launches that the launchers
+make (:mod:`bench.compiled`).
+
+The fast tests compile CLIP in bf16 for one target and a few cases besides; the slow ones CLIP and the widest
+heads for all targets; ``-m exhaustive`` everything, on the Triton that is installed.
+"""
+
+import json
+import pkgutil
+from functools import cache
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hero_kernels import _launch, kernels
+from hero_kernels._env import SWITCHES
+
+if SWITCHES.interpret:
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
+
+from bench import compiled, report
+from bench.compiled import LIMITS, TARGETS, recorded
+
+FULL = ("clip bf16", "siglip bf16")  # every case; elsewhere without the variants of the gather
+ALL = (*FULL, "internvit bf16", "clip-h bf16", "internvit-6b bf16", "projected bf16", "most-patches bf16")
+ALL += ("widest bf16", "clip fp16", "clip fp32", "siglip fp32", "internvit-6b fp32", "widest fp32")
+VARIANTS = ("gather {}", "gather {}, mask", "gather {}, budgets, mask, ranks")
+USUAL = ("clip bf16", "internvit-6b bf16")
+KEPT = {name.format(layout) for name in VARIANTS for layout in ("anyres", "tiles", "wide")}
+FAST = {
+    "sm_90": {"clip bf16": None, "siglip bf16": ("received", "gather tiles, mask"), "clip fp32": ("fused",)},
+    "gfx942": {"clip bf16": ("rows", "fused", "gather anyres, mask")},
+    "sm_100": {"clip bf16": ("fused", "gather anyres, mask")},
+}
+
+
+@cache
+def cases_of(place):
+    return compiled.cases(*place.split())
+
+
+def wanted():
+    """(target, place, case) of every test: ``FAST``; slow, the usual towers; and all the rest by hand."""
+    for target in TARGETS:
+        for place in ALL:
+            few = FAST.get(target, {}).get(place, ())
+            for case in cases_of(place):
+                small = case in KEPT or not case.startswith("gather")
+                fast = small if few is None else case in few
+                marks = () if fast else (pytest.mark.slow,)
+                if not fast and not (small and place in USUAL):
+                    marks = (pytest.mark.slow, pytest.mark.exhaustive)
+                if small or place in FULL:
+                    yield pytest.param(target, place, case, marks=marks, id=f"{target}-{place}-{case}")
+
+
+def elements(launch):
+    """Elements that a program must at least load in wide accesses, and store so; and a tensor of them."""
+    option = launch.options
+    if launch.name == "cls_rows_kernel":
+        return option["BLOCK"] * option["D_PAD"], 0, launch.arguments[1]
+    if launch.name == "cls_sums_kernel":
+        return option["BLOCK"] * option["H_BLOCK"] * option["D_PAD"], 0, launch.arguments[1]
+    if launch.name == "attention_kernel":
+        block = max(option["BLOCK"], option["BLOCK_M"] + 2 * option["BLOCK_N"])
+        return block * option["D_PAD"], 0, launch.arguments[1]
+    if launch.name in ("log_sums_kernel", "columns_kernel"):
+        return (option["BLOCK_M"] + option["BLOCK_N"]) * option["D_PAD"], 0, launch.arguments[1]
+    if launch.name == "segmented_topk_gather_kernel":
+        rows = option["ROWS"] * option["COLUMNS"] * option["CHUNKS"]
+        return rows, rows, launch.arguments[0]
+    return 0, 0, launch.arguments[0]  # too little to matter
+
+
+def check(launch, target):
+    facts = compiled.compiled(launch, target)
+    what = f"{launch.name} {facts}"
+    assert facts["instructions"] > 50, f"empty: {what}"
+    assert not facts["spills"], what
+    assert facts["shared"] <= LIMITS[target], what
+    loads, stores, tensor = elements(launch)
+    lanes = launch.options["num_warps"] * TARGETS[target].warp_size
+    for name, number in (("wide_loads", loads), ("wide_stores", stores)):
+        if number:
+            least = max(1, number * tensor.element_size() // (16 * lanes))
+            assert facts[name] >= least, f"expected {least} {name} or more: {what}"
+
+
+@pytest.mark.parametrize("target, place, case", list(wanted()))
+def test_kernels_compile(target, place, case):
+    launches = recorded(cases_of(place)[case], target)
+    assert launches
+    for launch in launches:
+        check(launch, target)
+
+
+def test_every_configuration_is_compiled(monkeypatch):
+    """The cases above reach every row of every configuration file that a target gets."""
+    reached, row_of = {}, _launch._row
+
+    def row(name, kernel, size):
+        found = row_of(name, kernel, size)
+        reached.setdefault((name, kernel), set()).add(size)
+        return found
+
+    monkeypatch.setattr(_launch, "_row", row)
+    for target in TARGETS:
+        for place in ALL:
+            for case in cases_of(place).values():
+                recorded(case, target)
+    for name in {name for name, _ in reached}:
+        for kernel, rows in _launch.read_config(name)["kernels"].items():
+            below = 0
+            for row in rows:
+                sizes = reached.get((name, kernel), ())
+                assert any(below < size <= row["upto"] for size in sizes), f"{name}: {kernel} {row} unused"
+                below = row["upto"]
+
+
+def test_every_kernel_is_launched():
+    """None is left out above: of what is named ``_kernel`` all is recorded."""
+    every = [case for place in FULL for case in cases_of(place).values()]
+    launched = {launch.name for case in every for launch in recorded(case, "sm_90")}
+    modules = [vars(kernels)[module.name] for module in pkgutil.iter_modules(kernels.__path__)]
+    assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def test_launches_are_specialised_as_by_the_jit():
+    """Divisible strides are known to be, a stride of one is a constant, 72 is not divisible by 16."""
+    (launch,) = recorded(cases_of("siglip bf16")["gather tiles"], "sm_90")
+    source = compiled._specialised(launch, "sm_90")
+    names = list(source.signature)
+    given = dict(zip(names, launch.arguments, strict=False))
+    assert source.signature["features"] == "*bf16" and source.signature["scores"] == "*fp32"
+    assert source.signature["stride_fd"] == "constexpr" and given["stride_fd"] == 1
+    divisible = {names[i] for (i,), found in source.attrs.items() if ["tt.divisibility", 16] in found}
+    assert {"features", "stride_ft", "stride_fp"} <= divisible
+    assert "side" not in divisible and source.signature["side"] == "i32"
+
+
+def test_record_becomes_a_table():
+    content = {
+        "command": "python -m bench.compiled --out compiled.json",
+        "date": "2000-01-01",
+        "commit": {"hash": "0" * 40, "dirty": False},
+        "versions": {"triton": "3.7.1"},
+        "dtype": "bf16",
+        "launches": [
+            {"tower": "T", "case": "rows", "kernel": "cls_rows", "target": target}
+            | {"registers": 64, "spills": 8 * i, "shared": 4096, "instructions": 700}
+            for i, target in enumerate(TARGETS)
+        ],
+    }
+    page = report.replace(
+        "a\n<!-- compiled begin -->\nold\n<!-- compiled end -->\nb", "compiled", compiled.tables(content)
+    )
+    assert "| `cls_rows` | rows | 64 · 4 KiB · 700 | 64 · 4 KiB · 700 · spills 8 B |" in page
+    assert "old" not in page and page.startswith("a\n") and page.endswith("\nb")
+
+
+@pytest.mark.slow
+def test_record_says_what_the_code_compiles_to():
+    """The committed record, on the Triton that it was made with."""
+    content = json.loads((report.RESULTS / "compiled.json").read_text(encoding="utf-8"))
+    made = content["versions"]["triton"]
+    if compiled.triton.__version__ != made:
+        pytest.skip(f"made with Triton {made}, here is {compiled.triton.__version__}")
+    assert content["launches"] == list(compiled.facts(content["dtype"]))

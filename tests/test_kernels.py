@@ -1,0 +1,589 @@
+"""Every operation on every case, each way: against oracles in float64 and loops, kernels also against twins.
+
+Without ``TRITON_INTERPRET=1`` these test the twins; with it, the kernels in Triton's interpreter; on a GPU
+the kernels, eager and compiled. Each call also checks what :func:`hero_kernels.testing.call` can: every
+element written, nothing around it, no input changed.
+"""
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+from cases import ATTENTION, CROPS, FEW, NAN, SELECTION, Selection, Way, combined, parameters
+from oracles import (
+    attention_maps,
+    draw_attention,
+    generator,
+    oracle_exact,
+    oracle_floor,
+    oracle_index,
+    oracle_keep,
+    oracle_order,
+    oracle_shares,
+    oracle_weights,
+)
+
+import hero_kernels as hk
+from hero_kernels import Segment, Segments, TileBudgets, reference
+from hero_kernels._launch import configuration
+from hero_kernels._ops import _MODULES
+from hero_kernels.testing import assert_accurate, same_bits, tensors_in
+
+# --- attention -------------------------------------------------------------------------------------------
+
+
+def view_of(*shape):
+    """Numbers to add to, within other memory."""
+    memory = torch.randn([size + 2 for size in shape], generator=generator("out", shape))
+    return memory[tuple(slice(1, -1) for _ in shape)]
+
+
+# What an operation is asked for, given crops T, heads H and patches n: weights of 0 skip a crop.
+OPTIONS = {
+    "plain": lambda T, H, n: {},
+    "weighted": lambda T, H, n: {"weight": 0.3},
+    "per head": lambda T, H, n: {"per_head": True, "weight": torch.arange(T) % 3 * 0.75},
+    "added": lambda T, H, n: {"weight": torch.arange(2 * T)[1::2] % 3 * 0.75, "out": view_of(T, n)},
+    "added per head": lambda T, H, n: {
+        "per_head": True,
+        "weight": torch.arange(T) % 2 * -2.0,
+        "out": view_of(T, H, n).contiguous(),
+    },
+    "added per head, view": lambda T, H, n: {"per_head": True, "weight": 2.0, "out": view_of(T, H, n)},
+}
+
+
+LAYERS = ("plain", "added per head")  # what an encoder asks for
+
+
+def placed(value, way):
+    """An argument on the device, a view still a view; what is no tensor as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    size = value.untyped_storage().nbytes() // value.element_size()
+    memory = value.as_strided((size,), (1,), 0).to(way.device, copy=True)
+    return memory.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def layered(rows, weight=1.0, out=None, per_head=False):
+    """What rows per head ``[T, H, n]`` become under an operation's options, in their dtype."""
+    weight = torch.as_tensor(weight, dtype=rows.dtype).view(-1, 1, 1)
+    rows = torch.where(weight == 0, 0.0, rows * weight)
+    rows = rows if per_head else rows.mean(1)
+    return rows if out is None else out + rows
+
+
+def check_rows(way: Way, operation, case, tensors, rows, options, **more):
+    """Run an operation and compare its rows with ``rows(dtype)``; returns the attention output, if any."""
+    exact, peer = (layered(rows(dtype), **options) for dtype in (torch.float64, torch.float32))
+    given = {name: placed(value, way) for name, value in {**options, **more}.items()}
+    result = way.run(operation, *case.seen(tensors, way.device), case.scale, **given)
+    output, rows = result if isinstance(result, tuple) else (None, result)
+    assert "out" not in given or rows is given["out"]
+    assert_accurate(rows, exact, peer, operation)
+    return output
+
+
+def without_ignored(query, key, options):
+    """NaN in what must not matter to the row of CLS: other queries, and keys of crops that weigh nothing."""
+    query, key = query.clone(), key.clone()
+    query[:, :, 1:] = NAN
+    if isinstance(options.get("weight"), torch.Tensor):
+        key[options["weight"] == 0] = NAN
+    return query, key
+
+
+@pytest.mark.parametrize("second_softmax", [False, True], ids=["", "second softmax"])
+@pytest.mark.parametrize(
+    ("case", "options"),
+    combined(ATTENTION, OPTIONS, lambda case, options: options in LAYERS or case.tokens < 200),
+)
+def test_cls_attention(case, options, second_softmax, way):
+    query, key, _ = case.tensors()
+
+    def rows(dtype):
+        rows = attention_maps(query[:, :, :1], key, case.scale, dtype)[:, :, 0, 1:]
+        return rows.softmax(-1) if second_softmax else rows
+
+    options = OPTIONS[options](case.crops, case.heads, case.tokens - 1)
+    tensors = without_ignored(query, key, options)
+    check_rows(way, "cls_attention", case, tensors, rows, options, second_softmax=second_softmax)
+
+
+# Not of logits that reach 1e5: the last place of their log-sum-exp is a percent of every probability.
+MODERATE = [case for case in ATTENTION if abs(case.scale) < 1]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    combined(MODERATE, OPTIONS, lambda case, options: options in ("plain", "added") or case.tokens < 60),
+)
+@pytest.mark.parametrize("given", ["all rows", "row 0"])
+def test_cls_attention_given_the_lse(given, case, options, way):
+    """Computed from it, whatever it is: here it is larger than the true one by 1."""
+    query, key, _ = case.tensors()
+
+    def logits(dtype):
+        return torch.einsum("thd,thnd->thn", query[:, :, 0].to(dtype), key.to(dtype)) * case.scale
+
+    lse = torch.full((case.crops, case.heads, 2 * case.tokens), NAN)
+    lse[..., 0] = logits(torch.float64).logsumexp(-1) + 1.0
+    lse = lse[..., :1] if given == "row 0" else lse[..., : case.tokens]
+
+    def rows(dtype):
+        return (logits(dtype) - lse[..., :1].to(dtype)).exp()[..., 1:]
+
+    options = OPTIONS[options](case.crops, case.heads, case.tokens - 1)
+    seen, keys = without_ignored(query, key, options)
+    seen = seen[:, :, :1] if given == "row 0" else seen
+    check_rows(way, "cls_attention", case, (seen, keys), rows, options, lse=lse)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    combined(ATTENTION, OPTIONS, lambda case, options: options in LAYERS or case.tokens < 60),
+)
+def test_attention_with_cls(case, options, way):
+    tensors = query, key, value = case.tensors()
+    second_softmax = options == "plain" and case.crops == 2
+
+    def rows(dtype):
+        rows = attention_maps(query[:, :, :1], key, case.scale, dtype)[:, :, 0, 1:]
+        return rows.softmax(-1) if second_softmax else rows
+
+    options = OPTIONS[options](case.crops, case.heads, case.tokens - 1)
+    output = check_rows(
+        way, "attention_with_cls", case, tensors, rows, options, second_softmax=second_softmax
+    )
+    exact = attention_maps(query, key, case.scale) @ value.double()
+    peer = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=case.scale)
+    assert_accurate(output, exact, peer, "output")
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    combined(ATTENTION, OPTIONS, lambda case, options: options in LAYERS or case.tokens < 60),
+)
+def test_received_attention(case, options, way):
+    query, key, _ = case.tensors()
+    options = OPTIONS[options](case.crops, case.heads, case.tokens)
+    seen = without_ignored(query, key, options)[1]
+
+    def rows(dtype):
+        return attention_maps(query, key, case.scale, dtype).mean(2)
+
+    check_rows(way, "received_attention", case, (query, seen), rows, options)
+
+
+# --- scores ----------------------------------------------------------------------------------------------
+
+
+def rows_of(case, heads):
+    """``[T, H, P]`` in eighths, whose sums are exact and often tied; of every fifth crop none is positive."""
+    segments = case.segments
+    shape = (segments.crops, heads, segments.patches)
+    rows = torch.randint(-2, 6, shape, generator=generator(case.name, heads)) / 8
+    rows[2::5] = -rows[2::5].abs()
+    return rows
+
+
+def entropy_of(scores, masks):
+    """``[T]`` in the dtype of the scores."""
+    weight = scores.clamp_min(0.0) * masks
+    share = weight / weight.sum(1, keepdim=True)
+    entropy = -torch.special.xlogy(share, share).sum(1)
+    return torch.where(weight.sum(1) > 0, entropy, masks.sum(1).clamp_min(1).to(scores).log())
+
+
+@pytest.mark.parametrize(("heads", "rank"), [(16, False), (3, True)], ids=["", "ranks"])
+@pytest.mark.parametrize("case", parameters(CROPS))
+def test_finalize_scores(case, heads, rank, way):
+    rows, valid = rows_of(case, heads), case.draw_valid()
+    result = way.run(
+        *("finalize_scores", case.seen(rows, way.device)), valid=case.seen(valid, way.device), rank=rank
+    )
+    masks = torch.ones(len(rows), rows.shape[2], dtype=torch.bool) if valid is None else valid
+    exact, peer = (rows.to(dtype).mean(1) for dtype in (torch.float64, torch.float32))
+    assert_accurate(result.scores, exact, peer, "scores")
+    assert_accurate(result.entropy, entropy_of(exact, masks), entropy_of(peer, masks), "entropy")
+    if not rank:
+        assert result.ranks is None
+        return
+    ranks = result.ranks.cpu()
+    assert ranks.dtype == torch.int16
+    for scores, mask, row in zip(result.scores.tolist(), masks.tolist(), ranks.tolist()):
+        assert [row[patch] for patch in oracle_order(scores, mask)] == list(range(sum(mask)))
+
+
+@pytest.mark.parametrize("case", parameters(CROPS))
+def test_ranks_of_special_scores(case, way):
+    """±0, NaN, infinities: of one head the mean is the score itself."""
+    scores, valid = case.draw_scores().float(), case.draw_valid()
+    result = way.run(
+        *("finalize_scores", case.seen(scores[:, None], way.device)),
+        valid=case.seen(valid, way.device),
+        rank=True,
+    )
+    masks = [None] * len(scores) if valid is None else valid.tolist()
+    for crop, mask, row in zip(scores.tolist(), masks, result.ranks.tolist()):
+        order = oracle_order(crop, mask)
+        assert [row[patch] for patch in order] == list(range(len(order)))
+        if mask is not None:
+            assert all(row[patch] >= len(order) for patch in range(len(mask)) if not mask[patch])
+
+
+# --- budgets ---------------------------------------------------------------------------------------------
+
+
+def counts_of(case, valid, dtype=torch.int32):
+    segments = case.segments
+    full = torch.full((segments.crops,), segments.patches, dtype=dtype)
+    return full if valid is None else valid.sum(1, dtype=dtype)
+
+
+def check_budgets(result: TileBudgets, signals, caps, segments: Segments, allocation="exact"):
+    """Shares within the tolerance, weights by the shares, budgets exactly by the weights."""
+    twin = reference.tile_budgets(signals, caps, segments, allocation=allocation)
+    values = [(signal.values.tolist(), signal.weight, signal.temperature) for signal in signals]
+    shares, weights, budgets = ([0] * segments.crops for _ in range(3))
+    emitted = result.weights.tolist()
+    rule = {"exact": lambda *image: oracle_exact(*image)[0], "floor": oracle_floor}[allocation]
+    for image, first in zip(segments.images, segments.first_crops):
+        if image.thumbnail >= 0:
+            budgets[first + image.thumbnail] = min(image.thumbnail_tokens, int(caps[first + image.thumbnail]))
+        if image.tiles:
+            start = first + image.first_tile
+            part = slice(start, start + image.tiles)
+            shares[part] = oracle_shares(values, range(segments.crops)[part])
+            weights[part] = oracle_weights(result.shares[part].tolist())
+            budgets[part] = rule(image.tile_tokens, emitted[part], caps[part].tolist())
+    assert [part.dtype for part in result] == [torch.int32, torch.float32, torch.int32]
+    exact = torch.tensor(shares, dtype=torch.float64)
+    assert_accurate(result.shares, exact, exact.float(), "shares")
+    assert emitted == weights
+    assert (result.weights.cpu() - twin.weights).abs().max() <= 16  # of 2²⁴
+    assert result.budgets.tolist() == budgets
+
+
+@pytest.mark.parametrize("allocation", ["exact", "floor"])
+@pytest.mark.parametrize("case", parameters(SELECTION))
+def test_tile_budgets(case, allocation, way):
+    signals = case.draw_signals()
+    signals += [signals[0]._replace(weight=0.0, temperature=1.0), signals[1]._replace(weight=2.0)]
+    integers = torch.int64 if case.mask == "none" else torch.int32
+    caps = counts_of(case, case.draw_valid(), integers)
+    segments = case.segments
+    ties = [signals[0]._replace(values=signals[0].values.gt(0.3).float())]
+    for some in (ties, signals[:1], signals[:2], signals[:3], signals):
+        seen, counts = case.seen(some, way.device), case.seen(caps, way.device)
+        result = way.run("tile_budgets", seen, counts, segments, allocation=allocation)
+        check_budgets(result, some, caps, segments, allocation)
+
+
+# --- selection -------------------------------------------------------------------------------------------
+
+
+def oracle_kept(scores, budgets, valid):
+    masks = [None] * len(scores) if valid is None else valid.tolist()
+    return [oracle_keep(*crop) for crop in zip(scores.tolist(), budgets.tolist(), masks)]
+
+
+@pytest.mark.parametrize("case", parameters(CROPS))
+def test_segmented_topk(case, way):
+    scores, valid, segments = case.draw_scores(), case.draw_valid(), case.segments
+    P = segments.patches
+    wanted = [0, 1, P // 5, P // 2 + 1, P - 1, P, P + 7, 10**9]
+    budgets = torch.tensor([wanted[t * 5 % 8] for t in range(segments.crops)], dtype=torch.int32)
+    if valid is not None:  # all of the valid ones, one less, one more
+        counts = valid.sum(1, dtype=torch.int32)
+        budgets[1::2] = (counts + torch.arange(len(counts)) % 3 - 1).clamp_min(0).int()[1::2]
+    if segments.crops % 2:
+        budgets = budgets.long()
+    keep = way.run("segmented_topk", *(case.seen(value, way.device) for value in (scores, budgets, valid)))
+    assert keep.dtype == torch.bool
+    assert keep.tolist() == oracle_kept(scores, budgets, valid)
+    assert torch.equal(keep.cpu(), reference.segmented_topk(scores, budgets, valid))
+
+
+def check_gather(result, features, scores, valid, budgets, segments, promised):
+    """Index, lengths and rows, exactly, given the budgets; a kernel's lengths are as promised."""
+    sequences = oracle_index(oracle_kept(scores, budgets, valid), segments)
+    if promised:
+        sequences = [
+            sequence[:length] + [-2] * (length - len(sequence))
+            for sequence, length in zip(sequences, segments.lengths)
+        ]
+    index = list(chain(*sequences))
+    assert result.lengths == tuple(len(sequence) for sequence in sequences)
+    assert result.index.dtype == torch.int32 and result.index.tolist() == index
+    index = torch.tensor(index, dtype=torch.int64)
+    rows = features.flatten(0, 1)[index.clamp_min(0)].masked_fill((index < 0)[:, None], 0.0)
+    assert same_bits(result.tokens.cpu(), rows)
+
+
+GIVEN = ("signals", "budgets", "ranks", "counts", "budgets and ranks", "floor", "floor of budgets")
+
+
+@pytest.mark.parametrize(
+    ("case", "given"), combined(SELECTION, GIVEN, lambda case, given: given == "signals" or case in FEW)
+)
+def test_segmented_topk_gather(case, given, way):
+    features, scores, valid, signals = (
+        getattr(case, f"draw_{name}")() for name in ("features", "scores", "valid", "signals")
+    )
+    segments, caps, options = case.segments, counts_of(case, valid), {}
+    if "floor" in given and way.name == "compiled":
+        pytest.skip("refused there: the length would depend on the content")
+    if "budgets" in given:  # too many, too few
+        share = torch.rand(segments.crops, generator=generator(case.name, "budgets"))
+        budgets = (share * 1.2 * segments.patches).int()
+        options["budgets"] = TileBudgets(*(case.seen(budgets, way.device) for _ in range(3)))
+    else:
+        options["signals"] = case.seen(signals, way.device)
+    if "ranks" in given:
+        ranks = reference.finalize_scores(scores[:, None].float(), valid=valid, rank=True).ranks
+        options["ranks"] = case.seen(ranks, way.device)
+        decide, scores = scores, torch.zeros_like(scores)  # which must not matter
+    else:
+        decide = scores
+    if given == "counts":
+        options["valid_counts"] = case.seen(caps.long(), way.device)
+    if "floor" in given:
+        options["allocation"] = "floor"
+    result = way.run(
+        "segmented_topk_gather",
+        *(case.seen(features, way.device), case.seen(scores, way.device), segments),
+        valid=case.seen(valid, way.device),
+        **options,
+    )
+    if "budgets" in options:
+        assert result.budgets is options["budgets"]
+    else:
+        check_budgets(result.budgets, signals, caps, segments, options.get("allocation", "exact"))
+    promised = way.kernel and "floor" not in given
+    check_gather(result, features, decide, valid, result.budgets.budgets, segments, promised)
+
+
+# --- the same everywhere ---------------------------------------------------------------------------------
+
+NEIGHBOURS = Selection(
+    "neighbours",
+    (Segment(5, 0, 2, 3, 11, (0, 8)), Segment(1, 0, 1, 4, 0, (0, 0), True), Segment(4, 3, 3, 2, 9, (1, 3))),
+    width=9,
+)
+
+
+def everything(way, rows, case, features, valid, signals, segments):
+    """What each selecting operation makes of a batch, as lists of tensors that go by crops or by rows."""
+    device = way.device
+    seen = {"valid": case.seen(valid, device)}
+    finalized = way.run("finalize_scores", rows.to(device), rank=True, **seen)
+    caps = valid.sum(1, dtype=torch.int32).to(device)
+    budgets = way.run("tile_budgets", case.seen(signals, device), caps, segments)
+    keep = way.run("segmented_topk", finalized.scores, budgets.budgets, **seen)
+    features = case.seen(features, device)
+    gathered = [
+        way.run("segmented_topk_gather", features, finalized.scores, segments, budgets=budgets, **seen),
+        way.run(
+            *("segmented_topk_gather", features, finalized.scores, segments),
+            signals=case.seen(signals, device),
+            ranks=finalized.ranks,
+            **seen,
+        ),
+    ]
+    return [*finalized, *budgets, keep], gathered
+
+
+@pytest.mark.parametrize("order", ["alone", "reversed", "again"])
+def test_an_image_does_not_depend_on_its_batch(order, way):
+    """Bit by bit, whatever its neighbours, its place among them, and on every run."""
+    case, segments = NEIGHBOURS, NEIGHBOURS.segments
+    rows, features = rows_of(case, 3).exp2().log(), case.draw_features()
+    valid, signals = case.draw_valid(), case.draw_signals()
+    whole, gathered = everything(way, rows, case, features, valid, signals, segments)
+    images = list(zip(segments.images, segments.first_crops))
+    batches = {"alone": [[image] for image in images], "reversed": [images[::-1]], "again": [images]}[order]
+    for batch in batches:
+        crops = list(chain(*(range(first, first + image.crops) for image, first in batch)))
+        other = Segments(tuple(image for image, _ in batch), segments.side)
+        part, part_gathered = everything(
+            *(way, rows[crops], case, features[crops], valid[crops]),
+            *([signal._replace(values=signal.values[crops]) for signal in signals], other),
+        )
+        assert all(same_bits(got, want[crops]) for got, want in zip(part, whole))
+        for got, want in zip(part_gathered, gathered):
+            got_rows = zip(got.tokens.split(got.lengths), got.index.split(got.lengths))
+            want_rows = list(zip(want.tokens.split(want.lengths), want.index.split(want.lengths)))
+            for (tokens, index), (image, first), place in zip(got_rows, batch, other.first_crops):
+                want_tokens, want_index = want_rows[images.index((image, first))]
+                shift = (first - place) * segments.patches
+                assert same_bits(tokens, want_tokens)
+                assert torch.equal(torch.where(index < 0, index, index + shift), want_index)
+
+
+@pytest.mark.parametrize("form", ["plain", "per head", "lse"])
+@pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
+def test_a_crop_does_not_depend_on_its_batch(operation, form, way):
+    """Of kernels: PyTorch's matrix products may add in another order for another batch."""
+    if not way.kernel:
+        pytest.skip("promised of kernels alone")
+    if form == "lse" and operation != "cls_attention":
+        pytest.skip("takes none")
+    case = next(case for case in ATTENTION if case.name == "odd sizes")
+    tensors = case.tensors()[: 3 if operation == "attention_with_cls" else 2]
+    lse = torch.randn(case.crops, case.heads, 1, generator=generator("lse"))
+
+    def run(crops):
+        options = {"plain": {}, "per head": {"per_head": True}, "lse": {"lse": lse[crops].to(way.device)}}
+        seen = case.seen([tensor[crops] for tensor in tensors], way.device)
+        result = way.run(operation, *seen, 0.3, **options[form])
+        return result if isinstance(result, tuple) else (result,)
+
+    whole = run([0, 1])
+    for crops in ([0], [1, 0], [0, 1, 1, 0, 1], [0, 1]):
+        assert all(same_bits(got, want[crops]) for got, want in zip(run(crops), whole))
+
+
+def with_blocks(monkeypatch, factor, **least):
+    """Kernels launched with other block sizes: each option named, times the factor, at least so much."""
+
+    def varied(kernel, size, device):
+        options = configuration(kernel, size, device)
+        return {
+            option: max(int(value * factor), least[option]) if option in least else value
+            for option, value in options.items()
+        }
+
+    for module in set(_MODULES.values()):
+        monkeypatch.setattr(f"hero_kernels.kernels.{module}.configuration", varied)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+@pytest.mark.parametrize("name", ["stitched 2 × 3, padding rows", "P 36"])
+def test_block_sizes_decide_nothing(name, factor, way, monkeypatch):
+    """Selections, budgets and ranks are integers, and the same for every configuration."""
+    if not way.kernel:
+        pytest.skip("the twins have no blocks")
+    case = next(case for case in FEW if case.name == name)
+    given = (rows_of(case, 2), case, case.draw_features(), case.draw_valid(), case.draw_signals())
+    whole, gathered = everything(way, *given, case.segments)
+    with_blocks(monkeypatch, factor, ROWS=1, SLICE=1, ELEMENTS=1, COLUMNS=16)
+    part, part_gathered = everything(way, *given, case.segments)
+    assert all(same_bits(got, want) for got, want in zip(part, whole))
+    for got, want in zip(part_gathered, gathered):
+        assert same_bits(got.tokens, want.tokens) and torch.equal(got.index, want.index)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+@pytest.mark.parametrize("name", ["one past a block", "odd sizes", "narrow"])
+def test_block_sizes_of_attention(name, factor, way, monkeypatch):
+    """Within the tolerance whatever the blocks."""
+    if not way.kernel:
+        pytest.skip("the twins have no blocks")
+    with_blocks(monkeypatch, factor, BLOCK=8, BLOCK_M=16, BLOCK_N=16, H_BLOCK=1)
+    case = next(case for case in ATTENTION if case.name == name)
+    test_cls_attention(case, "plain", False, way)
+    test_cls_attention_given_the_lse("row 0", case, "added", way)
+    test_attention_with_cls(case, "plain", way)
+    test_received_attention(case, "plain", way)
+
+
+# --- beyond 2³¹ elements ---------------------------------------------------------------------------------
+
+FAR = 2**31 + 64  # elements from the first to the last of one dimension
+
+
+@pytest.fixture
+def vast(way, tmp_path):
+    """Makes views that reach beyond :data:`FAR`: on the CPU over a sparse file, little of it touched."""
+
+    def spread(values, dimension, name):
+        strides = [math.prod(values.shape[d + 1 :]) for d in range(values.dim())]
+        step = FAR // max(values.shape[dimension] - 1, 1) + 8
+        strides[dimension] = step + max(strides)
+        size = 1 + sum((length - 1) * stride for length, stride in zip(values.shape, strides))
+        if way.device == "cuda":
+            memory = torch.empty(size, dtype=values.dtype, device="cuda")
+        else:
+            file = str(tmp_path / name)
+            memory = torch.from_file(file, shared=True, size=size, dtype=values.dtype)
+        view = memory.as_strided(values.shape, strides).copy_(values)
+        assert sum((length - 1) * stride for length, stride in zip(values.shape, strides)) > 2**31
+        return view
+
+    return spread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["crops", "heads", "tokens"])
+@pytest.mark.parametrize("operation", ["cls_attention", "lse", "attention_with_cls", "received_attention"])
+def test_attention_far_apart(operation, dimension, way, vast):
+    if not way.kernel:
+        pytest.skip("of kernels: PyTorch addresses by itself")
+    tensors = [x.half() for x in draw_attention("far", crops=2, heads=2, tokens=21, width=16, count=3)]
+    tensors = tensors[: 3 if operation == "attention_with_cls" else 2]
+    options = {}
+    if operation == "lse":
+        operation, options["lse"] = "cls_attention", torch.zeros(2, 2, 1)
+    options = {name: value.to(way.device) for name, value in options.items()}
+    far = [vast(x, dimension, f"{n}") for n, x in enumerate(tensors)]
+    result = getattr(hk, operation)(*far, 0.3, **options)  # not way.run, which copies whole storages
+    expected = getattr(hk, operation)(*(x.to(way.device) for x in tensors), 0.3, **options)
+    assert all(same_bits(*pair) for pair in zip(tensors_in(result), tensors_in(expected)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_selection_far_apart(dimension, way, vast):
+    if not way.kernel:
+        pytest.skip("of kernels: PyTorch addresses by itself")
+    case = next(case for case in SELECTION if case.name == "stitched 2 × 2")
+    features, scores, valid = case.draw_features(), rows_of(case, 1)[:, 0], case.draw_valid()
+    signals, segments = case.draw_signals(), case.segments
+    ranks = reference.finalize_scores(scores[:, None], valid=valid, rank=True).ranks
+    budgets = reference.tile_budgets(signals, counts_of(case, valid), segments)
+    far = {"valid": vast(valid, dimension, "valid"), "ranks": vast(ranks, dimension, "ranks")}
+    far_scores = vast(scores.half(), dimension, "scores")
+    here = [signal._replace(values=signal.values.to(way.device)) for signal in signals]
+    keep = hk.segmented_topk(far_scores, budgets.budgets.to(way.device), far["valid"])
+    assert keep.tolist() == oracle_kept(scores, budgets.budgets, valid)
+    finalized = hk.finalize_scores(scores[:, None].contiguous().to(way.device), valid=far["valid"], rank=True)
+    assert torch.equal(finalized.ranks.cpu()[valid], ranks[valid])
+    far_features = vast(features.half(), dimension, "features")
+    for ranked in (False, True):
+        given = far if ranked else {"valid": far["valid"]}
+        result = hk.segmented_topk_gather(far_features, far_scores, segments, signals=here, **given)
+        check_gather(result, features.half(), scores, valid, result.budgets.budgets, segments, True)
+
+
+@pytest.mark.slow
+def test_buffers_far_apart(way, vast):
+    """Rows added to a buffer whose crops lie far apart, and a mean written there."""
+    if not way.kernel:
+        pytest.skip("of kernels: PyTorch addresses by itself")
+    query, key = draw_attention("far out", crops=2, heads=2, tokens=21, width=16)
+    lse = torch.zeros(2, 2, 1)
+    for n, options in enumerate(({}, {"lse": lse})):
+        far = vast(torch.ones(2, 20), 0, f"out{n}")
+        given = {name: value.to(way.device) for name, value in options.items()}
+        hk.cls_attention(query.to(way.device), key.to(way.device), 0.3, out=far, **given)
+        expected = reference.cls_attention(query, key, 0.3, out=torch.ones(2, 20), **options)
+        torch.testing.assert_close(far.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+def test_rows_beyond_2_31(way):
+    """A buffer of rows per head of more than 2³¹ elements, as one launch fills it."""
+    if way.name != "eager":
+        pytest.skip("needs 20 GB of GPU memory")
+    crops, heads, patches = 8192, 64, 4112
+    query, key = (torch.randn(1, 1, patches + 1, 16, device="cuda") for _ in range(2))
+    query, key = (x.expand(crops, heads, -1, -1) for x in (query, key))
+    rows = hk.cls_attention(query, key, 0.3, per_head=True)
+    assert rows.numel() > 2**31
+    for t in (0, crops // 2, crops - 1):
+        assert same_bits(rows[t, heads - 1], rows[0, 0])
+    scores = hk.finalize_scores(rows).scores
+    assert same_bits(scores[-1], scores[0])

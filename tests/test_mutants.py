@@ -1,0 +1,265 @@
+"""Do the tests notice? A line of a kernel or a twin is made wrong: some of ``test_kernels`` must fail.
+
+The package is copied, one snippet replaced, and a forked child imports the copy and runs the check; the
+copy as it is must pass every check. Kernels need ``TRITON_INTERPRET=1``, the twins are tested without.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import hero_kernels
+from hero_kernels._env import SWITCHES
+
+PACKAGE = Path(hero_kernels.__file__).parent
+TESTS = Path(__file__).parent
+SECONDS = 120  # a mutant may loop for ever
+SURVIVED, NOTICED, BROKEN = 0, 1, 2
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def way():
+    from cases import Way
+
+    return Way("interpreter" if SWITCHES.interpret else "twin")
+
+
+def attention(operation, name, options="plain"):
+    def check(tests, cases):
+        case = next(case for case in cases.ATTENTION if case.name == name)
+        function = getattr(tests, f"test_{operation}")
+        if operation == "cls_attention":
+            function(case, options, False, way())
+        elif operation == "cls_attention_given_the_lse":
+            function("row 0", case, options, way())
+        else:
+            function(case, options, way())
+
+    return check
+
+
+def selection(test, name, *more):
+    def check(tests, cases):
+        case = next(case for case in cases.SELECTION if case.name == name)
+        getattr(tests, f"test_{test}")(case, *more, way())
+
+    return check
+
+
+CHECKS = {
+    "cls": attention("cls_attention", "P 36", "plain"),
+    "cls, added": attention("cls_attention", "P 36", "added per head"),
+    "cls, NaN": attention("cls_attention", "P 36", "per head"),
+    "cls, lse": attention("cls_attention_given_the_lse", "many heads"),
+    "attention": attention("attention_with_cls", "narrow"),
+    "received": attention("received_attention", "narrow"),
+    "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
+    "budgets": selection("tile_budgets", "K from 0 to 40", "exact"),
+    "caps": selection("tile_budgets", "everything kept", "exact"),
+    "floor": selection("tile_budgets", "stitched 2 × 3, padding rows", "floor"),
+    "topk": selection("segmented_topk", "ragged"),
+    "gather": selection("segmented_topk_gather", "thumbnail last, newline", "signals"),
+    "gather, padding": selection("segmented_topk_gather", "stitched 2 × 3, padding rows", "signals"),
+    "gather, too few": selection("segmented_topk_gather", "everything kept", "signals"),
+}
+
+
+class Mutant(NamedTuple):
+    """``file`` with ``old``, which occurs once, replaced by ``new``; a check must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: str
+    slow: bool = True
+
+
+KERNELS = [
+    Mutant(
+        "ties to the higher index", "topk", "tied, -patch + LIMIT, 0", "tied, patch + 1, 0", "topk", False
+    ),
+    Mutant("one patch too many", "topk", "keep = key >= threshold", "keep = key >= threshold - 1", "topk"),
+    Mutant("NaN above numbers", "common", "tl.full([], 1, tl.uint32)", "tl.full([], -2, tl.int32)", "topk"),
+    Mutant("−0 below +0", "common", "tl.where(magnitude == 0, 0, bits)", "bits", "topk"),
+    Mutant("mask ignored", "topk", "place * stride_vp, mask=ok, other=0) != 0", "0) >= 0", "topk"),
+    Mutant(
+        "rank ties reversed", "finalize", "p[None, :] < q[:, None]", "p[None, :] > q[:, None]", "finalized"
+    ),
+    Mutant("no entropy of nothing", "finalize", "value, tl.log(count)", "value, count", "finalized"),
+    Mutant("remainder ties reversed", "budgets", "weight.shape[0] - 1 - lane", "lane", "budgets", False),
+    Mutant("one remainder too many", "budgets", "before < left", "before <= left", "budgets"),
+    Mutant("cap off by one", "budgets", "budget = tl.where(full, cap, budget)", "budget += full", "caps"),
+    Mutant("thumbnail without cap", "budgets", "tl.minimum(thumbnail_tokens, cap)", "cap", "budgets"),
+    Mutant("shares rounded down", "budgets", "scaled - whole >= 0.5", "scaled < whole", "budgets"),
+    Mutant("floor without cap", "budgets", "tl.minimum(quota, cap), 0)", "quota, 0)", "floor"),
+    Mutant("CLS not in the sum", "cls_attention", " + tl.exp2(first - top)", "", "cls", False),
+    Mutant("CLS not dropped", "cls_attention", "(here + 1).to", "here.to", "cls"),
+    Mutant(
+        "buffer overwritten",
+        "cls_attention",
+        "    if ADD:\n        p += ",
+        "    if ADD:\n        ",
+        "cls, added",
+    ),
+    Mutant("weight ignored", "cls_attention", "    p = p * weight\n", "", "cls, added"),
+    Mutant(
+        "weight 0 computed",
+        "cls_attention",
+        "    if w != 0.0:\n        p = ",
+        "    if True:\n        p = ",
+        "cls, NaN",
+    ),
+    Mutant("heads beyond the last", "cls_attention", "tl.where(in_h[None, :], p, 0.0)", "p", "cls, lse"),
+    Mutant("keys beyond the last", "attention", "if not EVEN:", "if EVEN:", "attention", False),
+    Mutant(
+        "CLS key left out",
+        "attention",
+        "tl.full([BLOCK_M], 1.0, tl.float32)",
+        "tl.zeros([BLOCK_M], tl.float32)",
+        "attention",
+    ),
+    Mutant("queries beyond the last", "received_attention", 'other=float("inf")', "other=0.0", "received"),
+    Mutant("sum for mean", "received_attention", "w / tokens", "w", "received"),
+    Mutant(
+        "newline first",
+        "topk_gather",
+        "(r == side - 1) & (thumbnail_newline",
+        "(r == 0) & (thumbnail_newline",
+        "gather",
+        False,
+    ),
+    Mutant(
+        "a newline too many",
+        "topk_gather",
+        "(stitched < newline_end)",
+        "(stitched <= newline_end)",
+        "gather, padding",
+    ),
+    Mutant("empty rows are newlines", "topk_gather", "tl.where(is_band, -1, -2)", "-1", "gather, too few"),
+]
+TWINS = [
+    Mutant(
+        "remainder ties reversed",
+        "reference",
+        "(-remainder[tile], tile)",
+        "(-remainder[tile], -tile)",
+        "budgets",
+        False,
+    ),
+    Mutant(
+        "cap off by one", "reference", "budgets[tile] = caps[tile]", "budgets[tile] = caps[tile] - 1", "caps"
+    ),
+    Mutant("shares rounded down", "reference", "FIXED_POINT + 0.5", "FIXED_POINT", "budgets"),
+    Mutant(
+        "floor without cap",
+        "reference",
+        "min(total * weight // whole, cap)",
+        "total * weight // whole",
+        "floor",
+    ),
+    Mutant("lowest first", "reference", "descending=True", "descending=False", "topk"),
+    Mutant(
+        "ties to the higher index",
+        "reference",
+        "order = keys.argsort(",
+        "order = keys.shape[1] - 1 - keys.flip(1).argsort(",
+        "topk",
+    ),
+    Mutant("mask ignored", "reference", "last = last.masked_fill(~valid, 2)", "pass", "topk", False),
+    Mutant(
+        "NaN as −inf",
+        "reference",
+        "scores.isnan().to(torch.uint8)",
+        "torch.zeros_like(scores, dtype=torch.uint8)",
+        "topk",
+    ),
+    Mutant(
+        "CLS not in the sum",
+        "reference",
+        "logits.softmax(-1)[..., 1:]",
+        "logits[..., 1:].softmax(-1)",
+        "cls",
+        False,
+    ),
+    Mutant("weight 0 computed", "reference", ".masked_fill(weight == 0, 0.0)", "", "cls, NaN"),
+    Mutant("no entropy of nothing", "reference", "count.clamp_min(1.0).log()", "count", "finalized"),
+    Mutant(
+        "mean over keys", "reference", "logits.softmax(-1).mean(1)", "logits.softmax(-2).mean(1)", "received"
+    ),
+    Mutant("a newline too many", "reference", "(row < end)", "(row <= end)", "gather, padding", False),
+    Mutant(
+        "thumbnail always first", "reference", "if image.thumbnail <= 0 else", "if image.crops else", "gather"
+    ),
+]
+MUTANTS = KERNELS if SWITCHES.interpret else TWINS
+
+
+def path_of(folder: Path, mutant: Mutant) -> Path:
+    name = f"{mutant.file}.py" if mutant.file == "reference" else f"kernels/{mutant.file}.py"
+    return folder / PACKAGE.name / name
+
+
+def outcome(folder: Path, names) -> int:
+    """Run checks on the package in a folder, in a child of this process."""
+    child = os.fork()
+    if not child:
+        code = BROKEN
+        try:
+            signal.alarm(SECONDS)
+            code = attempt(folder, names)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def attempt(folder: Path, names) -> int:
+    """Import the package of the folder, and the tests anew with it."""
+    sys.modules["hero_kernels._library"]._LIBRARY._destroy()
+    ours = {PACKAGE.name, *(file.stem for file in TESTS.glob("*.py"))} - {Path(__file__).stem}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ours:
+            del sys.modules[name]
+    sys.path[:0] = [str(folder), str(TESTS)]
+    import cases
+    import test_kernels
+
+    assert Path(sys.modules[PACKAGE.name].__file__).is_relative_to(folder)
+    for name in names:
+        try:
+            CHECKS[name](test_kernels, cases)
+        except AssertionError:
+            traceback.print_exc(limit=-1)
+            return NOTICED
+    return SURVIVED
+
+
+@pytest.fixture
+def copy(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_the_package_as_it_is_passes(copy):
+    assert outcome(copy, dict.fromkeys(mutant.check for mutant in MUTANTS)) == SURVIVED
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, id=f"{m.file}: {m.name}", marks=[pytest.mark.slow] if m.slow else []) for m in MUTANTS],
+)
+def test_a_mutant_is_noticed(mutant, copy):
+    file = path_of(copy, mutant)
+    text = file.read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1, f"{mutant.old!r} occurs {text.count(mutant.old)} times: write it anew"
+    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    assert outcome(copy, [mutant.check]) == NOTICED
