@@ -10,6 +10,8 @@ KERNEL_TESTS := tests/test_kernels.py tests/test_kernel_properties.py tests/test
 # The oldest supported Triton and the newest, beside the pinned one.
 TRITONS := 3.3.0 3.9.0
 
+BOTH = $(MAKE) --no-print-directory -j2 -Otarget test-here test-interpreter
+
 VENV := .venv
 LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
@@ -31,7 +33,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-lowest test-triton test-exhaustive lint clean
+.PHONY: help setup demo test test-slow test-lowest test-triton test-exhaustive test-here test-interpreter lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -51,17 +53,20 @@ $(LOWEST_STAMP): setup.py constraints.txt constraints-lowest.txt
 demo: $(STAMP) ## ask the bundled model three questions; pictures in out/
 	$(VENV)/bin/hero demo --out out
 
-test: $(STAMP) ## the fast tests
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m "not slow" $(KERNEL_TESTS) $(PYTEST_ARGS)
+test: $(STAMP) ## the fast tests, and those of the kernels again in the interpreter, side by side
+	@$(BOTH) MARK="not slow"
 
-test-slow: $(STAMP) ## the slow tests
-	$(VENV)/bin/python -m pytest -q -m "slow and not exhaustive" $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m "slow and not exhaustive" $(KERNEL_TESTS) $(PYTEST_ARGS)
+test-slow: $(STAMP) ## the slow tests, likewise
+	@$(BOTH) MARK="slow and not exhaustive"
 
 test-exhaustive: $(STAMP) ## the kernels at every configuration, for every target: when kernels change
 	$(VENV)/bin/python -m pytest -q -m exhaustive $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m exhaustive $(KERNEL_TESTS) $(PYTEST_ARGS)
+
+test-here: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m "$(MARK)" $(PYTEST_ARGS)
+
+test-interpreter: $(STAMP)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m "$(MARK)" $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST_STAMP) ## the fast tests on the oldest supported transformers, in .venv-lowest
 	$(LOWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)

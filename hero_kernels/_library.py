@@ -338,7 +338,9 @@ def _gather_backward(ctx, grad, *_):
     place = torch.where(index < 0, crops * patches, index).long()
     features = grad.new_zeros((crops * patches + 1, width)).index_copy_(0, place, grad)
     features = features[:-1].view(ctx.shape)
-    numbers = None if ctx.signals else []  # torch takes a list of numbers for one input, an empty one for none
+    numbers = (
+        None if ctx.signals else []
+    )  # torch takes a list of numbers for one input, an empty one for none
     return features, None, None, None, [None] * ctx.signals, numbers, numbers, *[None] * 5
 
 

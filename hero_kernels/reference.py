@@ -114,7 +114,11 @@ def attention_with_cls(
     logits = torch.einsum("thmd,thnd->thmn", query.float(), key.float()) * scale
     output = torch.einsum("thmn,thnd->thmd", logits.softmax(-1), value.float()).to(query.dtype)
     rows = cls_attention(
-        query, key, scale, weight=weight, out=out, second_softmax=second_softmax, per_head=per_head
+        *(query.detach(), key.detach(), scale),
+        weight=weight,
+        out=out,
+        second_softmax=second_softmax,
+        per_head=per_head,
     )
     return output, rows
 
@@ -160,21 +164,22 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
 
     Returns:
         ``scores[t, p] = mean_h rows[t, h, p]``; the entropy in nats of each crop's scores over its valid
-        patches, normalised to sum 1 (negative scores count as 0; of no scores at all it is that of equal
-        ones, ``ln(valid)``); and each patch's place in the order of selection (§4): highest score first,
-        ties to the lower index, invalid patches last.
+        patches, normalised to sum 1 (negative scores and NaN count as 0; without a finite sum above 0 it is
+        that of equal scores, ``ln(valid)``); and each patch's place in the order of selection (§4):
+        highest score first, ties to the lower index, invalid patches last.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name; more than 32767
             patches where ranks are wanted.
     """
     scores = rows.mean(1)
-    weight = scores.clamp_min(0.0) if valid is None else scores.clamp_min(0.0).masked_fill(~valid, 0.0)
+    some = scores > 0.0 if valid is None else valid & (scores > 0.0)
+    weight = scores.masked_fill(~some, 0.0)
     total = weight.sum(1, keepdim=True)
     share = weight / total.clamp_min(torch.finfo(torch.float32).tiny)
     entropy = -torch.special.xlogy(share, share).sum(1)
     count = torch.full_like(entropy, scores.shape[1]) if valid is None else valid.sum(1).float()
-    entropy = torch.where(total[:, 0] > 0, entropy, count.clamp_min(1.0).log())
+    entropy = torch.where((total[:, 0] > 0) & total[:, 0].isfinite(), entropy, count.clamp_min(1.0).log())
     ranks = _ranks(scores, valid).to(torch.int16) if rank else None
     return Finalized(scores, entropy, ranks)
 

@@ -55,7 +55,7 @@ def finalize_kernel(
     score = head_mean(rows, t, p, heads, patches)
     ok = inside
     if HAS_VALID:
-        ok = inside & (tl.load(valid + t * stride_vt + p * stride_vp, mask=inside, other=0) != 0)
+        ok = inside & (tl.load(valid + t * stride_vt + p.to(tl.int64) * stride_vp, mask=inside, other=0) != 0)
     if s == 0:
         place = scores + t * stride_st + p.to(tl.int64) * stride_sp
         if ADD:
@@ -69,13 +69,15 @@ def finalize_kernel(
             some = share > 0.0
             value = -tl.sum(tl.where(some, share * tl.log(tl.where(some, share, 1.0)), 0.0), 0)
             count = tl.maximum(tl.sum(ok.to(tl.int32), 0), 1).to(tl.float32)
-            tl.store(entropy + t, tl.where(total > 0.0, value, tl.log(count)))
+            tl.store(entropy + t, tl.where((total > 0.0) & (total < float("inf")), value, tl.log(count)))
     if RANK:
         key = order_key(score, ok)
         q = s * SLICE + tl.arange(0, SLICE)
         mine = q < patches
         if HAS_VALID:
-            mine = mine & (tl.load(valid + t * stride_vt + q * stride_vp, mask=mine, other=0) != 0)
+            mine = mine & (
+                tl.load(valid + t * stride_vt + q.to(tl.int64) * stride_vp, mask=mine, other=0) != 0
+            )
         key_q = order_key(head_mean(rows, t, q, heads, patches), mine)
         before = (key[None, :] > key_q[:, None]) | (
             (key[None, :] == key_q[:, None]) & (p[None, :] < q[:, None])
