@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3 python,$(shell $(pytho
 PYTEST_ARGS ?=
 
 # Run again in Triton's interpreter, where the CPU runs the kernels.
-KERNEL_TESTS := tests/test_kernels.py tests/test_kernel_properties.py tests/test_library.py tests/test_mutants.py
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels kernel_properties library mutants encoder))
 # The oldest supported Triton and the newest, beside the pinned one.
 TRITONS := 3.3.0 3.9.0
 

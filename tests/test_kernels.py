@@ -27,7 +27,7 @@ from oracles import (
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, reference
 from hero_kernels._launch import configuration
-from hero_kernels._ops import _MODULES
+from hero_kernels._ops import _MODULES, _launcher
 from hero_kernels.testing import assert_accurate, same_bits, tensors_in
 
 # --- attention -------------------------------------------------------------------------------------------
@@ -587,3 +587,17 @@ def test_rows_beyond_2_31(way):
         assert same_bits(rows[t, heads - 1], rows[0, 0])
     scores = hk.finalize_scores(rows).scores
     assert same_bits(scores[-1], scores[0])
+
+
+@pytest.mark.parametrize("operation", ["attention_with_cls", "received_attention", "segmented_topk"])
+def test_doubles_are_refused(operation):
+    """By the launchers, before any launch: a GPU would round them, or take for ever."""
+    pytest.importorskip("triton")
+    double = torch.randn(1, 2, 5, 16, dtype=torch.float64)
+    arguments = {
+        "attention_with_cls": (double, double, double, 0.5),
+        "received_attention": (double, double, 0.5),
+        "segmented_topk": (double[0, 0], torch.ones(5, dtype=torch.int32)),
+    }
+    with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):
+        _launcher(operation)(*arguments[operation])

@@ -153,6 +153,7 @@ def attention_kernel(
 def attention_with_cls(
     query, key, value, scale, *, weight=1.0, out=None, second_softmax=False, per_head=False
 ):
+    check_dtype(key)
     crops, heads, tokens, width = key.shape
     patches = tokens - 1
     check_patches(patches)
@@ -178,6 +179,12 @@ def attention_with_cls(
         **{**options, **row_blocks(patches, options["BLOCK"])},
     )
     return output, finish_rows(rows, out, per_head)
+
+
+def check_dtype(key: torch.Tensor) -> None:
+    """Products of matrices are those of the GPU's own units."""
+    if key.dtype == torch.float64:
+        raise TypeError("key: expected float32, float16 or bfloat16 on a GPU, got float64")
 
 
 def by_precision(kernel: str, dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .._env import SWITCHES
 from .._launch import configuration, launch
-from .attention import by_precision, dot_precision
+from .attention import by_precision, check_dtype, dot_precision
 from .cls_attention import finish_rows, rows_buffer
 from .common import LOG2E, alignment, power_of_2, weight_arguments, weight_of
 
@@ -141,6 +141,7 @@ def columns_kernel(
 
 
 def received_attention(query, key, scale, *, weight=1.0, out=None, per_head=False):
+    check_dtype(key)
     crops, heads, tokens, width = key.shape
     lse = torch.empty((crops, heads, tokens), dtype=torch.float32, device=key.device)
     rows, add = rows_buffer((crops, heads, tokens), out, per_head, key.device)
