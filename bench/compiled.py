@@ -113,6 +113,7 @@ def _recording(config: str) -> Iterator[list[Launch]]:
 
     def launch(kernel, grid, *arguments, **options):
         assert all(grid), f"{kernel.__name__}: empty grid {grid}"
+        options.setdefault("enable_fp_fusion", True)  # as the real one
         launches.append(Launch(kernel, arguments, options))
 
     with ExitStack() as stack:
