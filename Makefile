@@ -60,7 +60,7 @@ test-slow: $(STAMP) ## the slow tests, likewise
 	@$(BOTH) MARK="slow and not exhaustive"
 
 test-exhaustive: $(STAMP) ## the kernels at every configuration, for every target: when kernels change
-	$(VENV)/bin/python -m pytest -q -m exhaustive $(PYTEST_ARGS)
+	@$(BOTH) MARK=exhaustive
 
 test-here: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m "$(MARK)" $(PYTEST_ARGS)

@@ -75,13 +75,14 @@ def parameters(cases, all_fast=False):
 
 
 def combined(cases, options, fast):
-    """Cases with options, those marked slow that are, and all that are not fast."""
+    """Cases with options: what is not fast is slow; of slow cases, all but the fast options by hand."""
+
+    def marks(case, option):
+        slow = [pytest.mark.slow] if case.slow or not fast(case, option) else []
+        return [*slow, pytest.mark.exhaustive] if case.slow and not fast(case, option) else slow
+
     return [
-        pytest.param(
-            *(case, option),
-            id=f"{case.name}-{option}",
-            marks=[pytest.mark.slow] if case.slow or not fast(case, option) else [],
-        )
+        pytest.param(case, option, id=f"{case.name}-{option}", marks=marks(case, option))
         for case in cases
         for option in options
     ]
