@@ -16,6 +16,21 @@ def generator(*seed) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(repr(seed)).getrandbits(32))
 
 
+def first_difference(ours, theirs):
+    """Where two lists part, and what stands there; None if they are equal.
+
+    For long lists: with CI set, pytest explains ``==`` by a whole diff, which takes it minutes.
+    """
+    if ours == theirs:
+        return None
+    if len(ours) != len(theirs):
+        return "lengths", len(ours), len(theirs)
+    place = next(i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1])
+    if isinstance(ours[place], list):
+        return place, *first_difference(ours[place], theirs[place])
+    return place, ours[place], theirs[place]
+
+
 def softmax(values):
     top = max(values)
     powers = [math.exp(value - top) for value in values]
