@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
     from transformers import (
+        CLIPConfig,
         CLIPModel,
         LlavaNextForConditionalGeneration,
         LlavaNextProcessor,
+        PretrainedConfig,
         PreTrainedTokenizerBase,
     )
 
@@ -28,6 +30,7 @@ __all__ = [
     "DemoQuestion",
     "MiniModel",
     "build_clip",
+    "clip_config",
     "clip_tokenizer",
     "demo_questions",
     "load",
@@ -39,6 +42,7 @@ WEIGHTS: Path = Path(__file__).parent / "weights"
 DEMO: Path = Path(__file__).parent / "demo"
 """Folder of the bundled picture and questions."""
 
+CLIP_HEAD = "clip_head.safetensors"
 _CLIP_POSITIONS = 24
 
 
@@ -61,13 +65,16 @@ class DemoQuestion(NamedTuple):
     """Raster index, in the picture's grid of 48 px tiles, of the tile that holds the answer."""
 
 
-def load(dtype: torch.dtype | None = None, relevance: bool = True) -> MiniModel:
+def load(
+    dtype: torch.dtype | None = None, relevance: bool = True, weights: str | Path = WEIGHTS
+) -> MiniModel:
     """Load the mini model, on the CPU and in eval mode.
 
     Args:
         dtype: floating-point dtype of model and relevance; None is ``torch.float32``. The weights are stored
             in fp16.
         relevance: whether to build ``hero.ClipRelevance`` as well.
+        weights: folder of the model, the bundled one or one that ``hero.mini.train`` wrote.
     """
     import torch
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
@@ -78,31 +85,24 @@ def load(dtype: torch.dtype | None = None, relevance: bool = True) -> MiniModel:
         raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
     if not isinstance(relevance, bool):
         raise TypeError(f"relevance: expected True or False, got {relevance!r}")
+    weights = Path(weights)
+    if not (weights / CLIP_HEAD).is_file():
+        raise ValueError(f"weights: expected the folder of a mini model, with {CLIP_HEAD}, got {weights}")
     model = LlavaNextForConditionalGeneration.from_pretrained(
-        WEIGHTS, dtype=dtype, local_files_only=True
+        weights, dtype=dtype, local_files_only=True
     ).eval()
-    processor = AutoProcessor.from_pretrained(WEIGHTS, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(weights, local_files_only=True)
     if not relevance:
         return MiniModel(model, processor, None)
     from hero.relevance import ClipRelevance
 
-    return MiniModel(model, processor, ClipRelevance(build_clip(model), clip_tokenizer()))
+    return MiniModel(model, processor, ClipRelevance(build_clip(model, weights), clip_tokenizer(weights)))
 
 
-def build_clip(model: LlavaNextForConditionalGeneration) -> CLIPModel:
-    """The CLIP model whose image half is the vision tower of ``model``, the mini model that ``load`` returns.
+def clip_config(text: PretrainedConfig, vision: PretrainedConfig) -> CLIPConfig:
+    """The CLIP model beside a LLaVA-NeXT: its vision tower, and a small text side over its words."""
+    from transformers import CLIPConfig, CLIPTextConfig
 
-    The image half holds the tower's own parameters, not copies: what moves one moves the other.
-    Text half, projections and temperature come from ``clip_head.safetensors``, cast to the tower's dtype and
-    device.
-    """
-    import torch
-    from safetensors.torch import load_file
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig
-
-    tower = model.model.vision_tower
-    text = model.config.text_config
-    vision = model.config.vision_config
     text_config = CLIPTextConfig(
         vocab_size=text.vocab_size,
         hidden_size=64,
@@ -115,25 +115,39 @@ def build_clip(model: LlavaNextForConditionalGeneration) -> CLIPModel:
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
     )
-    config = CLIPConfig(
+    return CLIPConfig(
         text_config=text_config.to_dict(),
         vision_config=vision.to_dict(),
         projection_dim=vision.projection_dim,
     )
+
+
+def build_clip(model: LlavaNextForConditionalGeneration, weights: str | Path = WEIGHTS) -> CLIPModel:
+    """The CLIP model whose image half is the vision tower of ``model``, the mini model that ``load`` returns.
+
+    The image half holds the tower's own parameters, not copies: what moves one moves the other.
+    Text half, projections and temperature come from ``clip_head.safetensors`` in the folder ``weights``, cast
+    to the tower's dtype and device.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import CLIPModel
+
+    tower = model.model.vision_tower
     # The constructor draws initial weights, all replaced below: leave the caller's random state as it was.
     with torch.random.fork_rng(devices=[]):
-        clip = CLIPModel(config)
+        clip = CLIPModel(clip_config(model.config.text_config, model.config.vision_config))
     weight = tower.embeddings.patch_embedding.weight
     state = {
         name: value.to(weight.device, weight.dtype)
-        for name, value in load_file(WEIGHTS / "clip_head.safetensors").items()
+        for name, value in load_file(Path(weights) / CLIP_HEAD).items()
     }
     state |= {f"vision_model.{name}": value for name, value in tower.state_dict(keep_vars=True).items()}
     clip.load_state_dict(state, strict=True, assign=True)
     return clip.to(weight.device).eval()
 
 
-def clip_tokenizer() -> PreTrainedTokenizerBase:
+def clip_tokenizer(weights: str | Path = WEIGHTS) -> PreTrainedTokenizerBase:
     """The tokenizer of the text half: the model's own words in CLIP's frame, ``<bos> ... <eos>``, 24 at most.
 
     The processor's tokenizer ends without ``<eos>``, the position at which CLIP reads its text embedding.
@@ -142,7 +156,7 @@ def clip_tokenizer() -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
-        WEIGHTS, model_max_length=_CLIP_POSITIONS, local_files_only=True
+        weights, model_max_length=_CLIP_POSITIONS, local_files_only=True
     )
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,9 @@ WORDS = (
     "what", "digit", "is", "on", "the", "colour", "has", "shape", "how", "many", "objects", "are", "there",
     "?", "a", "photo", "of", "with", "and", "nothing", "object", "background", "in", "picture", "where",
     "left", "right", "top", "bottom", "middle", "centre", "yes", "no", "which", "an", "number", "see", "do",
-    "you", "this", "image", "tell", "me", ".", ",",
+    "you", "this", "image", "tell", "me", ".", ",", "above",
+    "astronaut", "coffee", "cat", "rocket", "motorcycle", "camera", "brick", "grass", "gravel", "moon",
+    "stars", "coins",
 )
 # fmt: on
 """The model's whole vocabulary, in token id order. Words are split at white space and are case-sensitive."""
@@ -71,21 +74,30 @@ _COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32) / 255
 _COLOUR_NAMES = tuple(COLOURS)
 _PLACEMENT_TRIES = 30
 _TRAIN_DIGITS = 1400  # of 1797
-# The order is part of the contract (a scene draws an index into it).
-_PHOTOGRAPHS = (
-    "astronaut.png",
-    "coffee.png",
-    "chelsea.png",
-    "rocket.jpg",
-    "motorcycle_left.png",
-    "camera.png",
-    "brick.png",
-    "grass.png",
-    "gravel.png",
-    "moon.png",
-    "hubble_deep_field.jpg",
-    "coins.png",
-)
+_VARIANTS = 16  # of each training handwriting: as it is, and turned, slanted, scaled and moved a little
+_APART = 16  # px between the centres of objects whose relation is asked for
+
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "coffee": "coffee.png",
+    "cat": "chelsea.png",
+    "rocket": "rocket.jpg",
+    "motorcycle": "motorcycle_left.png",
+    "camera": "camera.png",
+    "brick": "brick.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "moon": "moon.png",
+    "stars": "hubble_deep_field.jpg",
+    "coins": "coins.png",
+}
+"""Word -> file of scikit-image. The order is part of the contract: a scene draws an index into it."""
+
+KINDS = {"digit": 0.40, "colour": 0.16, "shape": 0.16, "count": 0.08, "relation": 0.12, "background": 0.08}
+"""Kind of question -> its share of those drawn."""
+
+ONE_ATTRIBUTE = ("digit", "colour", "shape")
+"""The kinds that ask for one attribute of one object; a single tile answers them."""
 
 Box = tuple[int, int, int, int]
 
@@ -112,6 +124,8 @@ class Scene:
     objects: tuple[SceneObject, ...]
     grid: tuple[int, int]
     """(rows, columns) of tiles."""
+    background: str
+    """What the photograph behind the objects shows: a word of ``PHOTOGRAPHS``."""
 
 
 class Question(NamedTuple):
@@ -120,11 +134,13 @@ class Question(NamedTuple):
     text: str
     answer: str
     kind: str
-    """``digit``, ``colour``, ``shape`` or ``count``: what is asked for."""
+    """A key of ``KINDS``: what is asked for."""
     tile: int | None
-    """Tile of the object asked about; None for ``count``, which no single tile answers."""
+    """Tile of the object asked about; None where the question is not about one object."""
     box: Box | None
-    """Box of the object asked about; None for ``count``."""
+    """Box of the object asked about; None where the question is not about one object."""
+    objects: tuple[SceneObject, ...]
+    """What has to be seen to answer: one object, two for a relation, all for a count, none else."""
 
 
 class _Digits(NamedTuple):
@@ -132,6 +148,8 @@ class _Digits(NamedTuple):
     """Side in px -> [1797, side, side] fp32, 1 = ink."""
     indices: dict[str, tuple[np.ndarray, ...]]
     """Split -> for each digit the indices of its handwritings."""
+    ink: np.ndarray
+    """[1797, 8, 8] uint8, as they come."""
 
 
 def _missing(package: str, what: str) -> ImportError:
@@ -149,7 +167,9 @@ def _digits() -> _Digits:
     ink = (data.images.astype(np.float32) / 16 * 255).astype(np.uint8)
     pixels = {}
     for side in _DIGIT_SIZES:
-        resized = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in ink]
+        resized = [
+            image.resize((side, side), Image.Resampling.BICUBIC) for image in map(Image.fromarray, ink)
+        ]
         pixels[side] = np.stack([np.asarray(image, np.float32) / 255 for image in resized])
     # RandomState's stream is frozen by numpy, so the split never moves.
     order = np.random.RandomState(123).permutation(len(data.target))
@@ -158,7 +178,29 @@ def _digits() -> _Digits:
         split: tuple(rows[data.target[rows] == digit] for digit in range(10))
         for split, rows in members.items()
     }
-    return _Digits(pixels, indices)
+    return _Digits(pixels, indices, ink)
+
+
+@cache
+def _variants(side: int) -> np.ndarray:
+    """Handwritings turned by up to 12 degrees, slanted, scaled by up to a tenth and moved by half a pixel.
+
+    [1797, 16, side, side] fp32 in 0..1; the first of the 16 is the handwriting as it is.
+    """
+    rng = np.random.RandomState(321 + side)
+    digits = _digits()
+    variants = np.empty((len(digits.ink), _VARIANTS, side, side), np.float32)
+    variants[:, 0] = digits.pixels[side]
+    for row, image in zip(variants, map(Image.fromarray, digits.ink), strict=True):
+        for variant in row[1:]:
+            angle, slant, scale = rng.uniform(-0.21, 0.21), rng.uniform(-0.2, 0.2), rng.uniform(0.9, 1.1)
+            turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+            linear = turn @ np.array([[1.0, slant], [0.0, 1.0]]) * (image.width / side / scale)
+            offset = image.width / 2 + rng.uniform(-0.35, 0.35, 2) - linear.sum(1) * side / 2
+            numbers = (*linear[0], offset[0], *linear[1], offset[1])
+            varied = image.transform((side, side), Image.Transform.AFFINE, numbers, Image.Resampling.BICUBIC)
+            variant[:] = np.asarray(varied, np.float32) / 255
+    return variants
 
 
 @cache
@@ -171,7 +213,7 @@ def _photographs() -> tuple[np.ndarray, ...]:
     # The files are read directly: skimage.data's loaders may copy to a cache folder or reach for the network.
     folder = Path(skimage.__file__).parent / "data"
     photographs = []
-    for name in _PHOTOGRAPHS:
+    for name in PHOTOGRAPHS.values():
         with Image.open(folder / name) as file:
             image = file.convert("RGB")
         ratio = 300 / min(image.size)
@@ -224,17 +266,18 @@ def _apart(box: Box, other: Box) -> bool:
     return box[2] + 1 < other[0] or other[2] + 1 < box[0] or box[3] + 1 < other[1] or other[3] + 1 < box[1]
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, int]:
     """A crop of a photograph, perhaps mirrored, its contrast lowered; [height, width, 3] fp32 in 0..1."""
     photographs = _photographs()
-    photograph = photographs[rng.integers(len(photographs))]
+    number = int(rng.integers(len(photographs)))
+    photograph = photographs[number]
     y = rng.integers(photograph.shape[0] - height + 1)
     x = rng.integers(photograph.shape[1] - width + 1)
     crop = photograph[y : y + height, x : x + width].copy()
     if rng.random() < 0.5:
         crop = crop[:, ::-1].copy()
     contrast = rng.uniform(0.35, 0.75)
-    return crop * contrast + rng.uniform(0.25, 0.65) * (1 - contrast)
+    return crop * contrast + rng.uniform(0.25, 0.65) * (1 - contrast), number
 
 
 def scene(rng: np.random.Generator, grid: tuple[int, int], n_objects: int, split: str = "train") -> Scene:
@@ -257,7 +300,7 @@ def scene(rng: np.random.Generator, grid: tuple[int, int], n_objects: int, split
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
 
     digits = _digits()
-    pixels = _background(rng, rows * TILE, columns * TILE)
+    pixels, photograph = _background(rng, rows * TILE, columns * TILE)
     looks = rng.permutation(len(COLOURS) * len(SHAPES))[:n_objects]
     written = rng.permutation(10)[:n_objects]
     objects: list[SceneObject] = []
@@ -282,7 +325,12 @@ def scene(rng: np.random.Generator, grid: tuple[int, int], n_objects: int, split
         handwritings = digits.indices[split][digit]
         triangle = SHAPES[shape] == "triangle"
         ink_side = 11 if triangle else 12 if side < 19 else 13
-        ink = digits.pixels[ink_side][handwritings[rng.integers(len(handwritings))]][..., None]
+        written_by = handwritings[rng.integers(len(handwritings))]
+        if split == "train":
+            ink = _variants(ink_side)[written_by, rng.integers(_VARIANTS)]
+        else:
+            ink = digits.pixels[ink_side][written_by]
+        ink = ink[..., None]
         # A triangle is wide at its foot only: its digit sits lower.
         top = y + min((side - ink_side) // 2 + (3 if triangle else 0), side - ink_side)
         left = x + (side - ink_side) // 2
@@ -290,15 +338,24 @@ def scene(rng: np.random.Generator, grid: tuple[int, int], n_objects: int, split
         area[:] = area * (1 - 0.92 * ink)
         objects.append(SceneObject(_COLOUR_NAMES[colour], SHAPES[shape], digit, box, row * columns + column))
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
-    return Scene(image, tuple(objects), (rows, columns))
+    return Scene(image, tuple(objects), (rows, columns), tuple(PHOTOGRAPHS)[photograph])
 
 
-def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
+def questions(
+    scene: Scene, rng: np.random.Generator, n: int, kinds: Sequence[str] = tuple(KINDS)
+) -> list[Question]:
     """Draw ``n`` random questions about a scene, with replacement.
 
-    The wording ends in the key word and carries no question mark: the model was trained so. The mix is 55 %
-    digits (up to 22 % of all name the object by colour or shape alone, where that is unique), 22 % colours,
-    20 % shapes and 3 % counts.
+    The wording ends in the key word and carries no question mark: the model was trained so. Digits are asked
+    of an object by its colour and shape, or by one of them where that is unique; colours and shapes of an
+    object by its digit.
+
+    Args:
+        scene: the scene, with at least one object.
+        rng: source of all randomness.
+        n: how many.
+        kinds: the kinds to draw from, in the proportions of ``KINDS``. A relation is asked only where two
+            objects are far enough apart; otherwise another kind is drawn.
     """
     if not isinstance(scene, Scene):
         raise TypeError(f"scene: expected a Scene, got {type(scene).__name__}")
@@ -306,29 +363,60 @@ def questions(scene: Scene, rng: np.random.Generator, n: int) -> list[Question]:
     n = _integer("n", n, 0)
     if not scene.objects:
         raise ValueError("scene: expected at least one object to ask about, got none")
-    colours = [thing.colour for thing in scene.objects]
-    shapes = [thing.shape for thing in scene.objects]
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
+    relations = _relations(scene)
+    possible = [kind for kind in KINDS if kind in kinds and (kind != "relation" or relations)]
+    if not possible:
+        raise ValueError(f"scene: expected two objects {_APART} px apart to ask for a relation, got none")
+    shares = np.array([KINDS[kind] for kind in possible])
     drawn = []
     for _ in range(n):
-        thing = scene.objects[rng.integers(len(scene.objects))]
-        tile, box = thing.tile, thing.box
-        kind, answer = "digit", str(thing.digit)
-        r = rng.random()
-        if r < 0.15 and colours.count(thing.colour) == 1:
-            text = f"what digit is on the object with colour {thing.colour}"
-        elif r < 0.22 and shapes.count(thing.shape) == 1:
-            text = f"what digit is on the object with shape {thing.shape}"
-        elif r < 0.55:
-            text = f"what digit is on the {thing.colour} {thing.shape}"
-        elif r < 0.77:
-            kind, text, answer = "colour", f"what colour has the digit {thing.digit}", thing.colour
-        elif r < 0.97:
-            kind, text, answer = "shape", f"what shape has the digit {thing.digit}", thing.shape
+        kind = possible[rng.choice(len(possible), p=shares / shares.sum())]
+        if kind == "count":
+            text, answer, asked = "how many objects are there", str(len(scene.objects)), scene.objects
+        elif kind == "background":
+            text, answer, asked = "what is in the background", scene.background, ()
+        elif kind == "relation":
+            word, first, second = relations[rng.integers(len(relations))]
+            answer = "yes" if rng.random() < 0.5 else "no"
+            asked = (first, second) if answer == "yes" else (second, first)
+            text = f"is the {_name(asked[0])} {word} the {_name(asked[1])}"
         else:
-            kind, text, answer = "count", "how many objects are there", str(len(scene.objects))
-            tile = box = None
-        drawn.append(Question(text, answer, kind, tile, box))
+            thing = scene.objects[rng.integers(len(scene.objects))]
+            asked, answer = (thing,), str(getattr(thing, kind))
+            text = f"what {kind} has the digit {thing.digit}"
+            if kind == "digit":
+                text = f"what digit is on the {_reference(thing, scene, rng)}"
+        one = asked[0] if kind in ONE_ATTRIBUTE else None
+        drawn.append(Question(text, answer, kind, one and one.tile, one and one.box, asked))
     return drawn
+
+
+def _name(thing: SceneObject) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
+def _reference(thing: SceneObject, scene: Scene, rng: np.random.Generator) -> str:
+    """Words for one object of a scene: colour and shape, sometimes one of them where that is unique."""
+    r = rng.random()
+    if r < 0.27 and [other.colour for other in scene.objects].count(thing.colour) == 1:
+        return f"object with colour {thing.colour}"
+    if r < 0.40 and [other.shape for other in scene.objects].count(thing.shape) == 1:
+        return f"object with shape {thing.shape}"
+    return _name(thing)
+
+
+def _relations(scene: Scene) -> list[tuple[str, SceneObject, SceneObject]]:
+    """(words, first, second) of which it is true that the first is so placed to the second."""
+    relations = []
+    for first in scene.objects:
+        for second in scene.objects:
+            for axis, words in enumerate(("above", "left of")):
+                distance = second.box[axis] + second.box[axis + 2] - first.box[axis] - first.box[axis + 2]
+                if distance >= 2 * _APART:
+                    relations.append((words, first, second))
+    return relations
 
 
 def prompt(question_text: str) -> str:
@@ -352,7 +440,7 @@ def build_demo(seed: int, out_dir: str | Path) -> None:
     chosen: dict[str, Question] = {}
     for question in questions(picture, rng, 100):
         taken = {other.tile for other in chosen.values()}
-        if question.kind != "count" and question.kind not in chosen and question.tile not in taken:
+        if question.kind in ONE_ATTRIBUTE and question.kind not in chosen and question.tile not in taken:
             chosen[question.kind] = question
     if len(chosen) < 3:
         raise ValueError(
