@@ -64,6 +64,9 @@ WORDS_OF = (
 )
 """What a patch may be labelled with: colours and "background", shapes, digits."""
 
+CARD = Path(__file__).with_name("card.md")
+"""The model card, with places for what a run fills in."""
+
 NOTHING = -100  # a label that cross_entropy ignores
 MOST_OBJECTS = {2: 4, 4: 6, 6: 7, 9: LARGEST_COUNT}
 """Tiles of a grid -> most objects of a training scene."""
@@ -723,6 +726,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_card(folder: Path) -> None:
     """Write the model card, ``README.md``, from ``training.json``."""
+    record = json.loads((folder / "training.json").read_text())
+    settings, accuracy = record["settings"], record["accuracy"]
+    tables = []
+    for name, title in (("kinds", "3x3 tiles, by kind of question"), ("grids", "one attribute, by grid")):
+        cells = accuracy[name]
+        tables.append(
+            f"| {title} | {' | '.join(cells)} |\n|---{'|---' * len(cells)}|\n"
+            f"| accuracy | {' | '.join(f'{value:.3f}' for value in cells.values())} |"
+        )
+    sizes = {part: (folder / part).stat().st_size / 1e6 for part in ("model.safetensors", CLIP_HEAD)}
+    one = np.mean([accuracy["kinds"][kind] for kind in scenes.ONE_ATTRIBUTE])
+    card = CARD.read_text(encoding="utf-8").format(
+        **(settings | {"questions_each": settings["questions"], "questions": record["questions"]}),
+        commit=record["commit"],
+        torch=record["versions"]["torch"],
+        transformers=record["versions"]["transformers"],
+        device=record["device"],
+        words=len(scenes.WORDS),
+        model_size=sizes["model.safetensors"],
+        head_size=sizes[CLIP_HEAD],
+        error=100 * math.sqrt(one * (1 - one) / record["questions"]),
+        tables="\n\n".join(tables),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":
