@@ -85,9 +85,9 @@ class Schedule:
         learning_rate: peak of the cosine schedule.
     """
 
-    clip_steps: int = 9000
+    clip_steps: int = 6500
     align_steps: int = 300
-    answer_steps: int = 7000
+    answer_steps: int = 5000
     clip_batch: int = 128
     answer_tokens: int = 5000
     questions: int = 16
@@ -410,6 +410,7 @@ def new_models(seed: int) -> tuple[CLIPModel, LlavaNextForConditionalGeneration]
         num_attention_heads=4,
         image_size=scenes.TILE,
         patch_size=scenes.PATCH,
+        hidden_act="gelu",  # one operation where CLIP's quick_gelu is two: a sixth less time
         projection_dim=64,
     )
     text = LlamaConfig(
@@ -479,6 +480,7 @@ class Run:
             ],
             lr=self.schedule.learning_rate,
             betas=(0.9, 0.98),
+            fused=True,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         file, start, history = self.folder / f"{name}.pt", 0, []
