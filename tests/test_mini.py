@@ -1,6 +1,7 @@
 """The bundled mini model, its scenes and its demo."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -125,7 +126,7 @@ def test_vocabulary_covers_every_question(mini, pictures):
                 texts |= {scenes.prompt(question.text) for question in asked}
                 texts |= {question.answer for question in asked}
                 kinds |= {question.kind for question in asked}
-    assert kinds == {"digit", "colour", "shape", "count"}
+    assert kinds == set(scenes.KINDS)
     unknown = mini.processor.tokenizer.unk_token_id
     for text in texts:
         assert unknown not in mini.processor.tokenizer(text).input_ids, text
@@ -277,9 +278,30 @@ def test_answers_are_true_of_the_scene(pictures):
             continue
         for question in scenes.questions(picture, rng, 30):
             words = set(question.text.split())
-            if question.kind == "count":
-                assert question.answer == str(len(picture.objects))
+            if question.kind in scenes.ONE_ATTRIBUTE:
+                assert question.objects == tuple(
+                    thing for thing in picture.objects if thing.box == question.box
+                )
+            else:
                 assert question.tile is None and question.box is None
+            if question.kind == "count":
+                assert question.answer == str(len(picture.objects)) and question.objects == picture.objects
+                continue
+            if question.kind == "background":
+                assert question.answer == picture.background and question.objects == ()
+                continue
+            if question.kind == "relation":
+                names = [f"{thing.colour} {thing.shape}" for thing in question.objects]
+                _, first, relation, second = re.fullmatch(
+                    r"(is) the (.+) (above|left of) the (.+)", question.text
+                ).groups()
+                assert names == [first, second]
+                (y, x), (other_y, other_x) = (
+                    ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+                    for box in (thing.box for thing in question.objects)
+                )
+                apart = other_y - y if relation == "above" else other_x - x
+                assert abs(apart) >= 16 and question.answer == ("yes" if apart > 0 else "no")
                 continue
             # Exactly one object fits every colour, shape and digit that the question names.
             fits = [
@@ -319,6 +341,11 @@ def test_questions_and_prompt_name_a_bad_argument(pictures):
     picture, rng = draw(0), np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"^n: "):
         scenes.questions(picture, rng, -1)
+    for kinds in ("digit", [], ["digits"], ["digit", 3]):
+        with pytest.raises(ValueError, match=r"^kinds: "):
+            scenes.questions(picture, rng, 1, kinds)
+    with pytest.raises(ValueError, match=r"^scene: .* relation"):
+        scenes.questions(draw(0, n_objects=1), rng, 1, ["relation"])
     with pytest.raises(ValueError, match=r"^scene: "):
         scenes.questions(draw(0, n_objects=0), rng, 1)
     with pytest.raises(TypeError, match=r"^scene: "):
