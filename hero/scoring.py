@@ -94,14 +94,14 @@ class _Regions(NamedTuple):
 
 def _overlaps(begin: int, end: int, valid: tuple[int, int], side: int) -> list[float]:
     """Share of each of the thumbnail's patches along an axis that lies in valid patches begin to end."""
-    length = valid[1] - valid[0]
+    length = max(valid[1] - valid[0], 1)  # a very narrow image may be all padding
     low, high = ((edge - valid[0]) * side / length for edge in (begin, end))
     return [max(0.0, min(high, patch + 1) - max(low, patch)) for patch in range(side)]
 
 
 def _steps(begin: int, valid: tuple[int, int], side: int) -> list[tuple[int, int, float]]:
     """Where the centres of a tile's patches along an axis lie among those of the thumbnail."""
-    length = valid[1] - valid[0]
+    length = max(valid[1] - valid[0], 1)
     steps = []
     for patch in range(begin, begin + side):
         place = (patch - valid[0] + 0.5) * side / length - 0.5

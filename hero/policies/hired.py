@@ -9,9 +9,9 @@ image, padding left out; a patch of the thumbnail that straddles regions is divi
 
 The paper floors each tile's part and caps it at P, and the rest is lost. Here it is dealt out to the last
 token, tiles never above their valid patches, so the count follows from the size; ``allocation="floor"`` loses
-it. With ``keep_tokens`` the thumbnail takes what the tiles cannot, as in every policy. The released code counts
-the top patches in flat runs of the thumbnail's sequence in place of summing over regions, and drops newlines;
-here regions are the paper's and newlines stay.
+it. With ``keep_tokens`` the thumbnail takes what the tiles cannot, as in every policy. The released code
+counts the top patches in flat runs of the thumbnail's sequence in place of summing over regions, and drops
+newlines; here regions are the paper's and newlines stay.
 """
 
 from __future__ import annotations

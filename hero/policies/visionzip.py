@@ -11,7 +11,8 @@ target's place in the sequence. Where all is kept nothing is left to join, and t
 
 Counts are those of FasterVLM: the tiles' total is dealt out to the last token, tiles never above their valid
 patches, and only valid patches merge. The released code adds the mean of the joined to the target instead of
-averaging over both, places contextual tokens behind the dominant ones, and keeps CLS; newlines stay in both.
+averaging over both, places contextual tokens behind the dominant ones, and keeps CLS. Here newlines stay, and
+CLS goes, as the stock model has it.
 """
 
 from __future__ import annotations
