@@ -223,6 +223,11 @@ class HeroVisionEncoder(nn.Module):
                 f"policy: expected another one for images without a thumbnail, got {config.policy!r}, which "
                 "chooses by what the thumbnail attends to"
             )
+        if needs.patch_relevance and relevance.side != geometry.side:
+            raise ValueError(
+                f"relevance: expected a CLIP model of {geometry.side} × {geometry.side} patches a crop for "
+                f"policy {config.policy!r}, got one of {relevance.side} × {relevance.side}"
+            )
         self.vision_tower = vision_tower
         self.projector = projector
         self.config = config

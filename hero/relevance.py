@@ -80,6 +80,12 @@ class ClipRelevance:
         """Where CLIP runs."""
         return self.clip_model.device
 
+    @property
+    def side(self) -> int:
+        """Patches along one side of a crop, as CLIP sees it."""
+        config = self.clip_model.config.vision_config
+        return config.image_size // config.patch_size
+
     def shares_weights(self, vision_tower: nn.Module) -> bool:
         """Whether ``vision_tower`` has the very weights of CLIP's vision encoder."""
         own = self.clip_model.vision_model.state_dict()

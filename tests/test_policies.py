@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,16 +359,18 @@ def test_unsupported_encoders_are_named(model, monkeypatch, policy):
     hero.HeroVisionEncoder(tower, config=config).remove()  # a refusal leaves nothing behind
 
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/method.md")]
+
+
 def test_names():
+    """Each name is a policy, its file names its paper, and the pages speak of it."""
     for name in POLICIES:
         policy = policy_of(name)
+        text = sys.modules[policy.__module__].__doc__
         assert policy is policy_of(name) and isinstance(policy, Policy)
-        assert "https://arxiv.org/abs/" in (
-            __import__(policy.__module__, fromlist=["x"]).__doc__
-        ) or name in (
-            "uniform",
-            "random",
-        )
+        assert ("https://arxiv.org/abs/" in text) == (name not in ("uniform", "random"))
+        assert all(f"`{name}`" in page for page in PAGES)
     with pytest.raises(ValueError, match=r"^policy: expected one of 'hero', .*, got 'best'$"):
         policy_of("best")
 
@@ -506,6 +510,9 @@ def test_relevance_of_patches(model, monkeypatch, shared):
             selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], texts)
             stock = model.model.vision_tower(crops, output_hidden_states=True).hidden_states
     encoders.plan.cache_clear()
+    clip.config.vision_config.patch_size = 28
+    with pytest.raises(ValueError, match=r"^relevance: expected a CLIP model of 4 × 4 patches"):
+        hero.attach(model, tokenizer=tokenizer, relevance=relevance)
     assert (encoded.patches is not None) == shared and encoded.scores is None
     torch.testing.assert_close(encoded.features, stock[-2][:, 1:])
     with torch.no_grad():
