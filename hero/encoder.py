@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hero_kernels as hk
 
 from . import capture, scoring
-from .config import HeroConfig
+from .config import POLICIES, HeroConfig
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
 from .policies import SCORES, Needs, Scored, Seen, policy_of
@@ -119,12 +119,12 @@ def plan(
     is_thumbnail = torch.tensor(is_thumbnail)
     maps = {
         name: {
-            layer: torch.where(is_thumbnail, map.thumbnail.get(layer, 0.0), map.tiles.get(layer, 0.0))
+            layer: torch.where(is_thumbnail, asked.thumbnail.get(layer, 0.0), asked.tiles.get(layer, 0.0))
             .float()
             .to(device)
-            for layer in map.layers
+            for layer in asked.layers
         }
-        for name, map in policy_of(config.policy).maps(config, depth, feature_layer).items()
+        for name, asked in policy_of(config.policy).maps(config, depth, feature_layer).items()
     }
     valid = torch.cat(valid)
     counts = valid.sum(1, dtype=torch.int32)
@@ -213,15 +213,15 @@ class HeroVisionEncoder(nn.Module):
         policy = policy_of(config.policy)
         maps = policy.maps(config, self.depth, self._last_layer)
         needs = policy.needs(config, relevance is not None)  # raises where relevance is missing
-        if policy.by_cls and not self._tower.has_cls:
+        lacks = {"by_cls": not self._tower.has_cls, "by_thumbnail": geometry.thumbnail == "none"}
+        for by, lacking in lacks.items():
+            if lacking and getattr(policy, by):
+                others = ", ".join(repr(name) for name in POLICIES if not getattr(policy_of(name), by))
+                where = "an encoder without CLS" if by == "by_cls" else "images without a thumbnail"
+                raise ValueError(f"policy: expected one of {others} for {where}, got {config.policy!r}")
+        if relevance is None and (needs.relevance or needs.patch_relevance):
             raise ValueError(
-                f"policy: expected 'hero', 'uniform' or 'random' for an encoder without CLS, got "
-                f"{config.policy!r}, which chooses by what CLS attends to"
-            )
-        if policy.by_thumbnail and geometry.thumbnail == "none":
-            raise ValueError(
-                f"policy: expected another one for images without a thumbnail, got {config.policy!r}, which "
-                "chooses by what the thumbnail attends to"
+                f"relevance: expected a hero.ClipRelevance for policy {config.policy!r}, got None"
             )
         if needs.patch_relevance and relevance.side != geometry.side:
             raise ValueError(
@@ -238,7 +238,7 @@ class HeroVisionEncoder(nn.Module):
             self.register_buffer("image_newline", image_newline, persistent=False)
         self.relevance = relevance
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
-        layers = {layer for map in maps.values() for layer in map.layers}
+        layers = {layer for asked in maps.values() for layer in asked.layers}
         keys = [self._last_layer] if needs.keys else []
         self._captured = tuple(sorted({*layers, *keys}))
         if config.attention == "fused" and not self._tower.has_cls:

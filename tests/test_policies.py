@@ -245,6 +245,17 @@ def test_scores_come_from_the_layer_of_the_features(policy, layer):
     torch.testing.assert_close(selection.tokens, result.tokens, rtol=1e-5, atol=1e-5)
 
 
+def test_merging_after_a_replaced_score_stage(model):
+    """Scores without their order: the merging finds it."""
+    inputs = batch(tiny_processor(), "two sizes")
+    with hero.attach(model, policy="visionzip", keep_ratio=0.5) as handle, torch.no_grad():
+        encoder, score = handle.encoder, handle.encoder.score
+        whole = encoder(inputs["pixel_values"], inputs["image_sizes"])
+        encoder.score = lambda *args: dataclasses.replace(score(*args), ranks=None)
+        again = encoder(inputs["pixel_values"], inputs["image_sizes"])
+    assert torch.equal(whole.index, again.index) and torch.equal(whole.tokens, again.tokens)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", PEERS)
 def test_half_precision(policy, dtype):
@@ -513,6 +524,8 @@ def test_relevance_of_patches(model, monkeypatch, shared):
     clip.config.vision_config.patch_size = 28
     with pytest.raises(ValueError, match=r"^relevance: expected a CLIP model of 4 × 4 patches"):
         hero.attach(model, tokenizer=tokenizer, relevance=relevance)
+    with pytest.raises(ValueError, match=r"^relevance: expected a hero.ClipRelevance for policy 'hero'"):
+        hero.attach(model)
     assert (encoded.patches is not None) == shared and encoded.scores is None
     torch.testing.assert_close(encoded.features, stock[-2][:, 1:])
     with torch.no_grad():

@@ -122,7 +122,8 @@ class Replacement(NamedTuple):
     """Features that stand in for those of kept patches.
 
     Attributes:
-        ranks: ``[T, P]`` int16; of each crop, the valid patches whose rank is below the budget are kept.
+        ranks: ``[T, P]`` int16; of each crop, the valid patches whose rank is below the budget are kept. They
+            must be as many as the budget; their order does not matter.
         slots: ``[T, P]`` int64, which of the crop's values takes the place of the patch's; −1 for none.
         values: ``[T, S, C]`` in the dtype of the features.
     """

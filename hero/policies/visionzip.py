@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+import hero_kernels as hk
+
 from . import SCORES, Map, Needs, Policy, Replacement, Scored, equal_shares
 
 __all__ = ["CONTEXTUAL", "POLICY"]
@@ -48,14 +50,17 @@ class VisionZip(Policy):
         kept = torch.minimum(budgets.budgets.long(), valid.sum(1))
         contextual = kept * part // whole
         dominant = kept - contextual
-        left = valid & (scored.ranks >= dominant[:, None])
+        if scored.ranks is None:
+            chosen = hk.segmented_topk(scored.scores, dominant, valid)
+        else:
+            chosen = valid & (scored.ranks < dominant[:, None])
+        left = valid & ~chosen
         place = left.cumsum(1) - 1  # among the patches left
         step = left.sum(1).div(contextual.clamp_min(1), rounding_mode="floor").clamp_min(1)
         slot = place.div(step[:, None], rounding_mode="floor")
         is_target = left & (place % step[:, None] == 0) & (slot < contextual[:, None])
 
-        ranks = torch.where(is_target, dominant[:, None] + slot, patches)
-        ranks = torch.where(valid & ~left, scored.ranks, ranks).to(torch.int16)
+        ranks = torch.where(chosen | is_target, 0, patches).to(torch.int16)
         slot = torch.where(is_target, slot, -1)
 
         # The patch of each slot; what is no target goes to one slot more, which is cut off.
@@ -69,8 +74,8 @@ class VisionZip(Policy):
         joins = torch.where(is_target, slot, similar.argmax(-1))
         joins = torch.where(left & (contextual > 0)[:, None], joins, slots)  # [T, P]
         members = (joins[:, None] == torch.arange(slots, device=valid.device)[:, None]).float()  # [T, S, P]
-        # In fp32: a sum of hundreds of features would not fit fp16.
-        values = (members @ encoded.features.float()) / members.sum(-1, keepdim=True).clamp_min(1.0)
+        members = members / members.sum(-1, keepdim=True).clamp_min(1.0)
+        values = members @ encoded.features.float()
         return Replacement(ranks, slot, values.to(encoded.features.dtype))
 
 
