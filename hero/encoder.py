@@ -69,12 +69,14 @@ class Plan:
         valid: ``[T, P]`` bool, patches that are not padding.
         valid_counts: ``[T]`` int32.
         maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
+        ranked: the maps whose order is wanted.
     """
 
     segments: hk.Segments
     valid: Tensor
     valid_counts: Tensor
     maps: dict[str, dict[int, Tensor]]
+    ranked: frozenset[str]
 
     @property
     def layer_weights(self) -> dict[int, Tensor]:
@@ -117,19 +119,21 @@ def plan(
         valid.append(crops.flatten(1))
         is_thumbnail += [crop == layout.thumbnail_crop for crop in range(layout.crops)]
     is_thumbnail = torch.tensor(is_thumbnail)
+    asked = policy_of(config.policy).maps(config, depth, feature_layer)
     maps = {
         name: {
-            layer: torch.where(is_thumbnail, asked.thumbnail.get(layer, 0.0), asked.tiles.get(layer, 0.0))
+            layer: torch.where(is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0))
             .float()
             .to(device)
-            for layer in asked.layers
+            for layer in one.layers
         }
-        for name, asked in policy_of(config.policy).maps(config, depth, feature_layer).items()
+        for name, one in asked.items()
     }
+    ranked = frozenset(name for name, one in asked.items() if one.ranked)
     valid = torch.cat(valid)
     counts = valid.sum(1, dtype=torch.int32)
     side = layouts[0].side
-    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), maps)
+    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), maps, ranked)
 
 
 def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
@@ -327,7 +331,10 @@ class HeroVisionEncoder(nn.Module):
         feature_layer: int | Sequence[int] | None = None,
         **kwargs,
     ) -> Encoded:
-        """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention."""
+        """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention.
+
+        Another ``feature_layer`` changes the features of this call; what is captured stays as it is.
+        """
         batch = self._plan(layouts, pixel_values.device)
         needs, received = self._needs, not self._tower.has_cls
         collectors = {
@@ -351,9 +358,8 @@ class HeroVisionEncoder(nn.Module):
             features, patches = features.split((width * (len(layer) - 1), width), dim=-1)
         device = features.device
         valid = self._plan(layouts, device).valid
-        asked = policy_of(self.config.policy).maps(self.config, self.depth, self._last_layer)
         maps = {
-            name: hk.finalize_scores(collector.result().to(device), valid=valid, rank=asked[name].ranked)
+            name: hk.finalize_scores(collector.result().to(device), valid=valid, rank=name in batch.ranked)
             for name, collector in collectors.items()
         }
         return Encoded(

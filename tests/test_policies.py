@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from independent import CASES, ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from independent_policies import PEERS, IndependentPeers, PeerRule
 from test_llava_next import assert_rows_equal, attached, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import hero
 import hero_kernels as hk
@@ -243,6 +245,30 @@ def test_scores_come_from_the_layer_of_the_features(policy, layer):
     )
     assert selection.index.tolist() == result.index
     torch.testing.assert_close(selection.tokens, result.tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", PEERS)
+def test_nothing_waits_for_the_device(model, policy):
+    """Fake tensors have no values: reading one, as a wait for the device would, raises."""
+    with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
+        encoder, inputs = handle.encoder, batch(tiny_processor(), "two sizes")
+        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, layouts)
+        budgets = encoder.budget(encoder.score(encoded, layouts), layouts)  # and the plans are made
+        valid = encoder._plan(layouts, crops.device).valid
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+
+            def faked(tree):
+                return tree_map_only(torch.Tensor, fake.from_tensor, tree)
+
+            fields = ("features", "scores", "entropy", "ranks", "maps", "keys")
+            encoded = dataclasses.replace(encoded, **{name: faked(getattr(encoded, name)) for name in fields})
+            scored = encoder.score(encoded, layouts)
+            replaced = policy_of(policy).replace(encoded, scored, faked(budgets), faked(valid))
+        assert scored.scores.shape == valid.shape
+        assert (replaced is not None) == (policy == "visionzip")
+        if replaced is not None:
+            assert replaced.values.shape == (len(valid), 2, 32) and replaced.ranks.dtype == torch.int16
 
 
 def test_merging_after_a_replaced_score_stage(model):
