@@ -14,8 +14,10 @@ BOTH = $(MAKE) --no-print-directory -j2 -Otarget test-here test-interpreter
 
 VENV := .venv
 LOWEST := .venv-lowest
+LMMS := .lmms
 STAMP := $(VENV)/.installed
 LOWEST_STAMP := $(LOWEST)/.installed
+LMMS_STAMP := $(LMMS)/.installed
 
 # Nothing here fetches weights: the model that the demo and the tests run is part of the package.
 export HF_HUB_OFFLINE := 1
@@ -33,7 +35,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-lowest test-triton test-exhaustive test-here test-interpreter lint clean
+.PHONY: help setup demo test test-slow test-lowest test-triton test-lmms test-exhaustive test-here test-interpreter lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -81,9 +83,17 @@ test-triton: $(STAMP) $(TRITONS:%=.triton/%) ## compile the kernels with the old
 	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $@.part triton==$*
 	mv $@.part $@
 
+test-lmms: $(STAMP) $(LMMS_STAMP) ## the model for lmms-eval, with lmms-eval in .lmms
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(VENV)/bin/python -m pytest -q tests/test_lmms_eval.py $(PYTEST_ARGS)
+
+$(LMMS_STAMP): requirements-lmms.txt | $(STAMP)
+	@rm -rf $(LMMS)
+	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $(LMMS) -r requirements-lmms.txt
+	@touch $@
+
 lint: $(STAMP) ## ruff
 	$(VENV)/bin/ruff check .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(LOWEST) .triton out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LOWEST) $(LMMS) .triton out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

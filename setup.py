@@ -26,6 +26,8 @@ MINI = ["scikit-learn", "scikit-image", "tqdm"]
 BENCH = ["pytest", "pytest-benchmark"]
 TEST = [*BENCH, "hypothesis", *MINI]
 DEV = [*TEST, "ruff", "build"]
+# lmms-eval's own llava_hf, which hero_llava_next is made from, wants decord.
+LMMS = ["lmms-eval[video-legacy]>=0.7.3"]
 
 setup(
     name="hero-vlm",
@@ -49,8 +51,11 @@ setup(
         "numpy",
         "pillow>=10.1",
     ],
-    extras_require={"mini": MINI, "bench": BENCH, "test": TEST, "dev": DEV},
-    entry_points={"console_scripts": ["hero = hero.cli:main"]},
+    extras_require={"mini": MINI, "bench": BENCH, "test": TEST, "dev": DEV, "lmms": LMMS},
+    entry_points={
+        "console_scripts": ["hero = hero.cli:main"],
+        "lmms_eval.models": ["hero_llava_next = hero.lmms_eval:manifest"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

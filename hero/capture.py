@@ -3,7 +3,7 @@
 One attention function is registered with transformers' ``AttentionInterface`` when capture is first
 installed. Each chosen attention module gets a private copy of its configuration that names it; the
 original stays beside it and decides, call by call, which implementation does the attention. The
-function adds the CLS row of the call to the collector of the current context and otherwise stays out
+function adds the CLS row of the call to the collectors of the current context and otherwise stays out
 of the way, so attention is never forced to be eager and results do not mix between threads.
 
 Under ``torch.compile`` a context variable cannot be read: there each module keeps its row until
@@ -17,22 +17,24 @@ import contextlib
 import contextvars
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 import hero_kernels as hk
 
-__all__ = ["Collector", "collect", "install", "installed", "remove"]
+__all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remove"]
 
 NAME = "hero_capture"
 _STATE = "_hero_capture"
-_collector: contextvars.ContextVar[Collector | None] = contextvars.ContextVar("hero_collector", default=None)
+_collectors: contextvars.ContextVar[tuple] = contextvars.ContextVar("hero_collectors", default=())
 
 
 class Collector:
     """Attention rows of one pass of the encoder, accumulated over layers; heads are averaged at the end.
+
+    One collector is one map; a pass may fill several.
 
     Args:
         weights: of each captured layer, ``[T]`` fp32 or a number: its weight in the mean over layers,
@@ -84,6 +86,11 @@ class Collector:
             weight = weight.to(rows.device)[:, None, None]
         self._take(layer, rows * weight, None)
 
+    def fetch(self, state: _State) -> None:
+        """Add the rows that a compiled call left behind, unless they are here already."""
+        if state.rows is not None and state.layer not in self.seen:
+            self.add_rows(state.layer, state.rows)
+
     def _options(self, layer: int, device: torch.device) -> dict[str, object]:
         weight = self.weights[layer]
         # Layers may sit on several devices: the rows stay on the first one's.
@@ -113,6 +120,42 @@ class Collector:
         return self.rows
 
 
+class KeyCollector:
+    """Keys of one layer in one pass of the encoder, averaged over heads.
+
+    Args:
+        layer: the layer.
+    """
+
+    def __init__(self, layer: int):
+        self.weights = {layer: 1.0}
+        self.keys: Tensor | None = None  # [T, P, D] fp32
+
+    def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
+        """Take the keys ``[T, H, N, D]``, if they are of the layer."""
+        if layer in self.weights:
+            self.keys = _mean_keys(key)
+
+    def fetch(self, state: _State) -> None:
+        """Take the keys that a compiled call left behind, unless they are here already."""
+        if state.layer in self.weights and state.keys is not None and self.keys is None:
+            self.keys = state.keys
+
+    def result(self) -> Tensor:
+        """The keys ``[T, P, D]`` fp32, without CLS.
+
+        Raises:
+            RuntimeError: the encoder ran without passing the layer.
+        """
+        if self.keys is None:
+            raise RuntimeError(f"the vision encoder did not run its attention in layers {[*self.weights]}")
+        return self.keys
+
+
+def _mean_keys(key: Tensor) -> Tensor:
+    return key.detach()[:, :, 1:].float().mean(1)
+
+
 class _View:
     """An attention module as the base implementation must see it: with the user's own configuration.
 
@@ -132,14 +175,24 @@ class _View:
 class _State:
     """What capture keeps on an attention module."""
 
-    def __init__(self, module: nn.Module, layer: int, received: bool, second_softmax: bool, fused: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: int,
+        received: bool,
+        second_softmax: bool,
+        fused: bool,
+        keeps_keys: bool,
+    ):
         self.config = module.config
         self.view = _View(module, module.config)
         self.layer = layer
         self.received = received
         self.second_softmax = second_softmax
         self.fused = fused
+        self.keeps_keys = keeps_keys
         self.rows: Tensor | None = None  # of a compiled call, until fetched
+        self.keys: Tensor | None = None
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
@@ -151,30 +204,39 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     else:
         base = _interface()[name]
     compiling = torch.compiler.is_compiling()
-    collector = None if compiling else _collector.get()
+    collectors = () if compiling else _collectors.get()
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if state.fused and query.shape == key.shape and (compiling or collector is not None):
+    attending = None
+    if state.fused and not compiling:
+        rows = (one for one in collectors if isinstance(one, Collector) and state.layer in one.weights)
+        attending = next(rows, None)
+    if compiling and state.keeps_keys:
+        state.keys = _mean_keys(key)
+    if state.fused and query.shape == key.shape and (compiling or attending is not None):
         if attention_mask is not None or kwargs.get("dropout"):
             raise ValueError(
                 "attention: expected 'native' for an encoder with an attention mask or dropout, got 'fused'"
             )
-        if collector is not None:
-            output = collector.attend(state.layer, query, key, value, scale)
-        else:
+        if compiling:
             second = state.second_softmax
             output, state.rows = hk.attention_with_cls(
                 query, key, value, scale, second_softmax=second, per_head=True
             )
-        return output.transpose(1, 2), None
-    output = base(state.view, query, key, value, attention_mask, **kwargs)
-    if collector is not None:
-        collector.add(state.layer, query, key, scale)
-    elif compiling and state.received:
-        state.rows = hk.received_attention(query, key, scale, per_head=True)
-    elif compiling:
-        second = state.second_softmax
-        state.rows = hk.cls_attention(query, key, scale, second_softmax=second, per_head=True)
+        else:
+            output = attending.attend(state.layer, query, key, value, scale)
+        output = output.transpose(1, 2), None
+    else:
+        attending = None
+        output = base(state.view, query, key, value, attention_mask, **kwargs)
+        if compiling and state.received:
+            state.rows = hk.received_attention(query, key, scale, per_head=True)
+        elif compiling:
+            second = state.second_softmax
+            state.rows = hk.cls_attention(query, key, scale, second_softmax=second, per_head=True)
+    for collector in collectors:
+        if collector is not attending:
+            collector.add(state.layer, query, key, scale)
     return output
 
 
@@ -190,10 +252,12 @@ def install(
     received: bool = False,
     second_softmax: bool = False,
     fused: bool = False,
+    keys: Sequence[int] = (),
 ) -> None:
     """Capture the given attention modules, ``{layer: module}``.
 
-    ``fused`` has them run attention that yields the rows, instead of their own with the rows beside it.
+    ``fused`` has them run attention that yields the rows, instead of their own with the rows beside it;
+    ``keys`` are the layers whose keys are wanted of a compiled encoder.
 
     Raises:
         ValueError: one of them is captured already.
@@ -205,7 +269,7 @@ def install(
     if NAME not in _interface():
         type(_interface()).register(NAME, _attention)
     for layer, module in modules.items():
-        module.__dict__[_STATE] = _State(module, layer, received, second_softmax, fused)
+        module.__dict__[_STATE] = _State(module, layer, received, second_softmax, fused, layer in keys)
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME
 
@@ -222,16 +286,19 @@ def remove(modules: Mapping[int, nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def collect(collector: Collector, modules: Mapping[int, nn.Module]) -> Iterator[Collector]:
-    """Send the scores of the passes inside the block to ``collector``."""
-    token = _collector.set(collector)
+def collect(
+    collectors: Collector | Sequence[Collector | KeyCollector], modules: Mapping[int, nn.Module]
+) -> Iterator[None]:
+    """Send what the passes inside the block score to ``collectors``, one or several."""
+    collectors = (collectors,) if isinstance(collectors, Collector) else tuple(collectors)
+    token = _collectors.set(collectors)
     try:
-        yield collector
-        for layer, module in modules.items():
-            rows = module.__dict__[_STATE].rows
-            if rows is not None and layer not in collector.seen:
-                collector.add_rows(layer, rows)
-    finally:
-        _collector.reset(token)
+        yield
         for module in modules.values():
-            module.__dict__[_STATE].rows = None
+            for collector in collectors:
+                collector.fetch(module.__dict__[_STATE])
+    finally:
+        _collectors.reset(token)
+        for module in modules.values():
+            state = module.__dict__[_STATE]
+            state.rows = state.keys = None

@@ -16,6 +16,10 @@ ALLOCATIONS = ("exact", "floor")
 ATTENTIONS = ("native", "fused")
 POLICIES = {
     "hero": "tile budgets by saliency, relevance and density; patches by CLS attention (arXiv 2509.13067)",
+    "hired": "half to the thumbnail; tile budgets by its attention to their regions (arXiv 2408.10945)",
+    "fastervlm": "equal budgets; patches by CLS attention of the features' layer (arXiv 2412.01818)",
+    "visionzip": "equal budgets; dominant patches and means of the rest by key (arXiv 2412.04467)",
+    "globalcom2": "tile budgets and patches by the thumbnail's attention and their own (arXiv 2501.05179)",
     "uniform": "equal tile budgets; patches by CLS attention",
     "random": "equal tile budgets; patches at random, the same ones on every run",
 }
@@ -106,9 +110,13 @@ class HeroConfig:
     Args:
         keep_ratio: share R of patch tokens kept, in (0, 1]; 0.2 where neither this nor ``keep_tokens``
             is given. Of each image, ``floor(R·P)`` patches of the thumbnail and ``floor(R·K·P)`` of its K
-            tiles together are kept, padding never; newline tokens are kept on top (docs/method.md, 3).
+            tiles together are kept (``"hired"`` gives the thumbnail half), padding never; newline tokens
+            are kept on top (docs/method.md, 3).
         keep_tokens: a number of patch tokens per image instead of a ratio.
-        policy: a name in :data:`POLICIES`.
+        policy: a name in :data:`POLICIES` (docs/method.md, 6). ``tile_layers``, ``thumbnail_layers`` and
+            ``second_softmax`` are read by ``"hero"`` and ``"uniform"``; ``weights``, ``alpha`` and the
+            temperatures by ``"hero"`` alone, as is a relevance model. The published peers fix their layers,
+            weights and temperatures themselves: there these fields have no effect. All others hold for all.
         tile_layers: encoder layers whose CLS attention scores the patches of tiles (paper: low to middle
             layers, which attend to objects). Integers are 0-based indices, negative from the end;
             floats in [0, 1] are fractions of depth, ``round(f · (depth − 1))``.

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import hero_kernels as hk
 
-from . import capture, policies, scoring
-from .config import HeroConfig, SignalWeights, resolve_layers
+from . import capture, scoring
+from .config import POLICIES, HeroConfig
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
-from .policies import Scored
+from .policies import SCORES, Needs, Scored, Seen, policy_of
 from .relevance import ClipRelevance
 
 __all__ = ["HeroVisionEncoder", "Plan", "Selection", "plan"]
@@ -68,18 +68,35 @@ class Plan:
         segments: the images, for the operations.
         valid: ``[T, P]`` bool, patches that are not padding.
         valid_counts: ``[T]`` int32.
-        layer_weights: ``{layer: [T] fp32}``, weight of a layer in the score of each crop.
+        maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
+        ranked: the maps whose order is wanted.
     """
 
     segments: hk.Segments
     valid: Tensor
     valid_counts: Tensor
-    layer_weights: dict[int, Tensor]
+    maps: dict[str, dict[int, Tensor]]
+    ranked: frozenset[str]
+
+    @property
+    def layer_weights(self) -> dict[int, Tensor]:
+        """``{layer: [T] fp32}``, weight of a layer in the score of each crop."""
+        return self.maps[SCORES]
 
 
 @lru_cache(maxsize=256)
-def plan(layouts: tuple[ImageLayout, ...], config: HeroConfig, depth: int, device: torch.device) -> Plan:
-    """The plan of a batch on an encoder of ``depth`` layers; cached."""
+def plan(
+    layouts: tuple[ImageLayout, ...],
+    config: HeroConfig,
+    depth: int,
+    device: torch.device,
+    feature_layer: int | None = None,
+) -> Plan:
+    """The plan of a batch on an encoder of ``depth`` layers; cached.
+
+    ``feature_layer`` is the last layer of the features, the last but one where ``None``.
+    """
+    feature_layer = max(depth - 2, 0) if feature_layer is None else feature_layer
     segments, is_thumbnail, valid = [], [], []
     for layout in layouts:
         thumbnail_tokens, _ = layout.budget(config)
@@ -102,22 +119,21 @@ def plan(layouts: tuple[ImageLayout, ...], config: HeroConfig, depth: int, devic
         valid.append(crops.flatten(1))
         is_thumbnail += [crop == layout.thumbnail_crop for crop in range(layout.crops)]
     is_thumbnail = torch.tensor(is_thumbnail)
-    tile_layers = resolve_layers("tile_layers", config.tile_layers, depth)
-    thumbnail_layers = resolve_layers("thumbnail_layers", config.thumbnail_layers, depth)
-    layer_weights = {
-        layer: torch.where(
-            is_thumbnail,
-            (layer in thumbnail_layers) / len(thumbnail_layers),
-            (layer in tile_layers) / len(tile_layers),
-        )
-        .float()
-        .to(device)
-        for layer in sorted({*tile_layers, *thumbnail_layers})
+    asked = policy_of(config.policy).maps(config, depth, feature_layer)
+    maps = {
+        name: {
+            layer: torch.where(is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0))
+            .float()
+            .to(device)
+            for layer in one.layers
+        }
+        for name, one in asked.items()
     }
+    ranked = frozenset(name for name, one in asked.items() if one.ranked)
     valid = torch.cat(valid)
     counts = valid.sum(1, dtype=torch.int32)
     side = layouts[0].side
-    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), layer_weights)
+    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), maps, ranked)
 
 
 def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
@@ -129,6 +145,12 @@ def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
     if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
         raise ValueError(f"feature_layer: expected {expected}, got {value!r}")
     return value if isinstance(value, int) else tuple(layers)
+
+
+def _last_layer(feature_layer: int | tuple[int, ...], depth: int) -> int:
+    """The last layer whose output is among the features; the first where they are the embeddings alone."""
+    states = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
+    return max(max(state % (depth + 1) for state in states) - 1, 0)
 
 
 class HeroVisionEncoder(nn.Module):
@@ -191,12 +213,25 @@ class HeroVisionEncoder(nn.Module):
         modules = self._tower.attention_modules(vision_tower)
         self.depth = len(modules)
         self.feature_layer = _check_feature_layer(feature_layer, self.depth)
-        layers = {
-            *resolve_layers("tile_layers", config.tile_layers, self.depth),
-            *resolve_layers("thumbnail_layers", config.thumbnail_layers, self.depth),
-        }
-        if config.policy == "hero":
-            config.signal_weights(with_relevance=relevance is not None)  # raises where relevance is missing
+        self._last_layer = _last_layer(self.feature_layer, self.depth)
+        policy = policy_of(config.policy)
+        maps = policy.maps(config, self.depth, self._last_layer)
+        needs = policy.needs(config, relevance is not None)  # raises where relevance is missing
+        lacks = {"by_cls": not self._tower.has_cls, "by_thumbnail": geometry.thumbnail == "none"}
+        for by, lacking in lacks.items():
+            if lacking and getattr(policy, by):
+                others = ", ".join(repr(name) for name in POLICIES if not getattr(policy_of(name), by))
+                where = "an encoder without CLS" if by == "by_cls" else "images without a thumbnail"
+                raise ValueError(f"policy: expected one of {others} for {where}, got {config.policy!r}")
+        if relevance is None and (needs.relevance or needs.patch_relevance):
+            raise ValueError(
+                f"relevance: expected a hero.ClipRelevance for policy {config.policy!r}, got None"
+            )
+        if needs.patch_relevance and relevance.side != geometry.side:
+            raise ValueError(
+                f"relevance: expected a CLIP model of {geometry.side} × {geometry.side} patches a crop for "
+                f"policy {config.policy!r}, got one of {relevance.side} × {relevance.side}"
+            )
         self.vision_tower = vision_tower
         self.projector = projector
         self.config = config
@@ -207,32 +242,36 @@ class HeroVisionEncoder(nn.Module):
             self.register_buffer("image_newline", image_newline, persistent=False)
         self.relevance = relevance
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
-        self._captured = tuple(sorted(layers))
+        layers = {layer for asked in maps.values() for layer in asked.layers}
+        keys = [self._last_layer] if needs.keys else []
+        self._captured = tuple(sorted({*layers, *keys}))
         if config.attention == "fused" and not self._tower.has_cls:
             raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
         capture.install(
             self._modules_captured(),
             received=not self._tower.has_cls,
-            second_softmax=config.second_softmax,
+            second_softmax=needs.second_softmax,
             fused=config.attention == "fused",
+            keys=keys,
         )
 
     @property
-    def _weights(self) -> SignalWeights:
-        """Weights of the tile signals, all zero for policies that use none."""
-        if self.config.policy != "hero":
-            return SignalWeights()
-        return self.config.signal_weights(with_relevance=self.relevance is not None)
+    def _needs(self) -> Needs:
+        """What the policy looks at."""
+        return policy_of(self.config.policy).needs(self.config, self.relevance is not None)
 
     @property
     def needs_text(self) -> bool:
-        """Whether the question weighs in the tile budgets."""
-        return self._weights.relevance > 0
+        """Whether the question weighs in what is kept."""
+        return self._needs.relevance or self._needs.patch_relevance
 
     @property
     def needs_cls(self) -> bool:
         """Whether a tile signal looks at the last layer's CLS."""
-        return self._weights.saliency > 0 or (self._shared and self._weights.relevance > 0)
+        return self._needs.cls or (self._shared and self._needs.relevance)
+
+    def _plan(self, layouts: tuple[ImageLayout, ...], device: torch.device) -> Plan:
+        return plan(layouts, self.config, self.depth, device, self._last_layer)
 
     def _modules_captured(self) -> dict[int, nn.Module]:
         modules = self._tower.attention_modules(self.vision_tower)
@@ -292,23 +331,48 @@ class HeroVisionEncoder(nn.Module):
         feature_layer: int | Sequence[int] | None = None,
         **kwargs,
     ) -> Encoded:
-        """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention."""
-        batch = plan(layouts, self.config, self.depth, pixel_values.device)
-        collector = capture.Collector(
-            batch.layer_weights,
-            second_softmax=self.config.second_softmax,
-            received=not self._tower.has_cls,
-        )
+        """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention.
+
+        Another ``feature_layer`` changes the features of this call; what is captured stays as it is.
+        """
+        batch = self._plan(layouts, pixel_values.device)
+        needs, received = self._needs, not self._tower.has_cls
+        collectors = {
+            name: capture.Collector(weights, second_softmax=needs.second_softmax, received=received)
+            for name, weights in batch.maps.items()
+        }
+        keys = [capture.KeyCollector(self._last_layer)] if needs.keys else []
         layer = (
             self.feature_layer if feature_layer is None else _check_feature_layer(feature_layer, self.depth)
         )
-        with capture.collect(collector, self._modules_captured()):
+        with_patches = needs.patch_relevance and self._shared
+        if with_patches:  # the last layer comes along as one more layer of features
+            layer = [*((layer,) if isinstance(layer, int) else layer), self.depth]
+        with capture.collect([*collectors.values(), *keys], self._modules_captured()):
             features, cls, pooled, output = self._tower.run(
                 self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
             )
-        valid = plan(layouts, self.config, self.depth, features.device).valid
-        scores = hk.finalize_scores(collector.result().to(features.device), valid=valid, rank=True)
-        return Encoded(features, cls, pooled, *scores, pixel_values, output)
+        patches = None
+        if with_patches:
+            width = features.shape[-1] // len(layer)
+            features, patches = features.split((width * (len(layer) - 1), width), dim=-1)
+        device = features.device
+        valid = self._plan(layouts, device).valid
+        maps = {
+            name: hk.finalize_scores(collector.result().to(device), valid=valid, rank=name in batch.ranked)
+            for name, collector in collectors.items()
+        }
+        return Encoded(
+            features,
+            cls,
+            pooled,
+            *maps.get(SCORES, (None, None, None)),
+            pixel_values,
+            output,
+            maps=maps,
+            keys=keys[0].result().to(device) if keys else None,
+            patches=patches,
+        )
 
     def score(
         self, encoded: Encoded, layouts: tuple[ImageLayout, ...], text: Sequence[str] | None = None
@@ -318,33 +382,39 @@ class HeroVisionEncoder(nn.Module):
         Raises:
             ValueError: relevance weighs in the budgets and no question is given for each image.
         """
-        relevance = None
+        relevance = patch_relevance = None
         if self.relevance is not None:
             if self.needs_text and (text is None or len(text) != len(layouts)):
                 got = "none" if text is None else f"{len(text)}"
                 raise ValueError(f"text: expected a question for each of {len(layouts)} images, got {got}")
 
             def relevance() -> Tensor:
-                images = scoring.crop_images(layouts, encoded.scores.device)
+                images = scoring.crop_images(layouts, encoded.features.device)
                 pooled = encoded.pooled if self._shared else None
                 return self.relevance(text, images, encoded.pixel_values, pooled)
 
+            def patch_relevance() -> Tensor:
+                images = scoring.crop_images(layouts, encoded.features.device)
+                return self.relevance.of_patches(text, images, encoded.pixel_values, encoded.patches)
+
         with torch.no_grad():
-            seen = policies.Seen(
+            seen = Seen(
                 scores=encoded.scores,
                 entropy=encoded.entropy,
                 ranks=encoded.ranks,
-                valid=plan(layouts, self.config, self.depth, encoded.scores.device).valid,
+                valid=self._plan(layouts, encoded.features.device).valid,
                 cls=encoded.cls,
                 layouts=layouts,
                 config=self.config,
                 relevance=relevance,
+                patch_relevance=patch_relevance,
+                maps=encoded.maps,
             )
-            return policies.FUNCTIONS[self.config.policy](seen)
+            return policy_of(self.config.policy).score(seen)
 
     def budget(self, scored: Scored, layouts: tuple[ImageLayout, ...]) -> hk.TileBudgets:
         """Patches to keep of each crop."""
-        batch = plan(layouts, self.config, self.depth, scored.scores.device)
+        batch = self._plan(layouts, scored.scores.device)
         return hk.tile_budgets(
             scored.signals, batch.valid_counts, batch.segments, allocation=self.config.allocation
         )
@@ -353,17 +423,25 @@ class HeroVisionEncoder(nn.Module):
         self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, layouts: tuple[ImageLayout, ...]
     ) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
-        batch = plan(layouts, self.config, self.depth, scored.scores.device)
-        return hk.segmented_topk_gather(
+        batch = self._plan(layouts, scored.scores.device)
+        replaced = policy_of(self.config.policy).replace(encoded, scored, budgets, batch.valid)
+        gathered = hk.segmented_topk_gather(
             encoded.features,
             scored.scores,
             batch.segments,
             valid=batch.valid,
             budgets=budgets,
             allocation=self.config.allocation,
-            ranks=scored.ranks,
+            ranks=scored.ranks if replaced is None else replaced.ranks,
             valid_counts=batch.valid_counts,
         )
+        if replaced is None:
+            return gathered
+        place = gathered.index.clamp_min(0).long()
+        slot = replaced.slots.flatten()[place].masked_fill(gathered.index < 0, -1)
+        values = replaced.values[place // batch.segments.patches, slot.clamp_min(0)]
+        tokens = torch.where((slot >= 0)[:, None], values, gathered.tokens)
+        return gathered._replace(tokens=tokens)
 
     def project(self, gathered: hk.Gathered) -> Tensor:
         """Tokens ``[total, D]`` in the language model's width, newline rows filled."""

@@ -16,6 +16,9 @@ from .config import HeroConfig
 
 __all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "floor_ratio", "grid_pinpoints"]
 
+# Policies that give the thumbnail half of all tokens instead of its part of the crops. Here and not with the
+# policy, since counting does without torch.
+HALF_TO_THUMBNAIL = ("hired",)
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # (rows, columns) of tiles
 
 
@@ -120,24 +123,31 @@ class ImageLayout:
         """Length of the stock sequence."""
         return self.patches * (self.thumbnail != "none") + sum(self.valid_counts) + self.newline_count
 
+    def _quota(self, config: HeroConfig) -> tuple[int, int]:
+        """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
+        patches, total, half = self.patches, config.keep_tokens, config.policy in HALF_TO_THUMBNAIL
+        if self.thumbnail == "none":
+            return 0, floor_ratio(config.keep_ratio * (self.tiles * patches)) if total is None else total
+        if total is None and not half:
+            parts = config.keep_ratio * patches, config.keep_ratio * (self.tiles * patches)
+            return floor_ratio(parts[0]), floor_ratio(parts[1])
+        if total is None:
+            total = floor_ratio(config.keep_ratio * (self.crops * patches))
+        thumbnail = min(total // (min(2, self.crops) if half else self.crops), patches)
+        return thumbnail, total - thumbnail
+
     def budget(self, config: HeroConfig) -> tuple[int, int]:
-        """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, 3)."""
-        patches = self.patches
-        has_thumbnail = self.thumbnail != "none"
-        valid = sum(self.valid_counts)
-        if config.keep_tokens is None:
-            thumbnail = floor_ratio(config.keep_ratio * patches) if has_thumbnail else 0
-            return thumbnail, min(floor_ratio(config.keep_ratio * (self.tiles * patches)), valid)
-        if not has_thumbnail:
-            return 0, min(config.keep_tokens, valid)
-        thumbnail = min(config.keep_tokens // self.crops, patches)
-        tiles = min(config.keep_tokens - thumbnail, valid)
-        return min(patches, config.keep_tokens - tiles), tiles
+        """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, 3 and 6)."""
+        thumbnail, tiles = self._quota(config)
+        tiles = min(tiles, sum(self.valid_counts))
+        if config.keep_tokens is not None and self.thumbnail != "none":  # what the tiles cannot use
+            thumbnail = min(self.patches, config.keep_tokens - tiles)
+        return thumbnail, tiles
 
     def tile_quota(self, config: HeroConfig) -> int:
         """The number of tile tokens that the allocation rule divides: "floor" divides it before any cap."""
         if config.allocation == "floor" and config.keep_tokens is None:
-            return floor_ratio(config.keep_ratio * (self.tiles * self.patches))
+            return self._quota(config)[1]
         return self.budget(config)[1]
 
     def kept_tokens(self, config: HeroConfig) -> int:
@@ -266,8 +276,8 @@ def count_tokens(
     """Visual tokens that an image occupies in the language model, newlines included.
 
     A pure function of integers, for planning context lengths, memory and cost without a model:
-    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` (docs/method.md, 3). With ``allocation="floor"``,
-    whose count depends on the image's content, an upper bound.
+    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` for every policy but ``"hired"`` (docs/method.md, 3 and
+    6). With ``allocation="floor"``, whose count depends on the image's content, an upper bound.
 
     Args:
         config: what to keep.

@@ -80,6 +80,12 @@ class ClipRelevance:
         """Where CLIP runs."""
         return self.clip_model.device
 
+    @property
+    def side(self) -> int:
+        """Patches along one side of a crop, as CLIP sees it."""
+        config = self.clip_model.config.vision_config
+        return config.image_size // config.patch_size
+
     def shares_weights(self, vision_tower: nn.Module) -> bool:
         """Whether ``vision_tower`` has the very weights of CLIP's vision encoder."""
         own = self.clip_model.vision_model.state_dict()
@@ -131,14 +137,33 @@ class ClipRelevance:
                 pooled = pooled.to(self.device, self.clip_model.dtype)
                 features = self.clip_model.visual_projection(pooled)
             else:
-                size = self.clip_model.config.vision_config.image_size
-                pixel_values = pixel_values.to(self.device, self.clip_model.dtype)
-                if pixel_values.shape[-1] != size:
-                    pixel_values = F.interpolate(
-                        pixel_values.float(), (size, size), mode="bicubic", antialias=True
-                    ).to(pixel_values.dtype)
+                pixel_values = self._resized(pixel_values)
                 features = _pooled(self.clip_model.get_image_features(pixel_values=pixel_values))
         return F.normalize(features.float(), dim=-1)
+
+    def patch_embeddings(self, pixel_values: Tensor | None, patches: Tensor | None) -> Tensor:
+        """Unit embeddings ``[T, P, E]`` fp32 of the patches of crops: what CLIP does to CLS, done to each.
+
+        Args:
+            pixel_values: as in :meth:`image_embeddings`.
+            patches: ``[T, P, C]`` last layer of a tower that shares CLIP's weights at its patches; used
+                instead of a second pass where given.
+        """
+        vision = self.clip_model.vision_model
+        with torch.no_grad():
+            if patches is None:
+                patches = vision(pixel_values=self._resized(pixel_values)).last_hidden_state[:, 1:]
+            patches = patches.to(self.device, self.clip_model.dtype)
+            features = self.clip_model.visual_projection(vision.post_layernorm(patches))
+        return F.normalize(features.float(), dim=-1)
+
+    def _resized(self, pixel_values: Tensor) -> Tensor:
+        size = self.clip_model.config.vision_config.image_size
+        pixel_values = pixel_values.to(self.device, self.clip_model.dtype)
+        if pixel_values.shape[-1] == size:
+            return pixel_values
+        resized = F.interpolate(pixel_values.float(), (size, size), mode="bicubic", antialias=True)
+        return resized.to(pixel_values.dtype)
 
     def __call__(
         self, texts: Sequence[str], crop_images: Tensor, pixel_values: Tensor | None, pooled: Tensor | None
@@ -153,6 +178,19 @@ class ClipRelevance:
         text = self.text_embeddings(texts)
         image = self.image_embeddings(pixel_values, pooled)
         return (image * text[crop_images.to(text.device)]).sum(-1).to(crop_images.device)
+
+    def of_patches(
+        self, texts: Sequence[str], crop_images: Tensor, pixel_values: Tensor | None, patches: Tensor | None
+    ) -> Tensor:
+        """Cosine ``[T, P]`` fp32 of each patch with the question of its image.
+
+        Args:
+            texts, crop_images: as in :meth:`__call__`.
+            pixel_values, patches: as in :meth:`patch_embeddings`.
+        """
+        text = self.text_embeddings(texts)
+        patch = self.patch_embeddings(pixel_values, patches)
+        return (patch @ text[crop_images.to(text.device)][..., None])[..., 0].to(crop_images.device)
 
 
 def _pooled(output) -> Tensor:

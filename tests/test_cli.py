@@ -41,10 +41,11 @@ def test_question_as_a_person_writes_it(capsys, tmp_path):
     assert out.count(f": {DEMO[1].answer}") == 2
 
 
-def test_count_and_policy(capsys, tmp_path):
+@pytest.mark.parametrize("policy", ["uniform", "visionzip"])
+def test_count_and_policy(capsys, tmp_path, policy):
     save = ("--save", str(tmp_path / "out.png"))
     out = run(
-        capsys, "ask", str(DEMO[0].image), DEMO[0].question, "--tokens", "40", "--policy", "uniform", *save
+        capsys, "ask", str(DEMO[0].image), DEMO[0].question, "--tokens", "40", "--policy", policy, *save
     )
     assert re.search(r"kept tokens +58 visual tokens", out)  # and 18 newlines
 

@@ -161,7 +161,7 @@ def test_images_without_thumbnail_use_entropy():
         config=hero.HeroConfig(),
         relevance=None,
     )
-    density, concentration = policies.FUNCTIONS["hero"](seen).signals
+    density, concentration = policies.policy_of("hero").score(seen).signals
     assert (density.weight, concentration.weight) == (pytest.approx(0.2), pytest.approx(0.8))
     torch.testing.assert_close(concentration.values, scoring.concentration(entropy, seen.valid))
 

@@ -15,6 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 import hero
 import hero_kernels as hk
 from hero import Geometry, HeroConfig, count_tokens
+from hero.config import POLICIES
 from hero.encoder import plan
 from hero.layout import LLAVA_NEXT_PINPOINTS, floor_ratio
 
@@ -59,10 +60,13 @@ def draw_size(draw: random.Random, geometry: Geometry) -> tuple[int, int]:
 
 def draw_config(draw: random.Random, geometry: Geometry) -> tuple[HeroConfig, Fraction | None]:
     """A configuration, and its ratio as a fraction."""
+    policies = [name for name in POLICIES if geometry.thumbnail != "none" or name != "hired"]
+    policy = draw.choice(policies)
     if draw.random() < 0.3:
-        return HeroConfig(keep_tokens=draw.randint(1, geometry.side**2 * draw.randint(1, 12))), None
+        count = draw.randint(1, geometry.side**2 * draw.randint(1, 12))
+        return HeroConfig(keep_tokens=count, policy=policy), None
     ratio = Fraction(draw.randint(1, 1000), 1000)
-    return HeroConfig(keep_ratio=ratio), ratio
+    return HeroConfig(keep_ratio=ratio, policy=policy), ratio
 
 
 def index_grid(layout) -> torch.Tensor:
@@ -77,6 +81,10 @@ def expected_count(config: HeroConfig, ratio: Fraction | None, patches: int, til
     if ratio is None:
         return min(config.keep_tokens, patches + valid) + rows
     share = ratio.numerator, ratio.denominator
+    if config.policy == "hired":
+        total = share[0] * (tiles + 1) * patches // share[1]
+        thumbnail = min(total // 2, patches)
+        return thumbnail + min(total - thumbnail, valid) + rows
     return share[0] * patches // share[1] + min(share[0] * tiles * patches // share[1], valid) + rows
 
 
@@ -264,6 +272,26 @@ def test_count_is_split_evenly_and_overflows_either_way():
         256,
         144,
     )  # tiles are full, the thumbnail takes over
+
+
+@pytest.mark.parametrize(
+    ("keep", "size", "budget"),
+    [
+        ({"keep_ratio": 0.2}, (672, 672), (288, 288)),  # half of 576 each
+        ({"keep_ratio": 0.5}, (672, 672), (576, 864)),  # half of 1440 is more than the thumbnail has
+        ({"keep_ratio": 0.9}, (100, 5000), (576, 144)),  # all that is no padding
+        ({"keep_ratio": 1.0}, (672, 672), (576, 2304)),
+        ({"keep_tokens": 101}, (672, 672), (50, 51)),
+        ({"keep_tokens": 400}, (100, 5000), (256, 144)),  # the thumbnail takes what the tiles cannot
+    ],
+)
+def test_half_to_the_thumbnail(keep, size, budget):
+    config = HeroConfig(policy="hired", **keep)
+    layout = LLAVA_NEXT.layout(size)
+    assert layout.budget(config) == budget
+    assert count_tokens(config, size) == sum(budget) + layout.newline_count
+    alone = Geometry(pinpoints=()).layout(size)  # nothing to halve with
+    assert alone.budget(config) == (min(config.keep_tokens or int(576 * config.keep_ratio), 576), 0)
 
 
 def test_floor_ratio():

@@ -24,7 +24,18 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv*", "venv", "out", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+    ".git",
+    ".venv*",
+    "venv",
+    ".triton",
+    ".lmms",
+    "out",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
 )
 MINI_WEIGHTS = "hero/mini/weights"
 MINI_DEMO = "hero/mini/demo"
@@ -84,6 +95,14 @@ def test_ranges_admit_pins(metadata, files):
     required = [*metadata["install_requires"], *metadata["extras_require"]["dev"]]
     for requirement in map(Requirement, required):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+def test_lmms_eval_is_added_to_the_tested_environment(metadata):
+    """The additions replace nothing that is there, and are the lmms-eval that the extra asks for."""
+    added = read_pins("requirements-lmms.txt")
+    assert added.keys() & read_pins("constraints.txt").keys() == set()
+    [requirement] = map(Requirement, metadata["extras_require"]["lmms"])
+    assert requirement.specifier.contains(added[requirement.name])
 
 
 def test_both_environments_pin_the_same_torch():
@@ -179,8 +198,9 @@ def test_wheel_metadata(wheel, contents):
         head = email.message_from_bytes(archive.read(f"{dist_info(contents)}/METADATA"))
         scripts = archive.read(f"{dist_info(contents)}/entry_points.txt").decode()
     assert (head["Name"], head["License-Expression"]) == ("hero-vlm", "Apache-2.0")
-    assert set(head.get_all("Provides-Extra")) == {"mini", "bench", "test", "dev"}
+    assert set(head.get_all("Provides-Extra")) == {"mini", "bench", "test", "dev", "lmms"}
     assert "hero = hero.cli:main" in scripts
+    assert "[lmms_eval.models]" in scripts
 
 
 # --- the wheel in use ------------------------------------------------------------------------------------

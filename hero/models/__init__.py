@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+
+from hero_kernels import Finalized
 
 from ..config import HeroConfig
 from ..layout import Geometry, ImageLayout
@@ -36,21 +38,30 @@ class Encoded:
         cls: ``[T, C]``, the last layer at CLS, before the post layer norm; may be ``None`` where no
             signal needs it.
         pooled: ``[T, C]``, the same after it.
-        scores: ``[T, P]`` fp32, attention of CLS to patches (docs/method.md, 1).
+        scores: ``[T, P]`` fp32, attention of CLS to patches (docs/method.md, 1); like the next two ``None``
+            where the policy looks at none.
         entropy: ``[T]`` fp32, of the scores over the patches that are not padding.
-        ranks: ``[T, P]`` int16, the order of the scores.
+        ranks: ``[T, P]`` int16, the order of the scores, where the policy wants it.
         pixel_values: ``[T, 3, S, S]``, the crops.
         output: what the tower returned; ``None`` where only the layers needed were run.
+        maps: the attention maps that the policy asked for, by name, the scores among them.
+        keys: ``[T, P, D]`` fp32, each patch's key in the last layer of the features, averaged over heads, if
+            the policy wants it.
+        patches: ``[T, P, C]``, the last layer at the patches, if the policy compares them with the question
+            and CLIP has the tower's weights.
     """
 
     features: Tensor
     cls: Tensor | None
     pooled: Tensor | None
-    scores: Tensor
-    entropy: Tensor
-    ranks: Tensor
+    scores: Tensor | None
+    entropy: Tensor | None
+    ranks: Tensor | None
     pixel_values: Tensor
     output: object | None
+    maps: Mapping[str, Finalized] = field(default_factory=dict)
+    keys: Tensor | None = None
+    patches: Tensor | None = None
 
 
 @dataclass(frozen=True)

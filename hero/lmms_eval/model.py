@@ -1,0 +1,252 @@
+"""lmms-eval's own ``llava_hf`` with hero attached: same loading, same prompts, same generation settings.
+
+What differs from it, beside the dropped tokens: answers are generated in batches, and an error while
+generating is raised, where ``llava_hf`` would score an empty answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from lmms_eval import utils
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.models.chat.llava_hf import LlavaHf
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+import hero
+from hero import mini
+
+__all__ = ["HeroLlavaNext"]
+
+MINI = "mini"
+# The mini model's prompts are the bare words of the question; it comes without a chat template.
+MINI_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+# Fields of HeroConfig that are no plain numbers or words: JSON in --model_args.
+_JSON = ("tile_layers", "thumbnail_layers", "weights")
+_FIELDS = tuple(field.name for field in dataclasses.fields(hero.HeroConfig))
+_LOADING = tuple(
+    name
+    for name, parameter in inspect.signature(LlavaHf.__init__).parameters.items()
+    if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+)
+
+
+class HeroLlavaNext(LlavaHf):
+    """A LLaVA-NeXT checkpoint that keeps only the visual tokens worth keeping.
+
+    Args:
+        pretrained: folder or hub id of a checkpoint of ``LlavaNextForConditionalGeneration``; ``"mini"`` is
+            the bundled mini model.
+        relevance: folder or hub id of a CLIP model, to weigh tiles by the question; ``"mini"`` is the mini
+            model's own, ``"none"`` goes without.
+        batch_size: questions answered at once.
+        dtype: ``"auto"`` or a floating-point dtype of torch by name, for both models.
+        chat_template: a Jinja template, or the path of a file that holds one, instead of the checkpoint's.
+        arguments: fields of :class:`hero.HeroConfig`, such as ``keep_ratio`` and ``policy``, sequences and
+            mappings as JSON text; and the other arguments of lmms-eval's ``llava_hf``, such as ``device``.
+
+    Attributes:
+        handle: what ``hero.attach`` returned; ``None`` once lmms-eval has all answers.
+
+    Raises:
+        ValueError: an argument that is unknown or has no such value, by name. All but layers that the
+            encoder does not have are found before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "llava-hf/llava-v1.6-vicuna-7b-hf",
+        relevance: str | None = None,
+        batch_size: int = 1,
+        dtype: str | torch.dtype = "auto",
+        chat_template: str | None = None,
+        **arguments,
+    ) -> None:
+        unknown = sorted(set(arguments) - {*_FIELDS, *_LOADING})
+        if unknown:
+            known = ", ".join(dict.fromkeys(["relevance", *_FIELDS, *_LOADING]))
+            raise ValueError(f"{', '.join(unknown)}: expected model arguments among {known}")
+        relevance = None if relevance in (None, "none") else relevance
+        config = _config({name: arguments.pop(name) for name in _FIELDS if name in arguments})
+        config.signal_weights(with_relevance=relevance is not None)
+        if isinstance(batch_size, bool) or not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        floating = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+        if dtype != "auto" and not (isinstance(floating, torch.dtype) and floating.is_floating_point):
+            raise ValueError(f"dtype: expected 'auto' or a floating-point dtype of torch, got {dtype!r}")
+        template = None if chat_template is None else _template(chat_template)
+        try:
+            torch.device(arguments.get("device", "cuda"))
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: expected a torch device, got {arguments['device']!r}") from error
+        pretrained, bundled = _folder(pretrained)
+        _check_type("pretrained", pretrained, "llava_next", revision=arguments.get("revision", "main"))
+        own = False
+        if relevance is not None:
+            relevance, own = _folder(relevance)
+            if own and not bundled:
+                raise ValueError(f"relevance: expected a CLIP model for {pretrained!r}, got the mini model's")
+            if not own:
+                _check_type("relevance", relevance, "clip")
+
+        if PartialState().num_processes == 1:
+            # llava_hf's own default, an empty string, is none that transformers 5 takes.
+            arguments.setdefault("device_map", arguments.get("device", "cuda"))
+        super().__init__(pretrained, batch_size=batch_size, dtype=dtype, **arguments)
+        processor = self._image_processor
+        if template is not None:
+            processor.chat_template = template
+        elif bundled:
+            processor.chat_template = MINI_TEMPLATE
+        elif processor.chat_template is None:
+            raise ValueError(f"chat_template: expected one, since {pretrained!r} has none, got None")
+        self.chat_template = processor.chat_template
+        self._model.eval()
+        clip = None
+        if own:
+            clip = hero.ClipRelevance(mini.build_clip(self.model), mini.clip_tokenizer())
+        elif relevance is not None:
+            tower = self.model.model.vision_tower
+            clip_model = CLIPModel.from_pretrained(relevance, dtype=tower.dtype).to(tower.device).eval()
+            clip = hero.ClipRelevance(clip_model, AutoTokenizer.from_pretrained(relevance))
+        self.handle = hero.attach(self.model, processor, config=config, relevance=clip)
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers in the order of the requests.
+
+        The run's ``throughput`` reports, beside lmms-eval's own numbers, the visual tokens an image is left
+        with and those that the stock model would see, both on average.
+
+        Raises:
+            ValueError: a request with a video.
+        """
+        results, seconds, visual = [], 0.0, []
+        # Requests are (context, doc_to_messages, settings, doc id, task, split): those with the same
+        # settings share batches.
+        order = utils.Collator(
+            [request.args for request in requests],
+            lambda arguments: (arguments[4], arguments[3]),
+            group_fn=lambda arguments: arguments[2],
+            grouping=True,
+        )
+        with tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding") as progress:
+            for chunk in order.get_batched(n=self.batch_size):
+                inputs = self._inputs(chunk)
+                start = time.perf_counter()
+                output = self.model.generate(**inputs, **self._settings(chunk[0][2]))
+                answers = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for an accelerator
+                seconds += time.perf_counter() - start
+                if "pixel_values" in inputs:
+                    selection = self.handle.last
+                    stock = [layout.full_tokens for layout in selection.layout]
+                    visual += zip(selection.lengths, stock, strict=True)
+                for text, asked, answer in zip(
+                    self.tokenizer.batch_decode(answers, skip_special_tokens=True),
+                    inputs["attention_mask"].sum(1).tolist(),
+                    answers,
+                    strict=True,
+                ):
+                    end = answer.index(self.eot_token_id) + 1 if self.eot_token_id in answer else len(answer)
+                    results.append(GenerationResult(text, TokenCounts(input_tokens=asked, output_tokens=end)))
+                progress.update(len(chunk))
+        generated = sum(result.token_counts.output_tokens for result in results)
+        counts = {"rank": self.rank}
+        if visual:
+            kept, stock = map(sum, zip(*visual, strict=True))
+            counts |= {"visual_tokens": kept / len(visual), "stock_visual_tokens": stock / len(visual)}
+        log_metrics(seconds, generated, generated / seconds if seconds else 0.0, additional_metrics=counts)
+        return order.get_original(results)
+
+    def _inputs(self, chunk):
+        """A batch for ``generate``, on the model's device."""
+        texts, images = [], []
+        for _, doc_to_messages, _, number, task, split in chunk:
+            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][number]))
+            pictures, videos, _ = messages.extract_media()
+            if videos:
+                raise ValueError(f"{task}: expected a task on images, got one with videos")
+            images += pictures
+            texts.append(
+                self._image_processor.apply_chat_template(
+                    messages.model_dump()["messages"], tokenize=False, add_generation_prompt=True
+                )
+            )
+        inputs = self._image_processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+        return inputs.to(self.device, self.model.dtype)
+
+    def _settings(self, task: dict) -> dict:
+        """Arguments of ``generate``, as ``llava_hf`` reads them from a task: ``until`` has no effect."""
+        temperature = task.get("temperature", 0)
+        return {
+            "do_sample": temperature > 0,
+            "temperature": temperature if temperature > 0 else None,
+            "top_p": task.get("top_p"),
+            "num_beams": task.get("num_beams", 1),
+            "max_new_tokens": task.get("max_new_tokens", 1024),
+            "use_cache": self.use_cache,
+            "pad_token_id": self.eot_token_id,
+            "eos_token_id": self.eot_token_id,
+        }
+
+    def clean(self) -> None:
+        """Take hero off and free the model, as lmms-eval asks once it has all answers."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+        super().clean()
+
+
+def _config(fields: dict) -> hero.HeroConfig:
+    for name in _JSON:
+        if isinstance(fields.get(name), str):
+            try:
+                fields[name] = json.loads(fields[name].strip("'"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}: expected JSON, got {fields[name]!r}: {error}") from error
+    try:
+        return hero.HeroConfig(**fields)
+    except TypeError as error:  # arguments come as text, where a wrong type is a wrong value
+        raise ValueError(str(error)) from error
+
+
+def _folder(name: str) -> tuple[str, bool]:
+    """The name as transformers knows it, and whether it is that of the mini model."""
+    bundled = name == MINI or Path(str(name)).resolve() == mini.WEIGHTS.resolve()
+    return str(mini.WEIGHTS) if bundled else name, bundled
+
+
+def _check_type(argument: str, name: str, expected: str, **kwargs) -> None:
+    try:
+        found = AutoConfig.from_pretrained(name, **kwargs).model_type
+    except (OSError, TypeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{argument}: expected a folder or hub id, got {name!r}: {reason}") from error
+    if found != expected:
+        raise ValueError(f"{argument}: expected a model of type {expected}, got {name!r} of type {found}")
+
+
+def _template(given: str) -> str:
+    """A Jinja template, read from a file unless it is one."""
+    if not isinstance(given, str):
+        raise ValueError(f"chat_template: expected a Jinja template or a file that holds one, got {given!r}")
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"chat_template: expected a Jinja template or a file that holds one, got {given!r}"
+        ) from error

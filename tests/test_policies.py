@@ -1,0 +1,587 @@
+"""Policies against the reference of ``independent_policies.py``, and the seam they plug into."""
+
+import dataclasses
+import functools
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from independent import CASES, ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
+from independent_policies import PEERS, IndependentPeers, PeerRule
+from test_llava_next import assert_rows_equal, attached, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+import hero
+import hero_kernels as hk
+from hero import encoder as encoders
+from hero import scoring
+from hero.config import POLICIES
+from hero.layout import Geometry
+from hero.policies import SCORES, Map, Needs, Policy, Scored, equal_shares, policy_of
+
+KEEPS = {
+    "0.05": {"keep_ratio": 0.05},
+    "0.2": {"keep_ratio": 0.2},
+    "0.5": {"keep_ratio": 0.5},
+    "0.9": {"keep_ratio": 0.9},
+    "30 tokens": {"keep_tokens": 30},
+    "floor 0.5": {"keep_ratio": 0.5, "allocation": "floor"},
+}
+SIZES = [(120, 90), (60, 170), (25, 200), (50, 50), (200, 25), (112, 112)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return IndependentPeers(model)
+
+
+def rule_of(policy: str, keep: dict) -> PeerRule:
+    ratio = keep.get("keep_ratio")
+    return PeerRule(policy, **{**keep, "keep_ratio": None if ratio is None else str(ratio)})
+
+
+@functools.cache
+def expected(case: str, policy: str, keep: str, reference: IndependentPeers):
+    inputs = batch(tiny_processor(), case)
+    with torch.no_grad():
+        return reference.images(inputs["pixel_values"], inputs["image_sizes"], rule_of(policy, KEEPS[keep]))
+
+
+def encode(model, config, inputs, **kwargs):
+    with hero.attach(model, config=config, **kwargs) as handle, torch.no_grad():
+        return handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+
+
+# --------------------------------------------------------------------------------- against the reference
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("policy", PEERS)
+def test_selection(model, reference, policy, case, keep):
+    results = expected(case, policy, keep, reference)
+    inputs = batch(tiny_processor(), case)
+    selection = encode(model, hero.HeroConfig(policy=policy, **KEEPS[keep]), inputs)
+    assert selection.policy == policy
+    shares = torch.tensor([share for result in results for share in result.shares])
+    torch.testing.assert_close(selection.shares, shares, rtol=0, atol=1e-6)
+    assert selection.budgets.tolist() == [budget for result in results for budget in result.budgets]
+    scores = torch.tensor([score for result in results for score in result.scores])
+    places = torch.tensor([place for result in results for place in result.index if place >= 0])
+    close = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(selection.scores.flatten()[places], scores.flatten()[places], **close)
+    assert selection.index.tolist() == [place for result in results for place in result.index]
+    assert selection.lengths == [len(result.index) for result in results]
+    tokens = torch.cat([result.tokens for result in results])
+    torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", PEERS)
+def test_the_reference_merges_and_differs(reference, policy):
+    """The cases above are no empty ones: peers choose otherwise than one another, and patches do merge."""
+    kept = {peer: [one.index for one in expected("two sizes", peer, "0.5", reference)] for peer in PEERS}
+    others = [kept[peer] for peer in PEERS if peer != policy]
+    assert kept[policy] not in others
+    if policy == "visionzip":
+        chosen = expected("two sizes", "fastervlm", "0.5", reference)
+        merged = expected("two sizes", "visionzip", "0.5", reference)
+        both = zip(chosen[0].index, merged[0].index, strict=True)
+        assert any(one != other for one, other in both)
+
+
+@pytest.mark.parametrize("which", ["patched", "stock"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_everything_kept_is_the_stock_model(model, policy, which):
+    inputs = batch(tiny_processor(), "adjacent images")
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+    handle, processor = attached(model, which, hero.HeroConfig(1.0, policy=policy))
+    with handle, torch.no_grad():
+        ours = batch(processor, "adjacent images")
+        assert torch.equal(ours["input_ids"], inputs["input_ids"])
+        torch.testing.assert_close(model(**ours).logits, stock, rtol=0, atol=1e-6)
+        kept = model.model.get_image_features(ours["pixel_values"], ours["image_sizes"]).pooler_output
+        for one, other in zip(kept, features, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("which", ["patched", "stock"])
+@pytest.mark.parametrize("policy", PEERS)
+def test_generate(model, reference, policy, which):
+    keep = {"keep_ratio": 0.3}
+    full = batch(tiny_processor(), "two sizes")
+    wanted = reference.greedy(full, rule_of(policy, keep), 4)
+    logits = reference.logits(full, rule_of(policy, keep))
+    handle, processor = attached(model, which, hero.HeroConfig(policy=policy, **keep))
+    with handle:
+        inputs = batch(processor, "two sizes")
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert output[:, inputs["input_ids"].shape[1] :].tolist() == wanted
+        with torch.no_grad():
+            assert_rows_equal(model(**inputs).logits, logits, 1e-5)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "random"])
+def test_generate_with_ours(model, policy):
+    for which in ("patched", "stock"):
+        handle, processor = attached(model, which, hero.HeroConfig(0.3, policy=policy))
+        with handle:
+            inputs = batch(processor, "two sizes")
+            output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_bundled_model():
+    """Each policy answers on the mini model, in as many tokens as were counted."""
+    from hero import mini
+
+    model, processor, relevance = mini.load()
+    demo = mini.demo_questions()[0]
+    from PIL import Image
+
+    image = Image.open(demo.image).convert("RGB")
+    for policy in POLICIES:
+        with hero.attach(model, processor, policy=policy, keep_ratio=0.3, relevance=relevance) as handle:
+            inputs = processor(images=image, text=f"<image> {demo.question}", return_tensors="pt")
+            output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+            assert handle.last.policy == policy
+            assert handle.last.lengths == [handle.count_tokens(inputs["image_sizes"][0].tolist())]
+            assert output.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+# ------------------------------------------------------------------------------ counts, batches, devices
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_counts(model, policy):
+    """What is packed is what was counted, whatever the image, the ratio or the number of tokens."""
+    draw = random.Random(f"counts of {policy}")
+    processor = tiny_processor()
+    for _ in range(6):
+        sizes = [(draw.randint(10, 220), draw.randint(10, 220)) for _ in range(3)]
+        images = [tiny_image(*size, seed) for seed, size in enumerate(sizes)]
+        inputs = processor(images=images, text=[ONE] * 3, padding=True, return_tensors="pt")
+        one = {"keep_ratio": draw.randint(1, 100) / 100}
+        other = {"keep_tokens": draw.randint(1, 130)}
+        for keep in (one, other):
+            config = hero.HeroConfig(policy=policy, **keep)
+            selection = encode(model, config, inputs)
+            geometry = Geometry(56, 14, tuple(map(tuple, model.config.image_grid_pinpoints)))
+            counted = [hero.count_tokens(config, size, geometry=geometry) for size in sizes]
+            assert selection.lengths == counted, (sizes, keep)
+            assert len(selection.index) == sum(counted) == int((selection.index >= -1).sum())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_image_does_not_depend_on_its_batch(model, policy):
+    processor = tiny_processor()
+    images = [tiny_image(*size, seed) for seed, size in enumerate(SIZES)]
+    inputs = processor(images=images, text=[ONE] * len(images), padding=True, return_tensors="pt")
+    with hero.attach(model, policy=policy, keep_ratio=0.4) as handle, torch.no_grad():
+        pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
+        whole = handle.encoder(pixels, sizes)
+        first = start = 0
+        for image, layout in enumerate(whole.layout):
+            alone = handle.encoder(pixels[image : image + 1], sizes[image : image + 1])
+            theirs = whole.index[start : start + whole.lengths[image]]
+            place = torch.where(theirs < 0, theirs, theirs - first * layout.patches)
+            assert torch.equal(place, alone.index)
+            tokens = whole.tokens[start : start + whole.lengths[image]]
+            torch.testing.assert_close(tokens, alone.tokens, rtol=1e-5, atol=1e-5)
+            start, first = start + whole.lengths[image], first + layout.crops
+
+
+@pytest.mark.parametrize("policy", ["hired", "visionzip"])
+def test_compiled_tower(model, reference, policy):
+    """Rows of several maps, and keys, come out of the graph."""
+    own = tiny_model()
+    results = expected("two sizes", policy, "0.5", reference)
+    with hero.attach(own, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
+        own.model.vision_tower.compile(fullgraph=True, backend="aot_eager")
+        inputs = batch(tiny_processor(), "two sizes")
+        for _ in range(2):
+            selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+            assert selection.index.tolist() == [place for result in results for place in result.index]
+            tokens = torch.cat([result.tokens for result in results])
+            torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
+        for module in handle.encoder._modules_captured().values():
+            state = module.__dict__["_hero_capture"]
+            assert state.rows is None and state.keys is None
+
+
+@pytest.mark.parametrize("policy", PEERS)
+def test_fused_attention(model, reference, policy):
+    config = hero.HeroConfig(0.5, policy=policy, attention="fused")
+    selection = encode(model, config, batch(tiny_processor(), "two sizes"))
+    results = expected("two sizes", policy, "0.5", reference)
+    assert selection.index.tolist() == [place for result in results for place in result.index]
+
+
+@pytest.mark.parametrize("layer", [[1, 3], -1, 0])
+@pytest.mark.parametrize("policy", ["hired", "visionzip"])
+def test_scores_come_from_the_layer_of_the_features(policy, layer):
+    model = tiny_model(vision_feature_layer=layer)
+    inputs = batch(tiny_processor(), "one image")
+    with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
+        selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+        last = {-1: 5, 0: 0}.get(layer if isinstance(layer, int) else None, 2)
+        assert handle.encoder._captured == tuple(sorted({last, *([0] if policy == "hired" else [])}))
+    if layer == 0:
+        return  # embeddings have no last layer: the first one scores
+    reference = IndependentPeers(model)
+    (result,) = reference.images(
+        inputs["pixel_values"], inputs["image_sizes"], rule_of(policy, {"keep_ratio": 0.5})
+    )
+    assert selection.index.tolist() == result.index
+    torch.testing.assert_close(selection.tokens, result.tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", PEERS)
+def test_nothing_waits_for_the_device(model, policy):
+    """Fake tensors have no values: reading one, as a wait for the device would, raises."""
+    with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
+        encoder, inputs = handle.encoder, batch(tiny_processor(), "two sizes")
+        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, layouts)
+        budgets = encoder.budget(encoder.score(encoded, layouts), layouts)  # and the plans are made
+        valid = encoder._plan(layouts, crops.device).valid
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+
+            def faked(tree):
+                return tree_map_only(torch.Tensor, fake.from_tensor, tree)
+
+            fields = ("features", "scores", "entropy", "ranks", "maps", "keys")
+            encoded = dataclasses.replace(encoded, **{name: faked(getattr(encoded, name)) for name in fields})
+            scored = encoder.score(encoded, layouts)
+            replaced = policy_of(policy).replace(encoded, scored, faked(budgets), faked(valid))
+        assert scored.scores.shape == valid.shape
+        assert (replaced is not None) == (policy == "visionzip")
+        if replaced is not None:
+            assert replaced.values.shape == (len(valid), 2, 32) and replaced.ranks.dtype == torch.int16
+
+
+def test_merging_after_a_replaced_score_stage(model):
+    """Scores without their order: the merging finds it."""
+    inputs = batch(tiny_processor(), "two sizes")
+    with hero.attach(model, policy="visionzip", keep_ratio=0.5) as handle, torch.no_grad():
+        encoder, score = handle.encoder, handle.encoder.score
+        whole = encoder(inputs["pixel_values"], inputs["image_sizes"])
+        encoder.score = lambda *args: dataclasses.replace(score(*args), ranks=None)
+        again = encoder(inputs["pixel_values"], inputs["image_sizes"])
+    assert torch.equal(whole.index, again.index) and torch.equal(whole.tokens, again.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", PEERS)
+def test_half_precision(policy, dtype):
+    model = tiny_model().to(dtype)
+    inputs = batch(tiny_processor(), "two sizes").to(dtype)
+    selection = encode(model, hero.HeroConfig(0.4, policy=policy), inputs)
+    assert selection.tokens.dtype == dtype and selection.scores.dtype == torch.float32
+    assert selection.tokens.isfinite().all()
+
+
+def test_merged_tokens_carry_gradients(model):
+    """Every valid patch of a crop reaches a token: chosen, or through a mean."""
+    tower, inputs = model.model.vision_tower, batch(tiny_processor(), "one image")
+    encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(0.5, policy="visionzip"))
+    try:
+        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, layouts)
+        features = encoded.features.detach().requires_grad_()
+        encoded = dataclasses.replace(encoded, features=features)
+        scored = encoder.score(encoded, layouts)
+        budgets = encoder.budget(scored, layouts)
+        encoder.select(encoded, scored, budgets, layouts).tokens.sum().backward()
+        valid = encoder._plan(layouts, crops.device).valid
+        reached = features.grad[..., 0] > 0
+        contextual = budgets.budgets * 10 // 64 > 0
+        assert contextual.any()
+        assert torch.equal(reached[contextual], valid[contextual])
+        # A mean: the shares of its members sum to one token.
+        torch.testing.assert_close(features.grad[..., 0].sum(1), budgets.budgets.float())
+    finally:
+        encoder.remove()
+
+
+# ------------------------------------------------------------------------- no more than a policy needs
+
+CAPTURED = {  # layers, and maps that are finalised
+    "hero": ((1, 2, 4), 1),
+    "uniform": ((1, 2, 4), 1),
+    "random": ((), 0),
+    "hired": ((0, 4), 2),
+    "fastervlm": ((4,), 1),
+    "visionzip": ((4,), 1),
+    "globalcom2": ((4,), 1),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_captured_is_what_is_needed(model, monkeypatch, policy):
+    layers, maps = CAPTURED[policy]
+    calls = []
+    for name in ("cls_attention", "finalize_scores", "tile_budgets", "segmented_topk_gather"):
+        operation = getattr(hk, name)
+
+        def counted(*args, name=name, operation=operation, **kwargs):
+            calls.append(name)
+            return operation(*args, **kwargs)
+
+        monkeypatch.setattr(hk, name, counted)
+    config = hero.HeroConfig(0.3, policy=policy, tile_layers=(1, 2), thumbnail_layers=(4,))
+    with hero.attach(model, config=config) as handle, torch.no_grad():
+        assert handle.encoder._captured == layers
+        assert (handle.encoder.needs_cls, handle.encoder.needs_text) == (policy == "hero", False)
+        inputs = batch(tiny_processor(), "two sizes")
+        handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+    assert calls == ["cls_attention"] * len(layers) + ["finalize_scores"] * maps + [
+        "tile_budgets",
+        "segmented_topk_gather",
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_relevance_model_is_asked_by_hero_alone(model, policy):
+    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer())
+    with hero.attach(model, tiny_processor(), policy=policy, relevance=relevance) as handle:
+        assert handle.encoder.needs_text == (policy == "hero")
+    if policy != "hero":
+        hero.attach(model, policy=policy, alpha=0.5).remove()  # it weighs nothing, so none is missing
+
+
+@pytest.mark.parametrize("policy", PEERS)
+def test_fields_that_do_not_apply_have_no_effect(model, policy):
+    inputs = batch(tiny_processor(), "two sizes")
+    plain = encode(model, hero.HeroConfig(0.4, policy=policy), inputs)
+    options = {"tile_layers": (0,), "thumbnail_layers": (-1,), "second_softmax": True}
+    options |= {"weights": {"entropy": 1.0}, "temperature_cls": 9.0, "temperature_clip": 9.0}
+    other = encode(model, hero.HeroConfig(0.4, policy=policy, **options), inputs)
+    assert torch.equal(plain.tokens, other.tokens) and torch.equal(plain.scores, other.scores)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_unsupported_encoders_are_named(model, monkeypatch, policy):
+    tower = model.model.vision_tower
+    geometry = Geometry(56, 14, ((56, 112), (112, 56)), thumbnail="none")
+
+    def refused(config, **kwargs):
+        with pytest.raises(ValueError) as error:
+            hero.HeroVisionEncoder(tower, config=config, **kwargs)
+        said, _, rest = str(error.value).partition(": ")
+        assert said == "policy" and rest.startswith("expected ") and f"got {policy!r}" in rest
+
+    config = hero.HeroConfig(policy=policy)
+    if policy in ("hired", "globalcom2"):
+        refused(config, geometry=geometry)
+    else:
+        hero.HeroVisionEncoder(tower, config=config, geometry=geometry).remove()
+    monkeypatch.setattr(type(encoders.tower_for(tower)), "has_cls", False)
+    if policy in PEERS:
+        refused(config)
+    else:
+        hero.HeroVisionEncoder(tower, config=config).remove()
+    monkeypatch.undo()
+    hero.HeroVisionEncoder(tower, config=config).remove()  # a refusal leaves nothing behind
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/method.md")]
+
+
+def test_names():
+    """Each name is a policy, its file names its paper, and the pages speak of it."""
+    for name in POLICIES:
+        policy = policy_of(name)
+        text = sys.modules[policy.__module__].__doc__
+        assert policy is policy_of(name) and isinstance(policy, Policy)
+        assert ("https://arxiv.org/abs/" in text) == (name not in ("uniform", "random"))
+        assert all(f"`{name}`" in page for page in PAGES)
+    with pytest.raises(ValueError, match=r"^policy: expected one of 'hero', .*, got 'best'$"):
+        policy_of("best")
+
+
+# ------------------------------------------------------------------------------------------- regions
+
+
+def draw_layouts(draw: random.Random, thumbnail: str = "first"):
+    grids = [(draw.randint(1, 4), draw.randint(1, 4)) for _ in range(4)]
+    pinpoints = tuple((rows * 56, columns * 56) for rows, columns in grids)
+    geometry = Geometry(56, draw.choice((4, 7, 14)), pinpoints, thumbnail)
+    sizes = [(draw.randint(5, 400), draw.randint(5, 400)) for _ in range(3)]
+    return tuple(geometry.layout(size) for size in sizes)
+
+
+def test_regions_cover_the_thumbnail():
+    """Regions of an image's tiles are all of its thumbnail, each part once."""
+    draw = random.Random(3)
+    for _ in range(100):
+        layouts = draw_layouts(draw)
+        scores = torch.rand(sum(layout.crops for layout in layouts), layouts[0].patches)
+        sums, first = scoring.region_sums(scores, layouts), 0
+        for layout in layouts:
+            own = sums[first : first + layout.crops]
+            assert own[0] == 0
+            whole = scores[first].sum() if any(layout.valid_counts) else torch.tensor(0.0)
+            torch.testing.assert_close(own.sum(), whole, rtol=1e-5, atol=0)
+            empty = torch.tensor([valid == 0 for valid in layout.valid_counts])
+            assert (own[1:][empty] == 0).all() and (own[1:][~empty] > 0).all()
+            first += layout.crops
+
+
+def test_resized_thumbnails_are_interpolated():
+    """Stitched and un-padded, what tiles get is the thumbnail resized as a whole."""
+    draw = random.Random(4)
+    for _ in range(100):
+        layouts = draw_layouts(draw)
+        side = layouts[0].side
+        scores = torch.rand(sum(layout.crops for layout in layouts), side * side)
+        resized, first = scoring.resized_thumbnails(scores, layouts), 0
+        for layout in layouts:
+            own = resized[first : first + layout.crops]
+            assert torch.equal(own[0], scores[first])
+            grid = own[1:].view(*layout.grid, side, side).transpose(1, 2)
+            grid = grid.reshape(layout.grid[0] * side, layout.grid[1] * side)
+            grid = grid[slice(*layout.rows), slice(*layout.columns)]
+            first, before = first + layout.crops, first
+            if not grid.numel():
+                continue  # so narrow that it is all padding
+            whole = scores[before].view(1, 1, side, side)
+            wanted = F.interpolate(whole, grid.shape, mode="bilinear", align_corners=False)[0, 0]
+            torch.testing.assert_close(grid, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_softmax_excess():
+    draw = random.Random(5)
+    for _ in range(30):
+        layouts = draw_layouts(draw)
+        values = torch.randn(sum(layout.crops for layout in layouts)) * 20
+        excess, first = scoring.softmax_excess(values, layouts), 0
+        for layout in layouts:
+            own = slice(first + 1, first + layout.crops)
+            wanted = values[own].softmax(0) - 1 / layout.tiles
+            torch.testing.assert_close(excess[own], wanted, rtol=1e-5, atol=1e-6)
+            first += layout.crops
+
+
+def test_regions_follow_the_thumbnail():
+    """Last instead of first: the same numbers in another place; and an image that is a thumbnail only."""
+    draw = random.Random(6)
+    for _ in range(10):
+        state = draw.getstate()
+        first = draw_layouts(draw)[:1]
+        draw.setstate(state)
+        last = draw_layouts(draw, "last")[:1]
+        scores = torch.rand(first[0].crops, first[0].patches)
+        for function in (scoring.region_sums, scoring.resized_thumbnails):
+            assert torch.equal(function(scores.roll(-1, 0), last), function(scores, first).roll(-1, 0))
+    alone = Geometry(56, 14, ()).layout((30, 40))
+    scores = torch.rand(1, 16)
+    assert scoring.region_sums(scores, [alone]).tolist() == [0.0]
+    assert torch.equal(scoring.resized_thumbnails(scores, [alone]), scores)
+    assert scoring.softmax_excess(torch.zeros(1), [alone]).isfinite().all()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_thumbnail_alone(model, policy):
+    """A model that sees a thumbnail only: no tile to share anything with."""
+    encoder = hero.HeroVisionEncoder(
+        model.model.vision_tower, config=hero.HeroConfig(0.5, policy=policy), geometry=Geometry(56, 14, ())
+    )
+    try:
+        pixels = batch(tiny_processor(), "one image")["pixel_values"][0, :1]
+        with torch.no_grad():
+            selection = encoder(pixels, [(120, 90)])
+        assert selection.lengths == [8] and selection.budgets.tolist() == [8]
+    finally:
+        encoder.remove()
+
+
+# ---------------------------------------------------------------------------- the seam, for policies to come
+
+
+class _ByPatch(Policy):
+    """Patches by the question, tiles by their best patch and a map of another layer."""
+
+    def maps(self, config, depth, feature_layer):
+        return {"middle": Map.mean([], [2, 3], ranked=False)}
+
+    def needs(self, config, with_relevance):
+        return Needs(relevance=True, patch_relevance=True)
+
+    def score(self, seen):
+        scores = seen.patch_relevance()
+        best = scores.masked_fill(~seen.valid, -math.inf).amax(1)
+        middle = seen.maps["middle"].scores.sum(1)
+        tiles = hk.TileSignal(seen.relevance(), 1.0, 0.1)
+        return Scored(scores, (hk.TileSignal(best, 1.0, 0.1), hk.TileSignal(middle, 1.0), tiles))
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared weights", "second pass"])
+def test_relevance_of_patches(model, monkeypatch, shared):
+    clip, tokenizer = tiny_clip(), tiny_tokenizer()
+    if shared:
+        clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
+    monkeypatch.setattr(encoders, "policy_of", lambda name: _ByPatch())
+    inputs = batch(tiny_processor(), "two sizes")
+    texts = ["what is in this picture ?", "describe"]
+    relevance = hero.ClipRelevance(clip, tokenizer)
+    encoders.plan.cache_clear()
+    with hero.attach(model, tokenizer=tokenizer, relevance=relevance, keep_ratio=0.4) as handle:
+        assert handle.encoder.needs_text and handle.encoder._shared == shared
+        assert handle.encoder._captured == (2, 3)
+        with torch.no_grad():
+            crops, layouts = handle.encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+            encoded = handle.encoder.encode(crops, layouts)
+            selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], texts)
+            stock = model.model.vision_tower(crops, output_hidden_states=True).hidden_states
+    encoders.plan.cache_clear()
+    clip.config.vision_config.patch_size = 28
+    with pytest.raises(ValueError, match=r"^relevance: expected a CLIP model of 4 × 4 patches"):
+        hero.attach(model, tokenizer=tokenizer, relevance=relevance)
+    with pytest.raises(ValueError, match=r"^relevance: expected a hero.ClipRelevance for policy 'hero'"):
+        hero.attach(model)
+    assert (encoded.patches is not None) == shared and encoded.scores is None
+    torch.testing.assert_close(encoded.features, stock[-2][:, 1:])
+    with torch.no_grad():
+        hidden = clip.vision_model(pixel_values=crops).last_hidden_state[:, 1:]
+        patches = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(hidden)), dim=-1)
+        first = 0
+        for text, layout in zip(texts, layouts, strict=True):
+            ids = [2, *tokenizer(text, add_special_tokens=False)["input_ids"], 3]
+            output = clip.get_text_features(input_ids=torch.tensor([ids]))
+            question = F.normalize(getattr(output, "pooler_output", output)[0], dim=-1)
+            own = slice(first, first + layout.crops)
+            torch.testing.assert_close(selection.scores[own], patches[own] @ question, rtol=0, atol=1e-5)
+            first += layout.crops
+    assert selection.lengths == [layout.kept_tokens(hero.HeroConfig(0.4)) for layout in layouts]
+
+
+def test_a_policy_without_scores_ranks_by_itself(monkeypatch, model):
+    """Seen.scores is there only for policies with a map of that name."""
+
+    class Flat(Policy):
+        def maps(self, config, depth, feature_layer):
+            return {}
+
+        def score(self, seen):
+            assert seen.scores is None and seen.maps == {} and SCORES not in seen.maps
+            return Scored(seen.valid.float(), (equal_shares(seen.valid),))
+
+    monkeypatch.setattr(encoders, "policy_of", lambda name: Flat())
+    encoders.plan.cache_clear()
+    selection = encode(model, hero.HeroConfig(0.25), batch(tiny_processor(), "one image"))
+    encoders.plan.cache_clear()
+    first = selection.index[selection.index < 16].tolist()
+    assert [place for place in first if place >= 0] == [0, 1, 2, 3]
