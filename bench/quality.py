@@ -271,7 +271,7 @@ class Cell(NamedTuple):
 
     right: list[bool]
     found: list[bool]
-    """Whether the tile asked about got more patches than any other."""
+    """Whether the tile asked about had a larger share than any other."""
     tokens: int
     vision: float
     """Processor seconds of the vision stage, all questions together."""
@@ -441,17 +441,14 @@ class Runner:
 
 
 def _found(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
-    """Whether the tile asked about has the largest budget, alone."""
+    """Whether the tile asked about has the largest share, alone."""
     layout = last.layout[0]
-    budgets = last.budgets.view(len(questions), layout.crops)[:, layout.first_tile :][:, : layout.tiles]
+    shares = last.shares.view(len(questions), layout.crops)[:, layout.first_tile :][:, : layout.tiles]
+    largest = (shares == shares.amax(1, keepdim=True)).tolist()
     return [
-        question.tile is not None and int(row[question.tile]) > int(_without(row, question.tile).max())
-        for question, row in zip(questions, budgets, strict=True)
+        question.tile is not None and row[question.tile] and sum(row) == 1
+        for question, row in zip(questions, largest, strict=True)
     ]
-
-
-def _without(row: Tensor, place: int) -> Tensor:
-    return torch.cat([row[:place], row[place + 1 :]])
 
 
 _runner: Runner | None = None
@@ -477,7 +474,7 @@ def measure(runner: Runner, questions: int, workers: int = 0, progress: bool = F
         :class:`Cell` of each (variant name, keep ratio), all questions together.
     """
     batches = [range(first, min(first + BATCH, questions)) for first in range(0, questions, BATCH)]
-    bar = functools.partial(tqdm, total=len(batches), unit="batch", disable=not progress, leave=False)
+    bar = functools.partial(tqdm, total=len(batches), unit="batch", disable=not progress)
     if workers == 0:
         parts = list(bar(map(runner.run, batches)))
     else:
@@ -655,7 +652,7 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
                     "vision_ms": round(1e3 * cell.vision / count, 3),
                     "prefill_ms": round(1e3 * cell.prefill / count, 3),
                     "tile_found": round(float(np.mean(np.array(cell.found)[located])), 4)
-                    if variant.options is not None and located.any()
+                    if variant.options is not None and not variant.oracle and located.any()
                     else None,
                     "right": bits(cell.right),
                 }
@@ -672,6 +669,7 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "keep": list(runner.keep),
         "weights": weights_hash(),
         "digest": digest.hexdigest()[:16],
+        "one_attribute": [kind for kind in kinds if kind in ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
         "boxed": bits([bool(question.boxes) for question in questions]),
         "variants": variants,
