@@ -118,9 +118,14 @@ def asked(
             break
     else:
         raise ValueError(f"kinds: expected kinds that hero.mini.scenes asks, got {', '.join(kinds)}")
-    box = question.box
-    boxes = () if box is None else (box,) if isinstance(box[0], (int, np.integer)) else tuple(box)
-    return Asked(scene.image, question.text, question.answer, question.kind, question.tile, boxes)
+    return Asked(scene.image, question.text, question.answer, question.kind, question.tile, _boxes(question))
+
+
+def _boxes(question: scenes.Question) -> tuple[tuple[int, int, int, int], ...]:
+    """Boxes of all that has to be seen to answer."""
+    if hasattr(question, "objects"):  # scenes that ask about several objects name them
+        return tuple(thing.box for thing in question.objects)
+    return () if question.box is None else (question.box,)
 
 
 # --- variants --------------------------------------------------------------------------------------------
