@@ -419,8 +419,10 @@ class Runner:
         questions = [self.draw(index) for index in indices]
         others = [self.other_text(index) for index in indices]
         expected = torch.tensor([self.token_of(question.answer) for question in questions])
-        if bool((expected == self.unknown).any()):
-            raise ValueError("answer: expected a word of the model's vocabulary")
+        unknown = {one.answer for one, token in zip(questions, expected) if token == self.unknown}
+        if unknown:
+            words = ", ".join(sorted(unknown))
+            raise ValueError(f"kinds: expected those whose answers the model's vocabulary has, got {words}")
         inputs = self.inputs(questions)
         image_token = self.loaded.model.config.image_token_id
         full_tokens = int((inputs["input_ids"][0] == image_token).sum())
