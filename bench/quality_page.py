@@ -303,10 +303,13 @@ class _Panel:
             yield _text(self.left - 8, y + 4, f"{100 * value:.0f} %", small, "#555555", "end")
         full = self.record["variants"]["full"]["keep"]["1"]["tokens"]
         ticks = {full: "all"}
-        for ratio in _ratios(self.record):
-            for points in self.record["variants"].values():
-                if ratio in points["keep"] and "1" not in points["keep"]:
-                    ticks.setdefault(points["keep"][ratio]["tokens"], f"R = {ratio}")
+        for ratio in _ratios(self.record):  # variants differ by a token at most: the first speaks for all
+            counts = (
+                variant["keep"][ratio]["tokens"]
+                for variant in self.record["variants"].values()
+                if ratio in variant["keep"]
+            )
+            ticks.setdefault(next(counts, full), f"R = {ratio}")
         for tokens, name in ticks.items():
             x = self.x(tokens)
             yield f'<line x1="{x:.1f}" y1="{foot}" x2="{x:.1f}" y2="{foot + 5}" stroke="#555555"/>'
