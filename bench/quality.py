@@ -277,7 +277,8 @@ class Cell(NamedTuple):
     right: list[bool]
     found: list[bool]
     """Whether the tile asked about had a larger share than any other."""
-    tokens: int
+    tokens: float
+    """Visual tokens of an image, newlines included, on average."""
     vision: float
     """Processor seconds of the vision stage, all questions together."""
     prefill: float
@@ -720,7 +721,7 @@ def compare(before: Mapping, after: Mapping) -> list[dict[str, object]]:
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    ratios = tuple(float(word) for word in text.split(","))
+    ratios = tuple(dict.fromkeys(float(word) for word in text.split(",")))
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise argparse.ArgumentTypeError(f"expected ratios in (0, 1] with commas between, got {text!r}")
     return ratios
