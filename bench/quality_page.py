@@ -301,7 +301,7 @@ class _Panel:
         right, foot = self.left + self.width, self.top + self.height
         small = 12 if self.large else 10.5
         step = 0.1 if self.large or self.ceiling - self.bottom < 0.45 else 0.2
-        for number in range(round((self.ceiling - self.bottom) / step) + 1):
+        for number in range(int((self.ceiling - self.bottom) / step + 1e-9) + 1):
             value = self.bottom + step * number
             y = self.y(value)
             yield f'<line x1="{self.left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e6e6e6"/>'
