@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 __all__ = ["ROOT", "accelerator", "commit", "cpu_name", "environment", "fingerprint", "write"]
 
 ROOT = Path(__file__).resolve().parent.parent
+_NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # no string holds a newline
 CODE = ("hero", "hero_kernels", "bench", ":!bench/results")
 
 
@@ -121,9 +123,10 @@ def environment(
 
 
 def write(path: str | Path, record: Mapping[str, object]) -> None:
-    """Write a record as JSON; the file appears whole or not at all."""
+    """Write a record as JSON, lists of numbers on one line; the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = re.sub(_NUMBERS, lambda found: " ".join(found[0].split()), json.dumps(record, indent=1))
+    part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)

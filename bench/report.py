@@ -1,7 +1,8 @@
-"""Rewrite the tables of ``docs/benchmarks.md`` from the records in ``bench/results``. Standard library only.
+"""Rewrite the tables of ``docs`` from the records in ``bench/results``. Standard library only.
 
-``python -m bench.report`` puts the tables of each benchmark between its markers and leaves everything else
-as it is; ``--check`` changes nothing and fails where the page does not show what the records say.
+``python -m bench.report`` puts the tables of each benchmark between its markers, in ``docs/benchmarks.md``
+or, of ``bench.quality``, in ``docs/quality.md`` with a picture beside it, and leaves everything else as it
+is; ``--check`` changes nothing and fails where a page does not show what the records say.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from . import quality_page
 from .record import ROOT
 
-__all__ = ["main", "render", "replace"]
+__all__ = ["main", "render", "render_quality", "replace"]
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -315,7 +317,7 @@ RENDERERS: dict[str, Callable[[Mapping], list[str]]] = {
     "kernels": kernels,
 }
 MISSING = {"kernels": "Not measured: no GPU was available so far."}
-ELSEWHERE = ("compiled",)  # records that another script puts on another page
+ELSEWHERE = ("compiled", "quality")  # records on other pages
 
 
 def replace(page: str, name: str, lines: Sequence[str]) -> str:
@@ -351,22 +353,46 @@ def render(page: str, records: Sequence[Mapping]) -> str:
     return page
 
 
+def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
+    """The page of ``bench.quality`` with the tables of its record, and the picture; ``None`` without one.
+
+    Raises:
+        ValueError: several records, or a page without its markers.
+    """
+    records = [record for record in records if record["benchmark"] == "quality"]
+    if len(records) > 1:
+        raise ValueError(f"records: expected one of quality, got {len(records)}")
+    if not records:
+        return replace(page, "quality", ["Not measured yet."]), None
+    lines = quality_page.tables(records[0], _code(records[0]))
+    return replace(page, "quality", lines), quality_page.picture(records[0])
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command: returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records")
-    parser.add_argument("--page", type=Path, default=PAGE, help="page to rewrite")
-    parser.add_argument("--check", action="store_true", help="fail if the page is out of date; write nothing")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to rewrite; quality.md lies beside it")
+    parser.add_argument("--check", action="store_true", help="fail if a page is out of date; write nothing")
     options = parser.parse_args(arguments)
     files = sorted(options.results.glob("*.json"))
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    page = options.page.read_text(encoding="utf-8")
-    rendered = render(page, records)
+    wanted = {options.page: render(options.page.read_text(encoding="utf-8"), records)}
+    quality = options.page.with_name("quality.md")
+    if quality.exists():
+        wanted[quality], picture = render_quality(quality.read_text(encoding="utf-8"), records)
+        if picture is not None:
+            wanted[quality.with_suffix(".svg")] = picture
+    stale = [
+        file for file, text in wanted.items() if not file.exists() or file.read_text(encoding="utf-8") != text
+    ]
     if options.check:
-        if rendered != page:
-            print("out of date: run python -m bench.report", file=sys.stderr)
-        return int(rendered != page)
-    options.page.write_text(rendered, encoding="utf-8")
+        if stale:
+            names = ", ".join(file.name for file in stale)
+            print(f"out of date: {names}: run python -m bench.report", file=sys.stderr)
+        return int(bool(stale))
+    for file in stale:
+        file.write_text(wanted[file], encoding="utf-8")
     return 0
 
 

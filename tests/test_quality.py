@@ -1,6 +1,13 @@
-"""What dropping costs in answers, on the bundled mini model and scenes it has never seen."""
+"""What dropping costs in answers: a reduced run of ``bench.quality`` held to its figures, and the harness."""
 
-import contextlib
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -8,76 +15,417 @@ import torch
 
 import hero
 from hero import mini
+from hero.config import POLICIES
+from hero.layout import ImageLayout
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-GRID = (3, 3)
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
+    sys.path.insert(0, str(ROOT))
+
+from bench import quality, quality_page, report  # noqa: E402
+
+QUESTIONS = 300
+KEEP = (0.2, 0.05)
+KINDS = (*quality.ONE_ATTRIBUTE, "count")
+MACHINE = {"machine": {"cpu": "a CPU", "cores": 1, "system": "Linux"}}
+RUN = {"benchmark": "quality", "command": "python -m bench.quality", "date": "2026-01-01", "seconds": 1.0}
+RUN |= {"commit": {"hash": "0" * 40, "dirty": False}, "versions": {"hero": "0"}, "workers": 0, **MACHINE}
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    loaded = mini.load()
-    loaded.processor.tokenizer.padding_side = "left"
-    return loaded
+    return mini.load()
 
 
 @pytest.fixture(scope="module")
-def asked():
-    """500 (scene, question) pairs, each question about one object."""
-    from hero.mini import scenes
-
-    rng = np.random.default_rng(20260209)
-    pairs = []
-    while len(pairs) < 500:
-        scene = scenes.scene(rng, GRID, int(rng.integers(3, 7)), split="test")
-        question = scenes.questions(scene, rng, 1)[0]
-        if question.tile is not None:
-            pairs.append((scene, question))
-    return pairs
+def record(loaded):
+    """A reduced run: questions about one attribute, every policy there is."""
+    runner = quality.Runner(quality.variants_of(loaded), KEEP, kinds=quality.ONE_ATTRIBUTE, loaded=loaded)
+    return {**RUN, **quality.record_of(runner, quality.measure(runner, QUESTIONS))}
 
 
-def answers(loaded, asked, **options):
-    """(right answers [n] bool, tile with the largest budget [n]), hero attached where options say so."""
-    from hero.mini import scenes
-
-    right, largest = [], []
-    attach = hero.attach(loaded.model, loaded.processor, **options) if options else contextlib.nullcontext()
-    with attach as handle, torch.inference_mode():
-        for start in range(0, len(asked), 25):
-            part = asked[start : start + 25]
-            inputs = loaded.processor(
-                images=[scene.image for scene, _ in part],
-                text=[scenes.prompt(question.text) for _, question in part],
-                padding=True,
-                return_tensors="pt",
-            )
-            output = loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-            words = loaded.processor.batch_decode(output[:, -1:], skip_special_tokens=True)
-            right += [
-                word.strip() == question.answer for word, (_, question) in zip(words, part, strict=True)
-            ]
-            if handle is not None:
-                budgets = handle.last.budgets.view(len(part), -1)[:, 1:]
-                largest += budgets.argmax(1).tolist()
-    return np.array(right), largest
+def _cell(record, name: str, ratio: str) -> dict:
+    return record["summary"]["one attribute"]["variants"][name][ratio]
 
 
-def test_relevance_finds_the_tile(loaded, asked):
-    """The tile that holds the answer gets the largest budget in at least 85 % of 200 scenes."""
-    part = asked[:200]
-    _, largest = answers(loaded, part, keep_ratio=0.2, relevance=loaded.relevance)
-    hits = [tile == question.tile for tile, (_, question) in zip(largest, part, strict=True)]
-    assert np.mean(hits) >= 0.85
-    _, blind = answers(loaded, part, keep_ratio=0.2)
-    assert np.mean([tile == question.tile for tile, (_, question) in zip(blind, part, strict=True)]) < 0.5
+def _mean(record, name: str, ratio: str) -> float:
+    return _cell(record, name, ratio)["accuracy"]["mean"]
 
 
-def test_answers_stay(loaded, asked):
-    """A fifth of the tokens costs at most 3 points of 500 answers, and choosing at random costs more."""
-    full, _ = answers(loaded, asked)
-    kept, _ = answers(loaded, asked, keep_ratio=0.2, relevance=loaded.relevance)
-    assert full.mean() > 0.8
-    assert kept.mean() >= full.mean() - 0.03
-    random, _ = answers(loaded, asked[:250], keep_ratio=0.2, policy="random")
-    assert random.mean() < kept[:250].mean() - 0.05
+# --- the figures -----------------------------------------------------------------------------------------
+
+
+def test_answers_stay(record):
+    """A fifth of the tokens costs at most 3 points, and choosing at random at least 10 more."""
+    assert _mean(record, "full", "1") > 0.8
+    assert _cell(record, "hero", "0.2")["to_full"]["mean"] >= -0.03
+    assert _cell(record, "random", "0.2")["to_hero"]["mean"] <= -0.10
+    assert _cell(record, "random", "0.2")["to_hero"]["interval"][1] < -0.05
+
+
+def test_relevance_finds_the_tile(record):
+    """The answer's tile has the largest share in at least 85 % of scenes, in few without the question."""
+    found = {
+        name: variant["keep"].get("0.2", {}).get("tile_found") for name, variant in record["variants"].items()
+    }
+    assert found["hero"] >= 0.85
+    assert found["hero-no-text"] < 0.5 and found["hero-other-question"] < 0.5
+
+
+@pytest.mark.parametrize("ratio", [f"{ratio:g}" for ratio in KEEP])
+def test_hero_is_not_below_a_peer(record, ratio):
+    """By no more than what so few questions resolve."""
+    for name in set(POLICIES) - {"hero"}:
+        assert _cell(record, name, ratio)["to_hero"]["mean"] <= 0.02, name
+
+
+def test_few_tokens_need_the_question(record):
+    """At one token in twenty, hero is above equal budgets, and its text is why."""
+    assert _cell(record, "uniform", "0.05")["to_hero"]["mean"] <= -0.02
+    assert _cell(record, "hero-no-text", "0.05")["to_hero"]["mean"] <= -0.05
+
+
+def test_a_misleading_question_costs_little(record):
+    """At R = 0.2, relevance to another scene's question is no more than 3 points below equal budgets."""
+    assert _mean(record, "hero-other-question", "0.2") >= _mean(record, "uniform", "0.2") - 0.03
+
+
+def test_knowing_the_place_is_best(record):
+    for ratio in ("0.2", "0.05"):
+        for name in POLICIES:
+            assert _mean(record, "oracle", ratio) >= _mean(record, name, ratio) - 0.02
+    assert _cell(record, "oracle", "0.05")["to_full"]["mean"] >= -0.03
+
+
+def test_every_variant_keeps_as_many(record):
+    """But for a token, where a policy rounds thumbnail and tiles together."""
+    counts = {"1": 360, "0.2": 71, "0.05": 17}
+    for name, variant in record["variants"].items():
+        for ratio, cell in variant["keep"].items():
+            assert cell["patches"] - counts[ratio] in (0, 1), (name, ratio)
+            assert cell["tokens"] == cell["patches"] + 18
+            assert cell["prefill_ms"] > 0 and cell["vision_ms"] > 0
+
+
+# --- asking ----------------------------------------------------------------------------------------------
+
+
+def test_questions_are_what_split_and_number_say():
+    quality.asked.cache_clear()
+    first = [quality.asked("test", index) for index in range(20)]
+    quality.asked.cache_clear()
+    again = [quality.asked("test", index) for index in reversed(range(20))][::-1]
+    for one, other in zip(first, again):
+        assert one[1:] == other[1:] and one.image.tobytes() == other.image.tobytes()
+    other = [quality.asked("validation", index) for index in range(20)]
+    assert all(one.image.tobytes() != two.image.tobytes() for one, two in zip(first, other))
+    counts = [quality.asked("test", index, kinds=("count",)) for index in range(3)]
+    assert {question.kind for question in counts} == {"count"}
+    assert all(question.tile is None for question in counts)
+    assert {first[0].image.size, quality.asked("test", 0, (1, 2)).image.size} == {(144, 144), (96, 48)}
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: quality.asked("train", 0), "split"),
+        (lambda: quality.asked("test", 0, kinds=("smell",)), "kinds"),
+        (lambda: quality.estimate(np.zeros(0)), "values"),
+        (lambda: quality.estimate(np.array([2])), "values"),
+        (lambda: quality.unbits("ff", 20), "text"),
+    ],
+)
+def test_bad_input_is_named(call, named):
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        call()
+
+
+def test_variants(loaded):
+    variants = quality.variants_of(loaded, ("hero", "random"), {"low": {"alpha": 0.1}})
+    names = [
+        "full",
+        "hero",
+        "hero-no-text",
+        "hero-other-question",
+        "random",
+        "low",
+        "low-other-question",
+        "oracle",
+    ]
+    assert [variant.name for variant in variants] == names
+    assert {variant.text for variant in variants if variant.name in ("hero", "low")} == {"own"}
+    plain = quality.variants_of(loaded, ("hero", "random"), plain=True)
+    assert [variant.name for variant in plain] == ["full", "hero", "random"]
+    with pytest.raises(ValueError, match="policies: expected names among hero"):
+        quality.variants_of(loaded, ("nero",))
+    with pytest.raises(ValueError, match="expected each name once, got hero again"):
+        quality.variants_of(loaded, ("hero",), {"hero": {"alpha": 0.1}})
+
+
+def test_the_answer_is_what_generate_says(loaded):
+    """One forward gives the first token of generate, and ratios that share the tower give it too."""
+    variants = {variant.name: variant for variant in quality.variants_of(loaded, ("hero", "uniform"))}
+    runner = quality.Runner(variants.values(), KEEP, kinds=KINDS, loaded=loaded)
+    questions = [runner.draw(index) for index in range(24)]
+    assert len({len(question.text.split()) for question in questions}) > 1  # some are padded
+    inputs = runner.inputs(questions)
+    cells = runner.run(range(24))
+    for name in ("full", "hero", "hero-no-text", "uniform", "oracle"):
+        for ratio in (1.0,) if name == "full" else KEEP:
+            with runner.attached(variants[name], ratio, questions, None), torch.inference_mode():
+                answers = runner.answers(inputs)
+                given = {key: value for key, value in inputs.items() if key != "position_ids"}
+                generated = loaded.model.generate(**given, max_new_tokens=1, do_sample=False)[:, -1]
+            assert torch.equal(answers, generated)
+            words = loaded.processor.batch_decode(generated[:, None])
+            right = [word.strip() == question.answer for word, question in zip(words, questions)]
+            assert cells[name, ratio].right == right
+    assert "_hero" not in loaded.model.__dict__
+
+
+def test_relevance_reads_the_other_question(loaded):
+    """And the prompt stays: shares are those of the other text, the answer is to the own."""
+    variants = {variant.name: variant for variant in quality.variants_of(loaded, ("hero",))}
+    runner = quality.Runner(variants.values(), loaded=loaded)
+    questions = [runner.draw(index) for index in range(4)]
+    others = [runner.other_text(index) for index in range(4)]
+    assert others[0] == questions[1].text and all(one.text != other for one, other in zip(questions, others))
+    inputs = runner.inputs(questions)
+    with runner.attached(variants["hero-other-question"], 0.2, questions, others) as handle:
+        with torch.inference_mode():
+            runner.answers(inputs)
+        shares = handle.last.shares
+    with runner.attached(variants["hero"], 0.2, questions, None) as handle, torch.inference_mode():
+        expected = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], others).shares
+        own = handle.encoder(
+            inputs["pixel_values"], inputs["image_sizes"], [question.text for question in questions]
+        ).shares
+    assert torch.equal(shares, expected) and not torch.equal(shares, own)
+
+
+def test_workers_change_nothing(loaded, tmp_path, capsys):
+    """The command with two processes answers as one process does, and writes what it prints."""
+    arguments = ("--questions", "60", "--policies", "hero", "--plain", "--keep", "0.2", "--workers", "2")
+    arguments += ("--kinds", ",".join(KINDS))
+    quality.main(("--out", str(tmp_path / "quality.json"), *arguments))
+    record = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    variants = quality.variants_of(loaded, ("hero",), plain=True)
+    runner = quality.Runner(variants, (0.2,), kinds=KINDS, loaded=loaded)
+    here = json.loads(json.dumps(quality.record_of(runner, quality.measure(runner, 60))))
+    assert record["digest"] == here["digest"] and record["kinds"] == here["kinds"]
+    assert record["summary"] == here["summary"] and record["targets"] == here["targets"]
+    for name, ratio in (("full", "1"), ("hero", "0.2")):
+        one, other = (part["variants"][name]["keep"][ratio] for part in (record, here))
+        assert one["right"] == other["right"] and one["tile_found"] == other["tile_found"]
+    text = json.dumps(record)
+    assert str(tmp_path) not in text and str(ROOT) not in text and "host" not in text.lower()
+    assert record["command"].startswith("python -m bench.quality --out quality.json")
+    assert "hero to all tokens, R = 0.2" in capsys.readouterr().out
+    quality.main(("--compare", *[str(tmp_path / "quality.json")] * 2))
+    assert "+0.0 (+0.0 to +0.0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--out: expected"),
+        (("--out", "x", "--policies", "nero"), "policies: expected names among"),
+        (("--out", "x", "--keep", "0"), "expected ratios in (0, 1]"),
+        (("--out", "x", "--grid", "9x9"), "expected one of 1x2"),
+        (("--out", "x", "--variant", 'a={"keep": 1}'), "expected NAME=JSON"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        quality.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+# --- the oracle ------------------------------------------------------------------------------------------
+
+LAYOUT = ImageLayout((48, 72), (2, 3), 3, (0, 6), (0, 9))  # 2 × 3 tiles of 3 × 3 patches of 8 px
+
+
+def test_overlaps_are_square_pixels():
+    """Against counting pixels one by one."""
+    boxes = [(3, 20, 13, 33), (30, 50, 48, 72)]
+    inside = np.zeros((2, 48, 72), int)
+    for mask, (y0, x0, y1, x1) in zip(inside, boxes):
+        mask[y0:y1, x0:x1] = 1
+    patches = inside.reshape(2, 6, 8, 9, 8).sum((2, 4)).max(0)  # [rows, columns] of the stitched grid
+    got = quality.overlaps(boxes, LAYOUT, 8)
+    for row in range(6):
+        for column in range(9):
+            tile, patch = row // 3 * 3 + column // 3, row % 3 * 3 + column % 3
+            assert got[tile, patch] == patches[row, column]
+    assert quality.overlaps([], LAYOUT, 8).sum() == 0
+    with pytest.raises(ValueError, match=r"^layout: expected an image of 48 × 72 px"):
+        quality.overlaps(boxes, ImageLayout((40, 72), (2, 3), 3, (0, 6), (0, 9)), 8)
+
+
+def test_oracle_keeps_what_is_touched_then_equally():
+    overlap = quality.overlaps([(3, 20, 13, 33)], LAYOUT, 8)[None]
+    scores = torch.rand(1, 6, 9, generator=torch.Generator().manual_seed(0))
+    touched = int((overlap > 0).sum())
+    assert touched == 6
+    few = quality.oracle_keep(scores, overlap, 3)[0]
+    assert few.sum() == 3 and overlap[0][few].min() >= overlap[0][~few].max()
+    many = quality.oracle_keep(scores, overlap, touched + 6 * 2 + 1)[0]
+    assert many[overlap[0] > 0].all()
+    rest = many & (overlap[0] == 0)
+    assert rest.sum(1).tolist() == [3, 2, 2, 2, 2, 2]
+    for tile in range(6):
+        free = scores[0, tile].masked_fill(overlap[0, tile] > 0, -1)
+        assert set(rest[tile].nonzero().flatten().tolist()) == set(
+            free.topk(int(rest[tile].sum())).indices.tolist()
+        )
+    assert quality.oracle_keep(scores, overlap, 54).all()
+
+
+def test_oracle_keeps_the_object(loaded):
+    """In the model: of each question's box every patch that fits, and as many patches as any policy."""
+    runner = quality.Runner((quality.ORACLE,), loaded=loaded, kinds=quality.ONE_ATTRIBUTE)
+    questions = [runner.draw(index) for index in range(8)]
+    inputs = runner.inputs(questions)
+    for ratio in (0.2, 0.05):
+        with runner.attached(quality.ORACLE, ratio, questions, None) as handle, torch.inference_mode():
+            runner.answers(inputs)
+            last = handle.last
+        with hero.attach(loaded.model, keep_ratio=ratio, policy="uniform") as handle, torch.inference_mode():
+            runner.answers(inputs)
+            uniform = handle.last
+        keep = last.keep_mask().view(8, 10, 36)
+        assert last.lengths == uniform.lengths
+        assert torch.equal(keep[:, 0], uniform.keep_mask().view(8, 10, 36)[:, 0])
+        for question, kept in zip(questions, keep[:, 1:]):
+            touched = quality.overlaps(question.boxes, last.layout[0], 8) > 0
+            assert touched.sum() <= int(last.budgets.view(8, 10)[0, 1:].sum()) and kept[touched].all()
+
+
+# --- statistics and the record ---------------------------------------------------------------------------
+
+
+def test_bootstrap():
+    """Against resampling one by one, and against the normal interval where that holds."""
+    values = np.array([1] * 60 + [-1] * 25 + [0] * 315)
+    got = quality.estimate(values)
+    rng = np.random.default_rng(1)
+    means = np.array([rng.choice(values, len(values)).mean() for _ in range(4000)])
+    assert got["mean"] == 0.0875 and got["se"] == pytest.approx(values.std(ddof=1) / 20, abs=1e-5)
+    assert got["interval"] == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.006)
+    assert got["interval"] == pytest.approx([0.0875 - 1.96 * got["se"], 0.0875 + 1.96 * got["se"]], abs=0.004)
+    assert got == quality.estimate(values)
+    assert quality.estimate(np.ones(5, bool))["interval"] == [1.0, 1.0]
+    assert quality.estimate(np.array([True]))["se"] is None
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 400])
+def test_bits_come_back(count):
+    values = np.random.default_rng(count).random(count) < 0.5
+    assert (quality.unbits(quality.bits(values), count) == values).all()
+    assert quality.bits([True] + [False] * 8) == "8000"
+
+
+def test_the_bits_give_the_summary(record):
+    """A record read back from JSON gives the same tables without a run."""
+    back = json.loads(json.dumps(record))
+    assert quality.summarise(back) == record["summary"] and quality.targets(back) == record["targets"]
+    right = quality.unbits(back["variants"]["hero"]["keep"]["0.2"]["right"], QUESTIONS)
+    full = quality.unbits(back["variants"]["full"]["keep"]["1"]["right"], QUESTIONS)
+    gap = _cell(record, "hero", "0.2")["to_full"]
+    assert gap["mean"] == pytest.approx(right.mean() - full.mean(), abs=1e-5)
+    assert record["summary"]["all"]["questions"] == QUESTIONS
+    kinds = set(record["summary"]) - {"all", "one attribute"}
+    assert kinds == set(quality.ONE_ATTRIBUTE)
+    assert sum(record["summary"][kind]["questions"] for kind in kinds) == QUESTIONS
+
+
+def test_targets_say_what_intervals_say(record):
+    found = {one["what"]: one for one in record["targets"]}
+    assert {"hero to all tokens, R = 0.2", "hero to random, R = 0.2", "hero to uniform, R = 0.2"} <= set(
+        found
+    )
+    assert any("best peer" in what for what in found)
+    for one in found.values():
+        low, high = one["difference"]["interval"]
+        assert one["verdict"] == (
+            "met" if low >= one["limit"] else "missed" if high < one["limit"] else "undecided"
+        )
+
+
+def test_oracle_stands_only_where_a_box_is_asked_about(record):
+    """Where one question has none, the group has no oracle."""
+    partly = {**record, "boxed": quality.bits([True] * (QUESTIONS - 1) + [False])}
+    assert "oracle" in record["summary"]["all"]["variants"]
+    assert "oracle" not in quality.summarise(partly)["all"]["variants"]
+
+
+def test_compare_pairs_two_records(record):
+    """Wrong answers turned right are the difference; other questions are refused."""
+    after = json.loads(json.dumps(record))
+    cell = after["variants"]["random"]["keep"]["0.05"]
+    right = quality.unbits(cell["right"], QUESTIONS)
+    wrong = np.flatnonzero(~right)[:8]
+    right[wrong] = True
+    cell["right"] = quality.bits(right)
+    rows = {(row["group"], row["variant"], row["keep"]): row for row in quality.compare(record, after)}
+    changed = rows["all", "random", "0.05"]
+    assert changed["difference"]["mean"] == pytest.approx(8 / QUESTIONS, abs=1e-5)
+    assert changed["after"] - changed["before"] == pytest.approx(8 / QUESTIONS, abs=1e-5)
+    assert rows["all", "hero", "0.2"]["difference"]["interval"] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="compare: expected records of the same questions"):
+        quality.compare(record, {**after, "digest": "another"})
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_drawn_from_the_record(record, tmp_path):
+    for name in ("benchmarks.md", "quality.md"):
+        page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(page, encoding="utf-8")
+    (tmp_path / "quality.json").write_text(json.dumps(record), encoding="utf-8")
+    options = ("--results", str(tmp_path), "--page", str(tmp_path / "benchmarks.md"))
+    assert report.main((*options, "--check")) == 1
+    assert report.main(options) == 0 and report.main((*options, "--check")) == 0
+    page = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    accuracy = 100 * _mean(record, "hero", "0.05")
+    assert re.search(rf"^\| hero \| .*\| {accuracy:.1f}, ", page, re.MULTILINE)
+    for words in (
+        "| hero, no text |",
+        "| oracle |",
+        "| patches | 360 | 71",
+        "Kind: digit",
+        "Targets",
+        "(quality.svg)",
+    ):
+        assert words in page
+    (tmp_path / "quality.svg").write_text("<svg/>", encoding="utf-8")
+    assert report.main((*options, "--check")) == 1
+    with pytest.raises(ValueError, match="records: expected one of quality, got 2"):
+        report.render_quality(page, [record, record])
+
+
+def test_the_picture_shows_every_variant(record):
+    """Well-formed, each variant labelled, labels apart, fewer tokens further to the right."""
+    root = ElementTree.fromstring(quality_page.picture(record))
+    texts = [element for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    labels = {}
+    for name in record["variants"]:
+        (found,) = [text for text in texts if text.text.startswith(quality_page.label(name) + "  ")]
+        labels[name] = float(found.get("y"))
+    heights = sorted(labels.values())
+    assert min(low - high for high, low in pairwise(heights)) >= 15.9
+    ticks = {text.text: float(text.get("x")) for text in texts if text.text in ("378", "89", "35")}
+    assert ticks["378"] < ticks["89"] < ticks["35"]
+    assert labels["hero"] < labels["uniform"] < labels["random"]
+
+
+def test_labels_are_spread_as_little_as_needed():
+    assert quality_page._spread([10, 50, 90], 16, 0, 100) == [10, 50, 90]
+    assert quality_page._spread([52, 48], 10, 0, 100) == pytest.approx([55, 45])
+    assert quality_page._spread([99, 100], 10, 0, 100) == [90, 100]
+    assert quality_page._spread([0, 0, 0], 10, 0, 100) == [0, 10, 20]
