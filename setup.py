@@ -40,7 +40,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(str(HERE), include=["hero", "hero.*", "hero_kernels", "hero_kernels.*"]),
     package_data={
-        "hero.mini": ["card.md", "weights/*.json", "weights/*.safetensors", "weights/*.md", "demo/*.png", "demo/*.json"],
+        "hero.mini": ["card.md"]
+        + [f"weights/*.{kind}" for kind in ("json", "safetensors", "md")]
+        + [f"demo/*.{kind}" for kind in ("png", "json")],
         "hero_kernels": ["configs/*.json"],
     },
     install_requires=[

@@ -51,7 +51,6 @@ from .timing import take_turns
 
 __all__ = [
     "KEEP",
-    "ONE_ATTRIBUTE",
     "SEEDS",
     "Asked",
     "Runner",
@@ -76,11 +75,7 @@ KEEP = (0.5, 0.2, 0.1, 0.05)
 GRID = (3, 3)
 OBJECTS = (3, 6)
 BATCH = 50
-ONE_ATTRIBUTE = ("digit", "colour", "shape")
-"""Kinds that ask for one attribute of one object."""
-
 RESAMPLES = 10_000
-_TRIES = 1000  # draws of a question of the wanted kinds
 _now = time.thread_time  # one thread: blind to other processes that take turns on the core
 
 
@@ -112,20 +107,9 @@ def asked(
         raise ValueError(f"split: expected one of {', '.join(SEEDS)}, got {split!r}")
     rng = np.random.default_rng((SEEDS[split], index))
     scene = scenes.scene(rng, grid, int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)), split="test")
-    for _ in range(_TRIES):
-        question = scenes.questions(scene, rng, 1)[0]
-        if kinds is None or question.kind in kinds:
-            break
-    else:
-        raise ValueError(f"kinds: expected kinds that hero.mini.scenes asks, got {', '.join(kinds)}")
-    return Asked(scene.image, question.text, question.answer, question.kind, question.tile, _boxes(question))
-
-
-def _boxes(question: scenes.Question) -> tuple[tuple[int, int, int, int], ...]:
-    """Boxes of all that has to be seen to answer."""
-    if hasattr(question, "objects"):  # scenes that ask about several objects name them
-        return tuple(thing.box for thing in question.objects)
-    return () if question.box is None else (question.box,)
+    question = scenes.questions(scene, rng, 1, tuple(scenes.KINDS) if kinds is None else kinds)[0]
+    boxes = tuple(thing.box for thing in question.objects)
+    return Asked(scene.image, question.text, question.answer, question.kind, question.tile, boxes)
 
 
 # --- variants --------------------------------------------------------------------------------------------
@@ -555,7 +539,7 @@ def unbits(text: str, count: int) -> np.ndarray:
 def _groups(record: Mapping) -> dict[str, np.ndarray]:
     """Questions of each group: one attribute, each kind, all."""
     kinds = {name: unbits(text, record["questions"]) for name, text in record["kinds"].items()}
-    one = [kind for name, kind in kinds.items() if name in ONE_ATTRIBUTE]
+    one = [kind for name, kind in kinds.items() if name in scenes.ONE_ATTRIBUTE]
     groups = {"one attribute": np.any(one, axis=0)} if one else {}
     return {**groups, **kinds, "all": np.ones(record["questions"], dtype=bool)}
 
@@ -677,7 +661,7 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "keep": list(runner.keep),
         "weights": weights_hash(),
         "digest": digest.hexdigest()[:16],
-        "one_attribute": [kind for kind in kinds if kind in ONE_ATTRIBUTE],
+        "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
         "boxed": bits([bool(question.boxes) for question in questions]),
         "variants": variants,
@@ -807,6 +791,9 @@ def main(arguments: Sequence[str]) -> dict | None:
         metavar="NAME=JSON",
         help="one more variant: fields of hero.HeroConfig",
     )
+    parser.add_argument(
+        "--weights", default=mini.WEIGHTS, help="folder of a model that hero.mini.train wrote"
+    )
     parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
     parser.add_argument("--workers", type=_positive, default=2, help="processes of one thread (default 2)")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two records instead")
@@ -818,8 +805,8 @@ def main(arguments: Sequence[str]) -> dict | None:
     if options.out is None:
         parser.error("--out: expected a JSON file to write")
     torch.set_num_threads(1)
-    loaded = mini.load()
     try:
+        loaded = mini.load(weights=options.weights)
         variants = variants_of(loaded, options.policies, dict(options.variant), options.plain)
         runner = Runner(variants, options.keep, options.split, options.grid, options.kinds, loaded)
         runner.draw(0)

@@ -26,10 +26,11 @@ if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
     sys.path.insert(0, str(ROOT))
 
 from bench import quality, quality_page, report  # noqa: E402
+from hero.mini import scenes  # noqa: E402
 
 QUESTIONS = 300
 KEEP = (0.2, 0.05)
-KINDS = (*quality.ONE_ATTRIBUTE, "count")
+KINDS = (*scenes.ONE_ATTRIBUTE, "count")
 MACHINE = {"machine": {"cpu": "a CPU", "cores": 1, "system": "Linux"}}
 RUN = {"benchmark": "quality", "command": "python -m bench.quality", "date": "2026-01-01", "seconds": 1.0}
 RUN |= {"commit": {"hash": "0" * 40, "dirty": False}, "versions": {"hero": "0"}, "workers": 0, **MACHINE}
@@ -43,7 +44,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def record(loaded):
     """A reduced run: questions about one attribute, every policy there is."""
-    runner = quality.Runner(quality.variants_of(loaded), KEEP, kinds=quality.ONE_ATTRIBUTE, loaded=loaded)
+    runner = quality.Runner(quality.variants_of(loaded), KEEP, kinds=scenes.ONE_ATTRIBUTE, loaded=loaded)
     return {**RUN, **quality.record_of(runner, quality.measure(runner, QUESTIONS))}
 
 
@@ -287,7 +288,7 @@ def test_oracle_keeps_what_is_touched_then_equally():
 
 def test_oracle_keeps_the_object(loaded):
     """In the model: of each question's box every patch that fits, and as many patches as any policy."""
-    runner = quality.Runner((quality.ORACLE,), loaded=loaded, kinds=quality.ONE_ATTRIBUTE)
+    runner = quality.Runner((quality.ORACLE,), loaded=loaded, kinds=scenes.ONE_ATTRIBUTE)
     questions = [runner.draw(index) for index in range(8)]
     inputs = runner.inputs(questions)
     for ratio in (0.2, 0.05):
@@ -339,7 +340,7 @@ def test_the_bits_give_the_summary(record):
     assert gap["mean"] == pytest.approx(right.mean() - full.mean(), abs=1e-5)
     assert record["summary"]["all"]["questions"] == QUESTIONS
     kinds = set(record["summary"]) - {"all", "one attribute"}
-    assert kinds == set(quality.ONE_ATTRIBUTE)
+    assert kinds == set(scenes.ONE_ATTRIBUTE)
     assert sum(record["summary"][kind]["questions"] for kind in kinds) == QUESTIONS
 
 
