@@ -340,6 +340,8 @@ class Runner:
         variants: ``full`` runs once, the others at every keep ratio.
         keep: keep ratios.
         split, grid, kinds: as in :func:`asked`.
+        weights: folder of the mini model.
+        loaded: the model of that folder, where it is at hand.
     """
 
     def __init__(
@@ -349,12 +351,14 @@ class Runner:
         split: str = "test",
         grid: tuple[int, int] = GRID,
         kinds: tuple[str, ...] | None = None,
+        weights: str | Path = mini.WEIGHTS,
         loaded: mini.MiniModel | None = None,
     ):
         self.variants = tuple(variants)
         self.keep = tuple(keep)
         self.draw = functools.partial(asked, split, grid=grid, kinds=kinds)
-        self.loaded = mini.load() if loaded is None else loaded
+        self.weights = Path(weights)
+        self.loaded = mini.load(weights=weights) if loaded is None else loaded
         tokenizer = self.loaded.processor.tokenizer
         self.token_of = functools.cache(tokenizer.convert_tokens_to_ids)
         self.unknown = tokenizer.unk_token_id
@@ -475,6 +479,7 @@ def measure(runner: Runner, questions: int, workers: int = 0, progress: bool = F
             "keep": runner.keep,
             **{name: runner.draw.keywords[name] for name in ("grid", "kinds")},
             "split": runner.draw.args[0],
+            "weights": runner.weights,
         }
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(arguments,)) as pool:
@@ -612,10 +617,10 @@ def targets(record: Mapping) -> list[dict[str, object]]:
 # --- the record ------------------------------------------------------------------------------------------
 
 
-def weights_hash() -> str:
-    """The beginning of a hash of the bundled weights."""
+def weights_hash(folder: Path) -> str:
+    """The beginning of a hash of the weights in a folder."""
     digest = hashlib.sha256()
-    for file in sorted(mini.WEIGHTS.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -659,7 +664,7 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "grid": list(runner.draw.keywords["grid"]),
         "objects": list(OBJECTS),
         "keep": list(runner.keep),
-        "weights": weights_hash(),
+        "weights": weights_hash(runner.weights),
         "digest": digest.hexdigest()[:16],
         "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
@@ -791,9 +796,7 @@ def main(arguments: Sequence[str]) -> dict | None:
         metavar="NAME=JSON",
         help="one more variant: fields of hero.HeroConfig",
     )
-    parser.add_argument(
-        "--weights", default=mini.WEIGHTS, help="folder of a model that hero.mini.train wrote"
-    )
+    parser.add_argument("--weights", default=mini.WEIGHTS, help="folder that hero.mini.train wrote")
     parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
     parser.add_argument("--workers", type=_positive, default=2, help="processes of one thread (default 2)")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two records instead")
@@ -808,7 +811,15 @@ def main(arguments: Sequence[str]) -> dict | None:
     try:
         loaded = mini.load(weights=options.weights)
         variants = variants_of(loaded, options.policies, dict(options.variant), options.plain)
-        runner = Runner(variants, options.keep, options.split, options.grid, options.kinds, loaded)
+        runner = Runner(
+            variants,
+            options.keep,
+            options.split,
+            options.grid,
+            options.kinds,
+            weights=options.weights,
+            loaded=loaded,
+        )
         runner.draw(0)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
