@@ -16,6 +16,7 @@ ALLOCATIONS = ("exact", "floor")
 ATTENTIONS = ("native", "fused")
 POLICIES = {
     "hero": "tile budgets by saliency, relevance and density; patches by CLS attention (arXiv 2509.13067)",
+    "hero+": "tile budgets by concentration of attention and relevance; patches as hero (ours)",
     "hired": "half to the thumbnail; tile budgets by its attention to their regions (arXiv 2408.10945)",
     "fastervlm": "equal budgets; patches by CLS attention of the features' layer (arXiv 2412.01818)",
     "visionzip": "equal budgets; dominant patches and means of the rest by key (arXiv 2412.04467)",
@@ -114,9 +115,10 @@ class HeroConfig:
             are kept on top (docs/method.md, 3).
         keep_tokens: a number of patch tokens per image instead of a ratio.
         policy: a name in :data:`POLICIES` (docs/method.md, 6). ``tile_layers``, ``thumbnail_layers`` and
-            ``second_softmax`` are read by ``"hero"`` and ``"uniform"``; ``weights``, ``alpha`` and the
-            temperatures by ``"hero"`` alone, as is a relevance model. The published peers fix their layers,
-            weights and temperatures themselves: there these fields have no effect. All others hold for all.
+            ``second_softmax`` are read by ``"hero"``, ``"hero+"`` and ``"uniform"``; ``temperature_clip``
+            and a relevance model by the first two; ``weights``, ``alpha`` and ``temperature_cls`` by
+            ``"hero"`` alone. The published peers fix their layers, weights and temperatures themselves:
+            there these fields have no effect. All others hold for all.
         tile_layers: encoder layers whose CLS attention scores the patches of tiles (paper: low to middle
             layers, which attend to objects). Integers are 0-based indices, negative from the end;
             floats in [0, 1] are fractions of depth, ``round(f · (depth − 1))``.
@@ -142,7 +144,7 @@ class HeroConfig:
     keep_tokens: int | None = None
     policy: str = "hero"
     tile_layers: tuple[int | float, ...] = (0.2, 0.3, 0.4, 0.5)
-    thumbnail_layers: tuple[int | float, ...] = (0.85, 0.95)
+    thumbnail_layers: tuple[int | float, ...] = (0.95, 1.0)
     weights: SignalWeights | None = None
     alpha: float | None = None
     temperature_cls: float = 0.1

@@ -22,7 +22,7 @@ __all__ = [
     "region_sums",
     "resized_thumbnails",
     "saliency",
-    "softmax_excess",
+    "tile_softmax",
 ]
 
 
@@ -192,12 +192,14 @@ def resized_thumbnails(scores: Tensor, layouts: Sequence[ImageLayout]) -> Tensor
     return torch.lerp(*ends, columns.part[:, None]).flatten(1)
 
 
-def softmax_excess(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
-    """By how much the softmax over an image's tiles exceeds that of equal values: ``softmax_i − 1/K``.
+def tile_softmax(values: Tensor, layouts: Sequence[ImageLayout], more: float) -> Tensor:
+    """The softmax over an image's tiles plus ``more / K``, the same for each of its K tiles.
+
+    With ``more = −1`` by how much the softmax exceeds that of equal values.
 
     Args:
         values: ``[T]`` floating; those of thumbnails are not read.
-        layouts: the images of the batch, each with a thumbnail.
+        layouts: the images of the batch.
 
     Returns:
         ``[T]`` fp32; those of thumbnails have no meaning.
@@ -208,4 +210,4 @@ def softmax_excess(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
     highest = own.amax(1)
     highest = highest.masked_fill(highest.isinf(), 0.0)  # no tile at all
     whole = ((own - highest[:, None]).exp()).sum(1).clamp_min(1.0)
-    return ((values - highest).exp() / whole - 1.0 / regions.is_tile.sum(1).clamp_min(1.0)).float()
+    return ((values - highest).exp() / whole + more / regions.is_tile.sum(1).clamp_min(1.0)).float()

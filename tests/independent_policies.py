@@ -20,7 +20,9 @@ from independent import (
     Layout,
     allocate_exact,
     allocate_floor,
+    concentration,
     cosine,
+    normalised,
     numbers,
     quantised,
     select,
@@ -65,6 +67,19 @@ def counts(rule: PeerRule, patches: int, valid: Sequence[int]) -> tuple[int, int
     if rule.keep_tokens is not None:
         thumbnail, multiplier = min(patches, rule.keep_tokens - tiles), tiles
     return thumbnail, tiles, multiplier
+
+
+class IndependentPlus(Independent):
+    """The reference of HERO with the shares of hero+."""
+
+    def tile_shares(self, rule, layout, scores, cls, text_embedding, image_embeddings) -> list[float]:
+        tiles = range(1, layout.crops)
+        parts = [concentration(scores[tile], layout.valid[tile]) for tile in tiles]
+        if text_embedding is not None:
+            cosines = [cosine(image_embeddings[tile], text_embedding) for tile in tiles]
+            chances = softmax([value / rule.temperature_clip for value in cosines])
+            parts = [part * (chance + 0.3 / len(tiles)) for part, chance in zip(parts, chances, strict=True)]
+        return normalised(parts)
 
 
 class IndependentPeers(Independent):

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from independent import CASES, ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
-from independent_policies import PEERS, IndependentPeers, PeerRule
-from test_llava_next import assert_rows_equal, attached, batch
+from independent_policies import PEERS, IndependentPeers, IndependentPlus, PeerRule
+from test_llava_next import assert_rows_equal, attached, batch, config_of, embeddings
+from test_llava_next import rule_of as hero_rule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -84,6 +85,37 @@ def test_selection(model, reference, policy, case, keep):
     assert selection.lengths == [len(result.index) for result in results]
     tokens = torch.cat([result.tokens for result in results])
     torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["no text", "shared weights", "second pass"])
+@pytest.mark.parametrize("case", CASES)
+def test_hero_plus(model, case, text):
+    """Its shares are the reference's, with the question and without; the rest is HERO's."""
+    options, relevance, words, found = {"keep_ratio": 0.3, "temperature_clip": 0.1}, None, None, (None, None)
+    inputs = batch(tiny_processor(), case)
+    sizes = inputs["image_sizes"]
+    if text != "no text":
+        clip = tiny_clip()
+        if text == "shared weights":
+            clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
+        relevance = hero.ClipRelevance(clip, tiny_tokenizer())
+        words = ["what is in this picture ?", "describe", "and describe the two pictures"] * len(sizes)
+        words = words[: len(sizes)]
+    config = config_of({**options, "policy": "hero+"})
+    with hero.attach(model, tiny_processor(), config=config, relevance=relevance) as handle:
+        assert handle.encoder.needs_text == (relevance is not None)
+        with torch.no_grad():
+            selection = handle.encoder(inputs["pixel_values"], sizes, words)
+            crops, _ = handle.encoder.prepare(inputs["pixel_values"], sizes)
+    if relevance is not None:
+        found = embeddings(clip, tiny_tokenizer(), model, crops, words)
+    with torch.no_grad():
+        results = IndependentPlus(model).images(inputs["pixel_values"], sizes, hero_rule(options), *found)
+    shares = torch.tensor([share for result in results for share in result.shares])
+    # Attention of random weights is all but flat: concentration is a difference of all but equal numbers.
+    torch.testing.assert_close(selection.shares, shares, rtol=0, atol=3e-5)
+    assert selection.budgets.tolist() == [budget for result in results for budget in result.budgets]
+    assert selection.index.tolist() == [place for result in results for place in result.index]
 
 
 @pytest.mark.parametrize("policy", PEERS)
@@ -319,6 +351,7 @@ def test_merged_tokens_carry_gradients(model):
 
 CAPTURED = {  # layers, and maps that are finalised
     "hero": ((1, 2, 4), 1),
+    "hero+": ((1, 2, 4), 1),
     "uniform": ((1, 2, 4), 1),
     "random": ((), 0),
     "hired": ((0, 4), 2),
@@ -353,11 +386,11 @@ def test_captured_is_what_is_needed(model, monkeypatch, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_relevance_model_is_asked_by_hero_alone(model, policy):
+def test_a_relevance_model_is_asked_by_those_that_read(model, policy):
     relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer())
     with hero.attach(model, tiny_processor(), policy=policy, relevance=relevance) as handle:
-        assert handle.encoder.needs_text == (policy == "hero")
-    if policy != "hero":
+        assert handle.encoder.needs_text == (policy in ("hero", "hero+"))
+    if policy not in ("hero", "hero+"):
         hero.attach(model, policy=policy, alpha=0.5).remove()  # it weighs nothing, so none is missing
 
 
@@ -406,7 +439,7 @@ def test_names():
         policy = policy_of(name)
         text = sys.modules[policy.__module__].__doc__
         assert policy is policy_of(name) and isinstance(policy, Policy)
-        assert ("https://arxiv.org/abs/" in text) == (name not in ("uniform", "random"))
+        assert ("https://arxiv.org/abs/" in text) == (name not in ("hero+", "uniform", "random"))
         assert all(f"`{name}`" in page for page in PAGES)
     with pytest.raises(ValueError, match=r"^policy: expected one of 'hero', .*, got 'best'$"):
         policy_of("best")
@@ -462,16 +495,17 @@ def test_resized_thumbnails_are_interpolated():
             torch.testing.assert_close(grid, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_softmax_excess():
+@pytest.mark.parametrize("more", [-1.0, 0.0, 0.3])
+def test_tile_softmax(more):
     draw = random.Random(5)
     for _ in range(30):
         layouts = draw_layouts(draw)
         values = torch.randn(sum(layout.crops for layout in layouts)) * 20
-        excess, first = scoring.softmax_excess(values, layouts), 0
+        shares, first = scoring.tile_softmax(values, layouts, more), 0
         for layout in layouts:
             own = slice(first + 1, first + layout.crops)
-            wanted = values[own].softmax(0) - 1 / layout.tiles
-            torch.testing.assert_close(excess[own], wanted, rtol=1e-5, atol=1e-6)
+            wanted = values[own].softmax(0) + more / layout.tiles
+            torch.testing.assert_close(shares[own], wanted, rtol=1e-5, atol=1e-6)
             first += layout.crops
 
 
@@ -490,7 +524,7 @@ def test_regions_follow_the_thumbnail():
     scores = torch.rand(1, 16)
     assert scoring.region_sums(scores, [alone]).tolist() == [0.0]
     assert torch.equal(scoring.resized_thumbnails(scores, [alone]), scores)
-    assert scoring.softmax_excess(torch.zeros(1), [alone]).isfinite().all()
+    assert scoring.tile_softmax(torch.zeros(1), [alone], 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -4,7 +4,7 @@ A policy says what it must see of the encoder (:meth:`Policy.maps`, :meth:`Polic
 patch scores and tile signals (:meth:`Policy.score`); some also replace features of what is kept
 (:meth:`Policy.replace`). How many tokens that comes to follows from the image's size and stands in
 ``hero/layout.py``, which counts without torch. Names and one-line descriptions are in ``config.POLICIES``;
-the module of that name holds the policy as ``POLICY`` and is imported on use.
+the module of that name (``hero_plus`` for ``hero+``) holds the policy as ``POLICY`` and is imported on use.
 """
 
 from __future__ import annotations
@@ -198,4 +198,4 @@ def policy_of(name: str) -> Policy:
     """
     if name not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(map(repr, POLICIES))}, got {name!r}")
-    return importlib.import_module(f"{__name__}.{name}").POLICY
+    return importlib.import_module(f"{__name__}.{name.replace('+', '_plus')}").POLICY

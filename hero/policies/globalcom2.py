@@ -37,7 +37,7 @@ class GlobalCom2(Policy):
 
     def score(self, seen):
         sums = scoring.region_sums(seen.scores, seen.layouts)
-        excess = scoring.softmax_excess(sums / TEMPERATURE, seen.layouts)
+        excess = scoring.tile_softmax(sums / TEMPERATURE, seen.layouts, -1.0)
         signal = TileSignal(seen.valid.sum(1) * (1.0 + excess), 1.0)
         resized = scoring.resized_thumbnails(seen.scores, seen.layouts)
         return Scored(0.5 * seen.scores + 0.5 * resized, (signal,))

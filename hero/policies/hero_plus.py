@@ -1,0 +1,42 @@
+"""hero+: HERO with concentration in the place of saliency and density. Ours, off by default.
+
+    c_i     = 1 − H(p_i) / ln(valid_i)        concentration of the tile's patch scores (docs/method.md, 2)
+    r_i     = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip)
+    share_i ∝ c_i · (r_i + β/K)               c_i alone without a relevance model
+
+A tile that holds objects concentrates the attention of its CLS token, one without any spreads it. The
+question decides among tiles that hold objects; where it favours none, as in a count, each keeps the share of
+its objects. Patch scores, layers and counts are HERO's. What it gains, and what was tried and lost:
+docs/quality.md.
+"""
+
+from __future__ import annotations
+
+from hero_kernels import TileSignal
+
+from .. import scoring
+from . import SCORES, Needs, Policy, Scored
+from .hero import configured_map
+
+__all__ = ["BETA", "POLICY"]
+
+BETA = 0.3  # what the question leaves to all tiles alike
+
+
+class HeroPlus(Policy):
+    def maps(self, config, depth, feature_layer):
+        return {SCORES: configured_map(config, depth)}
+
+    def needs(self, config, with_relevance):
+        return Needs(relevance=with_relevance, second_softmax=config.second_softmax)
+
+    def score(self, seen):
+        share = scoring.concentration(seen.entropy, seen.valid)
+        if seen.relevance is not None:
+            share = share * scoring.tile_softmax(
+                seen.relevance() / seen.config.temperature_clip, seen.layouts, BETA
+            )
+        return Scored(seen.scores, (TileSignal(share, 1.0),), seen.ranks)
+
+
+POLICY = HeroPlus()
