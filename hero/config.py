@@ -16,7 +16,7 @@ ALLOCATIONS = ("exact", "floor")
 ATTENTIONS = ("native", "fused")
 POLICIES = {
     "hero": "tile budgets by saliency, relevance and density; patches by CLS attention (arXiv 2509.13067)",
-    "hero+": "tile budgets by concentration of attention and relevance; patches as hero (ours)",
+    "hero+": "half to the thumbnail; tile budgets by concentration and relevance; patches as hero (ours)",
     "hired": "half to the thumbnail; tile budgets by its attention to their regions (arXiv 2408.10945)",
     "fastervlm": "equal budgets; patches by CLS attention of the features' layer (arXiv 2412.01818)",
     "visionzip": "equal budgets; dominant patches and means of the rest by key (arXiv 2412.04467)",
@@ -111,8 +111,8 @@ class HeroConfig:
     Args:
         keep_ratio: share R of patch tokens kept, in (0, 1]; 0.2 where neither this nor ``keep_tokens``
             is given. Of each image, ``floor(R·P)`` patches of the thumbnail and ``floor(R·K·P)`` of its K
-            tiles together are kept (``"hired"`` gives the thumbnail half), padding never; newline tokens
-            are kept on top (docs/method.md, 3).
+            tiles together are kept (``"hired"`` and ``"hero+"`` give the thumbnail half), padding never;
+            newline tokens are kept on top (docs/method.md, 3).
         keep_tokens: a number of patch tokens per image instead of a ratio.
         policy: a name in :data:`POLICIES` (docs/method.md, 6). ``tile_layers``, ``thumbnail_layers`` and
             ``second_softmax`` are read by ``"hero"``, ``"hero+"`` and ``"uniform"``; ``temperature_clip``

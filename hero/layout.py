@@ -18,7 +18,7 @@ __all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "f
 
 # Policies that give the thumbnail half of all tokens instead of its part of the crops. Here and not with the
 # policy, since counting does without torch.
-HALF_TO_THUMBNAIL = ("hired",)
+HALF_TO_THUMBNAIL = ("hired", "hero+")
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # (rows, columns) of tiles
 
 
@@ -276,8 +276,9 @@ def count_tokens(
     """Visual tokens that an image occupies in the language model, newlines included.
 
     A pure function of integers, for planning context lengths, memory and cost without a model:
-    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` for every policy but ``"hired"`` (docs/method.md, 3 and
-    6). With ``allocation="floor"``, whose count depends on the image's content, an upper bound.
+    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` for every policy but ``"hired"`` and ``"hero+"``
+    (docs/method.md, 3 and 6). With ``allocation="floor"``, whose count depends on the image's content, an
+    upper bound.
 
     Args:
         config: what to keep.

@@ -440,6 +440,10 @@ class Independent:
             shares.append(math.fsum(terms) / math.fsum(used))
         return shares
 
+    def plan(self, rule: Rule, valid: Sequence[int]) -> tuple[int, int, int]:
+        """`plan` of an image with so many valid patches a tile."""
+        return plan(rule, self.patches, valid)
+
     @torch.no_grad()
     def images(
         self,
@@ -504,7 +508,7 @@ class Independent:
             features.append(self._features(out.hidden_states)[0, 1:])
 
         valid = [len(patches) for patches in layout.valid[1:]]
-        thumbnail, budget, multiplier = plan(rule, self.patches, valid)
+        thumbnail, budget, multiplier = self.plan(rule, valid)
         shares: list[float] = []
         budgets: list[int] = []
         if valid:

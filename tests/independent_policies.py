@@ -70,7 +70,11 @@ def counts(rule: PeerRule, patches: int, valid: Sequence[int]) -> tuple[int, int
 
 
 class IndependentPlus(Independent):
-    """The reference of HERO with the shares of hero+."""
+    """The reference of HERO with the counts of HiRED and the shares of hero+."""
+
+    def plan(self, rule, valid) -> tuple[int, int, int]:
+        ratio = None if rule.keep_ratio is None else str(rule.keep_ratio)
+        return counts(PeerRule("hired", ratio, rule.keep_tokens, rule.allocation), self.patches, valid)
 
     def tile_shares(self, rule, layout, scores, cls, text_embedding, image_embeddings) -> list[float]:
         tiles = range(1, layout.crops)
@@ -78,7 +82,7 @@ class IndependentPlus(Independent):
         if text_embedding is not None:
             cosines = [cosine(image_embeddings[tile], text_embedding) for tile in tiles]
             chances = softmax([value / rule.temperature_clip for value in cosines])
-            parts = [part * (chance + 0.3 / len(tiles)) for part, chance in zip(parts, chances, strict=True)]
+            parts = [part * (chance + 1.0 / len(tiles)) for part, chance in zip(parts, chances, strict=True)]
         return normalised(parts)
 
 

@@ -1,5 +1,6 @@
 """Counting tokens and laying out images, against transformers' own rules and against what is packed."""
 
+import dataclasses
 import random
 from fractions import Fraction
 
@@ -81,7 +82,7 @@ def expected_count(config: HeroConfig, ratio: Fraction | None, patches: int, til
     if ratio is None:
         return min(config.keep_tokens, patches + valid) + rows
     share = ratio.numerator, ratio.denominator
-    if config.policy == "hired":
+    if config.policy in ("hired", "hero+"):
         total = share[0] * (tiles + 1) * patches // share[1]
         thumbnail = min(total // 2, patches)
         return thumbnail + min(total - thumbnail, valid) + rows
@@ -199,7 +200,9 @@ def test_other_sequences(thumbnail, stitched, newlines):
         for layout, length in zip(layouts, pack(layouts, config, draw).lengths):
             unpadded = unpad_image(index_grid(layout), layout.image_size)
             patches = 0 if thumbnail == "none" else 16
-            count = expected_count(config, ratio, 16, layout.tiles, unpadded)
+            # Without a thumbnail there is nothing to halve with: the rule of the others.
+            rule = dataclasses.replace(config, policy="hero") if thumbnail == "none" else config
+            count = expected_count(rule, ratio, 16, layout.tiles, unpadded)
             if ratio is None:
                 count = min(config.keep_tokens, patches + unpadded.numel()) + unpadded.shape[1]
             elif thumbnail == "none":
@@ -285,8 +288,9 @@ def test_count_is_split_evenly_and_overflows_either_way():
         ({"keep_tokens": 400}, (100, 5000), (256, 144)),  # the thumbnail takes what the tiles cannot
     ],
 )
-def test_half_to_the_thumbnail(keep, size, budget):
-    config = HeroConfig(policy="hired", **keep)
+@pytest.mark.parametrize("policy", ["hired", "hero+"])
+def test_half_to_the_thumbnail(policy, keep, size, budget):
+    config = HeroConfig(policy=policy, **keep)
     layout = LLAVA_NEXT.layout(size)
     assert layout.budget(config) == budget
     assert count_tokens(config, size) == sum(budget) + layout.newline_count

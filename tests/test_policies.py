@@ -90,7 +90,7 @@ def test_selection(model, reference, policy, case, keep):
 @pytest.mark.parametrize("text", ["no text", "shared weights", "second pass"])
 @pytest.mark.parametrize("case", CASES)
 def test_hero_plus(model, case, text):
-    """Its shares are the reference's, with the question and without; the rest is HERO's."""
+    """Its shares and counts are the reference's, with the question and without; patch scores are HERO's."""
     options, relevance, words, found = {"keep_ratio": 0.3, "temperature_clip": 0.1}, None, None, (None, None)
     inputs = batch(tiny_processor(), case)
     sizes = inputs["image_sizes"]

@@ -1,13 +1,14 @@
-"""hero+: HERO with concentration in the place of saliency and density. Ours, off by default.
+"""hero+: HERO with half of the tokens for the thumbnail, and concentration in the place of saliency. Ours.
 
-    c_i     = 1 − H(p_i) / ln(valid_i)        concentration of the tile's patch scores (docs/method.md, 2)
-    r_i     = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip)
-    share_i ∝ c_i · (r_i + β/K)               c_i alone without a relevance model
+    total      = ⌊R·(K+1)·P⌋, or keep_tokens;  thumbnail min(⌊total/2⌋, P), tiles the rest, as HiRED has it
+    c_i        = 1 − H(p_i) / ln(valid_i)     concentration of the tile's patch scores (docs/method.md, 2)
+    r_i        = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip)
+    share_i    ∝ c_i · (r_i + β/K)            c_i alone without a relevance model
 
-A tile that holds objects concentrates the attention of its CLS token, one without any spreads it. The
-question decides among tiles that hold objects; where it favours none, as in a count, each keeps the share of
-its objects. Patch scores, layers and counts are HERO's. What it gains, and what was tried and lost:
-docs/quality.md.
+What only the whole picture tells, such as a count, stands in the thumbnail. A tile that holds objects
+concentrates the attention of its CLS token, one without any spreads it; the question decides among tiles that
+hold objects, and where it favours none, each keeps the share of its objects. Patch scores are HERO's. What it
+gains, what it costs, and what was tried and lost: docs/quality.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .hero import configured_map
 
 __all__ = ["BETA", "POLICY"]
 
-BETA = 0.3  # what the question leaves to all tiles alike
+BETA = 1.0  # what the question leaves to all tiles alike
 
 
 class HeroPlus(Policy):
@@ -33,9 +34,8 @@ class HeroPlus(Policy):
     def score(self, seen):
         share = scoring.concentration(seen.entropy, seen.valid)
         if seen.relevance is not None:
-            share = share * scoring.tile_softmax(
-                seen.relevance() / seen.config.temperature_clip, seen.layouts, BETA
-            )
+            cosine = seen.relevance() / seen.config.temperature_clip
+            share = share * scoring.tile_softmax(cosine, seen.layouts, BETA)
         return Scored(seen.scores, (TileSignal(share, 1.0),), seen.ranks)
 
 
