@@ -582,35 +582,48 @@ def summarise(record: Mapping) -> dict[str, object]:
 
 
 def targets(record: Mapping) -> list[dict[str, object]]:
-    """What the table has to show of ``hero`` on questions about one attribute; where it was measured."""
-    right, members = _right(record), _groups(record).get("one attribute")
-    if members is None:
-        return []
-    peers = [
-        name
-        for name, variant in record["variants"].items()
-        if name in POLICIES and variant["text"] == "none" and name not in ("hero", "random")
-    ]
+    """What the table has to show, where it was measured.
+
+    Of ``hero`` on questions about one attribute; of ``hero+`` on all questions together, and on counts.
+    """
+    right, groups = _right(record), _groups(record)
     found = []
 
-    def target(what: str, one: tuple[str, str], other: tuple[str, str], limit: float) -> None:
-        if one in right and other in right:
+    def target(what: str, one: tuple[str, str], other: tuple[str, str], limit: float, group: str) -> None:
+        if one in right and other in right and group in groups:
+            members = groups[group]
             gap = difference(right[one][members], right[other][members])
             low, high = gap["interval"]
             verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
-            found.append({"what": what, "difference": gap, "limit": limit, "verdict": verdict})
+            found.append({"what": f"{what}, {group}", "difference": gap, "limit": limit, "verdict": verdict})
 
-    target("hero to all tokens, R = 0.2", ("hero", "0.2"), ("full", "1"), -0.01)
-    target("hero to random, R = 0.2", ("hero", "0.2"), ("random", "0.2"), 0.10)
+    def at(ratio: str) -> str:
+        return f"R = {ratio}"
+
+    peers = [
+        name
+        for name, variant in record["variants"].items()
+        if name in POLICIES and variant["text"] == "none" and name not in ("hero", "hero+", "random")
+    ]
+    ratios, one, everything = [f"{ratio:g}" for ratio in record["keep"]], "one attribute", "all"
+    target(f"hero to all tokens, {at('0.2')}", ("hero", "0.2"), ("full", "1"), -0.01, one)
+    target(f"hero to random, {at('0.2')}", ("hero", "0.2"), ("random", "0.2"), 0.10, one)
     for name in peers:
-        target(f"hero to {name}, R = 0.2", ("hero", "0.2"), (name, "0.2"), 0.0)
-    if peers and ("hero", "0.05") in right:
-        best = max(peers, key=lambda name: right[name, "0.05"][members].mean())
-        target(f"hero to the best peer, {best}, R = 0.05", ("hero", "0.05"), (best, "0.05"), 0.05)
-    for ratio in record["keep"]:
-        name = f"{ratio:g}"
-        what = f"hero with another scene's question to equal budgets, R = {name}"
-        target(what, ("hero-other-question", name), ("uniform", name), -0.01)
+        target(f"hero to {name}, {at('0.2')}", ("hero", "0.2"), (name, "0.2"), 0.0, one)
+    if peers and ("hero", "0.05") in right and one in groups:
+        best = max(peers, key=lambda name: right[name, "0.05"][groups[one]].mean())
+        what = f"hero to the best peer, {best}, {at('0.05')}"
+        target(what, ("hero", "0.05"), (best, "0.05"), 0.05, one)
+    for ratio in ratios:
+        what = f"hero with another scene's question to equal budgets, {at(ratio)}"
+        target(what, ("hero-other-question", ratio), ("uniform", ratio), -0.01, one)
+    target(f"hero+ to hero, {at('0.1')}", ("hero+", "0.1"), ("hero", "0.1"), 0.0, everything)
+    if "count" in groups and ("full", "1") in right:
+        fifth = float(right["full", "1"][groups["count"]].mean()) / 5
+        target(f"hero+ to all tokens, {at('0.2')}", ("hero+", "0.2"), ("full", "1"), -fifth, "count")
+    for ratio in ratios:
+        what = f"hero+ with another scene's question to equal budgets, {at(ratio)}"
+        target(what, ("hero+-other-question", ratio), ("uniform", ratio), -0.01, everything)
     return found
 
 

@@ -163,7 +163,7 @@ def tables(record: Mapping, code: str) -> list[str]:
     ]
     lines += [*_tokens(record), ""]
     if record["targets"]:
-        lines += ["**Targets**, on questions about one attribute; points of accuracy, paired", ""]
+        lines += ["**Targets**; points of accuracy, paired", ""]
         lines += [
             *_table(
                 ["", "difference", "at least", ""],
