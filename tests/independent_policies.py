@@ -82,7 +82,7 @@ class IndependentPlus(Independent):
         if text_embedding is not None:
             cosines = [cosine(image_embeddings[tile], text_embedding) for tile in tiles]
             chances = softmax([value / rule.temperature_clip for value in cosines])
-            parts = [part * (chance + 1.0 / len(tiles)) for part, chance in zip(parts, chances, strict=True)]
+            parts = [part * (chance + 2.0 / len(tiles)) for part, chance in zip(parts, chances, strict=True)]
         return normalised(parts)
 
 
