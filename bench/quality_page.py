@@ -137,28 +137,49 @@ def _verdict(target: Mapping) -> str:
     return f"{side}, but the interval includes the limit"
 
 
-def tables(record: Mapping, code: str) -> list[str]:
-    """The lines between the markers.
-
-    Args:
-        code: commit and versions, a line.
-    """
+def _source(record: Mapping, code: str) -> list[str]:
+    """Where a record comes from, line by line."""
     machine = record["machine"]
     rows, columns = record["grid"]
     kinds = [name for name in record["kinds"] if name in record["summary"]]
     amounts = ", ".join(f"{record['summary'][kind]['questions']} {kind}" for kind in kinds)
-    lines = [
-        "![Accuracy against visual tokens](quality.svg)",
-        "",
-        "*One attribute: what digit, colour or shape one object has. Bars are 95 % intervals of hero's "
-        "accuracy. A variant that leaves the plot at its foot is marked as below.*",
-        "",
+    return [
         f"- `{record['command']}`, {record['date']}, {record['seconds']:.0f} s",
         f"- {machine['cpu']}, {record['workers']} processes of one thread, {machine['system']}, float32",
         code,
         f"- {record['questions']} questions ({amounts}), split {record['split']} (seed {record['seed']}), "
         f"scenes of {rows} × {columns} tiles and {record['objects'][0]} to {record['objects'][1]} objects; "
         f"weights {record['weights']}, questions {record['digest']}",
+    ]
+
+
+def tried(record: Mapping, code: str) -> list[str]:
+    """The lines of a record of validation questions, on which settings are chosen.
+
+    Args:
+        code: commit and versions, a line.
+    """
+    lines = [*_source(record, code), ""]
+    for group, title in ((FIRST, "One attribute of one object"), ("count", "Counts"), ("all", "All kinds")):
+        if group in record["summary"]:
+            count = record["summary"][group]["questions"]
+            lines += [f"**{title}** ({count} questions)", "", *_accuracy(record, group), ""]
+    return lines[:-1]
+
+
+def tables(record: Mapping, code: str) -> list[str]:
+    """The lines between the markers.
+
+    Args:
+        code: commit and versions, a line.
+    """
+    lines = [
+        "![Accuracy against visual tokens](quality.svg)",
+        "",
+        "*One attribute: what digit, colour or shape one object has. Bars are 95 % intervals of hero's "
+        "accuracy. A variant that leaves the plot at its foot is marked as below.*",
+        "",
+        *_source(record, code),
         "",
     ]
     lines += [*_tokens(record), ""]

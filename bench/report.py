@@ -354,18 +354,29 @@ def render(page: str, records: Sequence[Mapping]) -> str:
 
 
 def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
-    """The page of ``bench.quality`` with the tables of its record, and the picture; ``None`` without one.
+    """The page of ``bench.quality``: the tables and the picture of its record, ``None`` without one.
+
+    A record of validation questions is where settings were chosen; its tables stand apart, under ``tried``.
 
     Raises:
-        ValueError: several records, or a page without its markers.
+        ValueError: several records of a split, or a page without its markers.
     """
     records = [record for record in records if record["benchmark"] == "quality"]
-    if len(records) > 1:
-        raise ValueError(f"records: expected one of quality, got {len(records)}")
-    if not records:
-        return replace(page, "quality", ["Not measured yet."]), None
-    lines = quality_page.tables(records[0], _code(records[0]))
-    return replace(page, "quality", lines), quality_page.picture(records[0])
+    splits = [record["split"] for record in records]
+    if len(set(splits)) < len(splits):
+        raise ValueError(f"records: expected one of quality a split, got {', '.join(splits)}")
+    picture = None
+    for name, split, lines_of in (
+        ("quality", "test", quality_page.tables),
+        ("tried", "validation", quality_page.tried),
+    ):
+        lines = ["Not measured yet."]
+        for record in records:
+            if record["split"] == split:
+                lines = lines_of(record, _code(record))
+                picture = quality_page.picture(record) if split == "test" else picture
+        page = replace(page, name, lines)
+    return page, picture
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -405,8 +405,11 @@ def test_the_page_is_drawn_from_the_record(record, tmp_path):
         assert words in page
     (tmp_path / "quality.svg").write_text("<svg/>", encoding="utf-8")
     assert report.main((*options, "--check")) == 1
-    with pytest.raises(ValueError, match="records: expected one of quality, got 2"):
+    with pytest.raises(ValueError, match="records: expected one of quality a split, got test, test"):
         report.render_quality(page, [record, record])
+    both, _ = report.render_quality(page, [record, {**record, "split": "validation"}])
+    begin, tried = both.split("<!-- tried begin -->")
+    assert begin == page.split("<!-- tried begin -->")[0] and "**All kinds**" in tried
 
 
 def test_the_picture_shows_every_variant(record):
