@@ -73,7 +73,7 @@ def test_weights_load_strictly():
         hero.mini.WEIGHTS, dtype=torch.float32, output_loading_info=True
     )
     assert not any(report.values()), report
-    assert sum(parameter.numel() for parameter in model.parameters()) == 533_632
+    assert sum(parameter.numel() for parameter in model.parameters()) == 535_296
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
