@@ -364,9 +364,10 @@ class Runner:
         self.unknown = tokenizer.unk_token_id
 
     def other_text(self, index: int) -> str:
-        """What is asked of the next scene that is asked something else."""
+        """What is asked of the next scene that is asked something else, of whatever kind."""
         own = self.draw(index).text
-        return next(text for later in itertools.count(index + 1) if (text := self.draw(later).text) != own)
+        draw = functools.partial(self.draw, kinds=None)  # of one kind, all may be asked the same
+        return next(text for later in itertools.count(index + 1) if (text := draw(later).text) != own)
 
     def inputs(self, questions: Sequence[Asked]) -> dict[str, Tensor]:
         """What the stock processor makes of questions, padded on the left."""
