@@ -47,6 +47,7 @@ import hero
 from hero import capture
 from hero.layout import grid_pinpoints
 
+from .options import keep_ratios, positive
 from .record import ROOT, environment, write
 from .timing import CLOCKS, compare, quiet_heap, seconds, summary, take_turns
 
@@ -452,27 +453,13 @@ def measure(
     }
 
 
-def _ratios(text: str) -> tuple[float, ...]:
-    ratios = tuple(float(word) for word in text.split(","))
-    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
-        raise argparse.ArgumentTypeError(f"expected ratios in (0, 1] with commas between, got {text!r}")
-    return ratios
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
-    return number
-
-
 def main(arguments: Sequence[str]) -> dict:
     """The command: returns the record it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu_vision", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--rounds", type=_positive, default=6, help="measured rounds (default 6)")
-    parser.add_argument("--keep", type=_ratios, default=KEEP, help="keep ratios (default 1,0.5,0.2,0.1)")
-    parser.add_argument("--threads", type=_positive, help="threads of torch (default: torch's own)")
+    parser.add_argument("--rounds", type=positive, default=6, help="measured rounds (default 6)")
+    parser.add_argument("--keep", type=keep_ratios, default=KEEP, help="keep ratios (default 1,0.5,0.2,0.1)")
+    parser.add_argument("--threads", type=positive, help="threads of torch (default: torch's own)")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="with --threads 1 alone: cpu")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to test the script itself")
     options = parser.parse_args(arguments)

@@ -46,6 +46,7 @@ from hero.config import POLICIES
 from hero.layout import ImageLayout
 from hero.mini import scenes
 
+from .options import keep_ratios, positive
 from .record import environment, write
 from .timing import take_turns
 
@@ -724,17 +725,7 @@ def compare(before: Mapping, after: Mapping) -> list[dict[str, object]]:
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    ratios = tuple(dict.fromkeys(float(word) for word in text.split(",")))
-    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
-        raise argparse.ArgumentTypeError(f"expected ratios in (0, 1] with commas between, got {text!r}")
-    return ratios
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
-    return number
+    return tuple(dict.fromkeys(keep_ratios(text)))  # each once: they are keys of the record
 
 
 def _grid(text: str) -> tuple[int, int]:
@@ -798,7 +789,7 @@ def main(arguments: Sequence[str]) -> dict | None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--policies", type=_words, default=tuple(POLICIES), help="default: all there are")
     parser.add_argument("--keep", type=_ratios, default=KEEP, help="keep ratios (default 0.5,0.2,0.1,0.05)")
-    parser.add_argument("--questions", type=_positive, default=2000, help="default 2000")
+    parser.add_argument("--questions", type=positive, default=2000, help="default 2000")
     parser.add_argument("--split", choices=sorted(SEEDS), default="test", help="default test")
     parser.add_argument("--kinds", type=_words, help="kinds of questions to draw (default: as they come)")
     parser.add_argument("--grid", type=_grid, default=GRID, help="tiles, ROWSxCOLUMNS (default 3x3)")
@@ -812,7 +803,7 @@ def main(arguments: Sequence[str]) -> dict | None:
     )
     parser.add_argument("--weights", default=mini.WEIGHTS, help="folder that hero.mini.train wrote")
     parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
-    parser.add_argument("--workers", type=_positive, default=2, help="processes of one thread (default 2)")
+    parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two records instead")
     options = parser.parse_args(arguments)
     if options.compare:

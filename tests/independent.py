@@ -522,7 +522,14 @@ class Independent:
                 raise ValueError(f"allocation={rule.allocation!r}")
         budgets = [thumbnail, *budgets]
         kept = [select(scores[crop], layout.valid[crop], budgets[crop]) for crop in range(layout.crops)]
+        index, tokens = self._sequence(layout, first, kept, features)
+        return ImageResult(index, budgets, [0.0, *shares], scores, tokens)
 
+    def _sequence(self, layout: Layout, first: int, kept, features) -> tuple[list[int], torch.Tensor]:
+        """Index and tokens of an image: ``kept`` patches of each crop, newlines, in the stock order.
+
+        ``features`` holds the feature of every kept patch, by crop and patch.
+        """
         index: list[int] = []
         tokens: list[torch.Tensor] = []
         newline = self.model.model.image_newline
@@ -538,8 +545,8 @@ class Independent:
                 if patch in kept[crop]:
                     keep(crop, patch)
             index.append(NEWLINE)
-            tokens.append(newline.to(features[0].dtype))
-        return ImageResult(index, budgets, [0.0, *shares], scores, torch.stack(tokens))
+            tokens.append(newline.to(self.model.dtype))
+        return index, torch.stack(tokens)
 
     def _features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The hidden states that the model uses, CLS still there."""

@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import torch
 from independent import (
-    NEWLINE,
     ImageResult,
     Independent,
     Layout,
@@ -129,23 +128,12 @@ class IndependentPeers(Independent):
             kept.append(picked)
             merged.append(means)
 
-        index: list[int] = []
-        tokens: list[torch.Tensor] = []
-
-        def keep(crop: int, patch: int) -> None:
-            index.append((first + crop) * self.patches + patch)
-            feature = merged[crop].get(patch, features[crop][patch])
-            tokens.append(self.model.model.multi_modal_projector(feature[None, None])[0, 0])
-
-        for patch in kept[0]:
-            keep(0, patch)
-        for row in layout.rows:
-            for crop, patch in row:
-                if patch in kept[crop]:
-                    keep(crop, patch)
-            index.append(NEWLINE)
-            tokens.append(self.model.model.image_newline.to(features[0].dtype))
-        return ImageResult(index, budgets, [0.0, *shares], scores, torch.stack(tokens))
+        replaced = [
+            {patch: merged[crop].get(patch, features[crop][patch]) for patch in kept[crop]}
+            for crop in range(layout.crops)
+        ]
+        index, tokens = self._sequence(layout, first, kept, replaced)
+        return ImageResult(index, budgets, [0.0, *shares], scores, tokens)
 
     def _keys(self, hidden: torch.Tensor, number: int) -> list[list[float]]:
         """The key of each patch in a layer, averaged over heads."""

@@ -43,30 +43,31 @@ def test_a_kernel_runs(monkeypatch):
     assert torch.equal(hk.segmented_topk(SCORES, BUDGETS).sum(1), BUDGETS)
 
 
-def test_without_triton_the_twin_runs_and_says_so(monkeypatch):
-    def missing(name):
-        raise ModuleNotFoundError("No module named 'triton'", name="triton.language")
+@pytest.fixture
+def launcher_without(monkeypatch):
+    """``without(module)`` has the launcher find that module missing."""
 
-    monkeypatch.setattr(_ops.importlib, "import_module", missing)
+    def without(module):
+        def missing(name):
+            raise ModuleNotFoundError(f"No module named {module.partition('.')[0]!r}", name=module)
+
+        monkeypatch.setattr(_ops.importlib, "import_module", missing)
+
     _ops._launcher.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="no Triton"):
-            assert _ops._launcher("segmented_topk") is None
-    finally:
-        _ops._launcher.cache_clear()
-
-
-def test_a_broken_kernel_is_no_missing_triton(monkeypatch):
-    def broken(name):
-        raise ModuleNotFoundError("No module named 'other'", name="other")
-
-    monkeypatch.setattr(_ops.importlib, "import_module", broken)
+    yield without
     _ops._launcher.cache_clear()
-    try:
-        with pytest.raises(ModuleNotFoundError, match="other"):
-            _ops._launcher("segmented_topk")
-    finally:
-        _ops._launcher.cache_clear()
+
+
+def test_without_triton_the_twin_runs_and_says_so(launcher_without):
+    launcher_without("triton.language")
+    with pytest.warns(UserWarning, match="no Triton"):
+        assert _ops._launcher("segmented_topk") is None
+
+
+def test_a_broken_kernel_is_no_missing_triton(launcher_without):
+    launcher_without("other")
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        _ops._launcher("segmented_topk")
 
 
 def test_requiring_a_kernel(monkeypatch):

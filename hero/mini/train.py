@@ -52,6 +52,7 @@ __all__ = ["SCHEDULES", "Schedule", "evaluate", "main", "train"]
 
 SIDE = scenes.TILE // scenes.PATCH
 PATCHES = SIDE * SIDE
+PINPOINTS = [[rows * scenes.TILE, columns * scenes.TILE] for rows, columns in scenes.GRIDS]
 MEAN, STD = 0.5, 0.25
 LARGEST_COUNT = 8
 IDS = {word: number for number, word in enumerate(scenes.WORDS)}
@@ -430,7 +431,7 @@ def new_models(seed: int) -> tuple[CLIPModel, LlavaNextForConditionalGeneration]
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_index=IDS["<image>"],
-        image_grid_pinpoints=[[rows * scenes.TILE, columns * scenes.TILE] for rows, columns in scenes.GRIDS],
+        image_grid_pinpoints=PINPOINTS,
         image_seq_length=PATCHES,
         vision_feature_layer=-2,
     )
@@ -558,7 +559,6 @@ def train(run: Run) -> dict[str, list[dict[str, float]]]:
     tower = model.model.vision_tower
     tower.load_state_dict(clip.vision_model.state_dict())
     tower.requires_grad_(False)
-    language = {"model": model}
     trained = {
         "embeddings": model.get_input_embeddings(),
         "projector": model.model.multi_modal_projector,
@@ -576,7 +576,7 @@ def train(run: Run) -> dict[str, list[dict[str, float]]]:
     history["answer"] = run.stage(
         "answer",
         schedule.answer_steps,
-        language,
+        {"model": model},
         AnswerBatches(run.seed, schedule),
         lambda batch: answer_loss(model, schedule, batch),
         decay=0.03,
@@ -605,7 +605,7 @@ def build_processor() -> LlavaNextProcessor:
     images = LlavaNextImageProcessor(
         size={"shortest_edge": scenes.TILE},
         crop_size={"height": scenes.TILE, "width": scenes.TILE},
-        image_grid_pinpoints=[[rows * scenes.TILE, columns * scenes.TILE] for rows, columns in scenes.GRIDS],
+        image_grid_pinpoints=PINPOINTS,
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
     )
