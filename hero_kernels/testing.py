@@ -1,4 +1,5 @@
-"""For tests of the operations, here and in packages that build on them: tolerance, poisoned memory, views.
+"""For tests of the operations, here and in packages that build on them: tolerance, poisoned memory, views,
+what a function launches, waits for and allocates.
 
 Nothing else imports this module, and it needs torch alone.
 """
@@ -12,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "VIEWS",
+    "OperationCounter",
     "assert_accurate",
     "backwards",
     "call",
     "contiguous",
     "offset",
     "packed",
+    "peak_bytes",
     "same_bits",
     "tensors_in",
 ]
@@ -181,3 +185,69 @@ def backwards(values: Tensor) -> Tensor:
 
 
 VIEWS = {view.__name__: view for view in (contiguous, packed, offset, backwards)}
+
+
+# --- what a function costs beside time -------------------------------------------------------------------
+
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# The length of their result, or a host number, is a value on the device.
+_WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim"}
+_COPIES = {"_to_copy", "copy_", "_copy_from"}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts what a block launches and waits for; on a CPU, or on the ``meta`` device in a GPU's place.
+
+    An operation of :mod:`hero_kernels` counts as one. Nothing is seen inside other operations, nor
+    ``tolist`` on a CPU, which reads memory.
+
+    Attributes:
+        operations: names of what would be launched, in order: no views, no bare allocations.
+        waits: names of those among them for which the host has to wait: host numbers and lengths made of
+            values, and copies between devices unless they are ``non_blocking``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.partition("::")[2]
+        if function.is_view or function.namespace == "prim" or name in _ALLOCATIONS:
+            return result
+        if name in ("detach", "alias") or (name == "lift_fresh" and result.device.type == "cpu"):
+            return result
+        self.operations.append(name)
+        if _waits(name, list(tensors_in([args, kwargs or {}, result])), args, kwargs or {}):
+            self.waits.append(name)
+        return result
+
+
+def _waits(name: str, tensors: list[Tensor], args: tuple, kwargs: dict) -> bool:
+    if name in _WAITS or name == "lift_fresh":  # torch.tensor(..., device=...): a copy from the host
+        return True
+    if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
+        return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+    if name in _COPIES:
+        non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+        return len({tensor.device for tensor in tensors}) > 1 and not non_blocking
+    if name.startswith("repeat_interleave"):  # its length is a sum of values
+        return "output_size" not in kwargs or kwargs["output_size"] is None
+    return False
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that PyTorch held on the CPU during a call, beyond what it held before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    del result
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
