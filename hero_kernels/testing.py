@@ -195,6 +195,21 @@ _WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzer
 _COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
+class _Constants(TorchFunctionMode):
+    """Notes ``torch.tensor(..., device=...)``: a copy from the host that the ``meta`` device does not make."""
+
+    def __init__(self, counter: OperationCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor) and result.device.type != "cpu":
+            self.counter.operations.append("tensor")
+            self.counter.waits.append("tensor")
+        return result
+
+
 class OperationCounter(TorchDispatchMode):
     """Counts what a block launches and waits for; on a CPU, or on the ``meta`` device in a GPU's place.
 
@@ -211,13 +226,22 @@ class OperationCounter(TorchDispatchMode):
         super().__init__()
         self.operations: list[str] = []
         self.waits: list[str] = []
+        self._constants = _Constants(self)
+
+    def __enter__(self) -> OperationCounter:
+        self._constants.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._constants.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.partition("::")[2]
         if function.is_view or function.namespace == "prim" or name in _ALLOCATIONS:
             return result
-        if name in ("detach", "alias") or (name == "lift_fresh" and result.device.type == "cpu"):
+        if name in ("detach", "alias", "lift_fresh"):
             return result
         self.operations.append(name)
         if _waits(name, list(tensors_in([args, kwargs or {}, result])), args, kwargs or {}):
@@ -226,7 +250,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def _waits(name: str, tensors: list[Tensor], args: tuple, kwargs: dict) -> bool:
-    if name in _WAITS or name == "lift_fresh":  # torch.tensor(..., device=...): a copy from the host
+    if name in _WAITS:
         return True
     if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
         return any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
