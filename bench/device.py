@@ -1,12 +1,14 @@
-"""What a GPU machine is asked to do in one call: the GPU tests, the kernels' benchmarks, one record.
+"""What a GPU machine is asked to do in one call: the GPU tests, the model end to end, the kernels.
 
 ``bench/run_device [FOLDER] [--out FILE] [--seconds 570] [--sanitize]`` from a plain checkout: nothing is
 installed or fetched, and neither the package nor pytest-benchmark has to be there. Every step runs in a
-process of its own and has an end: the tests a share of the time, the benchmarks the rest of it, the most
-important first. What does not fit is recorded as left out. A kernel that takes its process or the device
-down is recorded as failed, and the next process goes on behind it.
+process of its own and has an end: the tests a share of the time, ``bench.end_to_end`` half of what they
+leave, the kernels' benchmarks the rest, each the most important first. What does not fit is recorded as left
+out. A kernel that takes its process or the device down is recorded as failed, and the next process goes on
+behind it; what was measured before is kept.
 
-The record is written after every step. The last lines printed are a table.
+The records, ``kernels.json`` and ``end_to_end.json``, are written after every step. The last lines printed
+are a table.
 """
 
 from __future__ import annotations
@@ -28,29 +30,23 @@ from importlib import util
 from pathlib import Path
 
 from . import record as records
-from .record import ROOT
+from .end_to_end_page import targets
+from .record import ROOT, without_folders
+from .timing import Clock
 
 __all__ = ["main"]
 
 SECONDS = 570
-TEST_SHARE = 0.35
+TEST_SHARE = 0.3
+END_TO_END_SHARE = 0.5  # of what the tests leave; what it does not need goes to the kernels
 SANITIZE_SECONDS = 80  # for each tool
 STALL_SECONDS = 120  # for one variant: compiling is the longest
 END_SECONDS = 15  # kept for writing the record
 TESTERS = 6  # processes of pytest, where pytest-xdist is there: each compiles its own kernels
 KERNELS_ONLY = {"HERO_REQUIRE_KERNEL": "1"}  # no twin is timed as if it were a kernel
 TOOLS = ("memcheck", "racecheck")
+SMALL_ROUNDS = 2
 PACKAGES = ("torch", "triton", "transformers", "numpy")
-
-
-class Clock:
-    """The time that is left."""
-
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
 
 
 def _environ(**more: str) -> dict[str, str]:
@@ -150,12 +146,6 @@ def _no_gpu() -> bool:
 # The benchmarks.
 
 
-def _relative(text: str) -> str:
-    """Words of an error without this machine's folders: a path's part within the checkout, or its end."""
-    text = text.replace(f"{ROOT}{os.sep}", "")
-    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
-
-
 class Worker:
     """A process of ``bench.kernels`` and what it says, line by line."""
 
@@ -203,7 +193,7 @@ class Worker:
         _end(self.process)
         self.process.wait()
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"exit {self.process.returncode}" + (f", {_relative(lines[-1])[:200]}" if lines else "")
+        return f"exit {self.process.returncode}" + (f", {without_folders(lines[-1])[:200]}" if lines else "")
 
 
 def _kind(described: Mapping) -> str:
@@ -237,7 +227,7 @@ def run_kernels(
             if "result" in message:
                 results[message["number"]] = message["result"]
                 if "reason" in message["result"]:
-                    message["result"]["reason"] = _relative(message["result"]["reason"])
+                    message["result"]["reason"] = without_folders(message["result"]["reason"])
                 progress(message["result"])
         ended = worker.end()
         if reason == "out of time":
@@ -264,6 +254,38 @@ def run_kernels(
             described.update(status=_kind(described), reason="its inputs could not be made")
         results.setdefault(number, described)
     return {"ceilings": ceilings, "notes": notes, "results": [results[number] for number in sorted(results)]}
+
+
+# The model end to end.
+
+
+def run_end_to_end(small: bool, folder: Path, seconds: float, commit: str | None) -> dict[str, object]:
+    """``bench.end_to_end`` into ``end_to_end.json``; how that ended."""
+    path, log = folder / "end_to_end.json", folder / "end_to_end.log"
+    path.unlink(missing_ok=True)
+    if not small and _no_gpu():
+        return {"status": "not run", "reason": "no GPU"}
+    command = [sys.executable, "-m", "bench.end_to_end", "--out", path, "--seconds", f"{seconds:.0f}"]
+    command += ["--shape", "small", "--rounds", str(SMALL_ROUNDS)] if small else ["--shape", "7b"]
+    command += ["--commit", commit] if commit else []
+    begin = time.monotonic()
+    status = _run(command, log, seconds + END_SECONDS, **KERNELS_ONLY)
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    result: dict[str, object] = {"exit": status, "seconds": round(time.monotonic() - begin, 1)}
+    if status == 0:
+        return {"status": "ok", **result}
+    reason = "out of time" if status is None else f"exit {status}"
+    if lines:
+        reason += f", {without_folders(lines[-1])[:200]}"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"status": "failed", "reason": reason, **result}
+    if not record["failed"] or status not in (None, 1):
+        record["ended"] = reason
+        records.write(path, record)
+    stopped = status is None and record["series"]
+    return {"status": "stopped: out of time" if stopped else "failed", "reason": reason, **result}
 
 
 # Sanitizer.
@@ -329,10 +351,20 @@ def table(results: Sequence[Mapping]) -> list[str]:
     return lines
 
 
+def _end_to_end_lines(folder: Path) -> list[str]:
+    """What the model end to end came to, a line a target."""
+    path = folder / "end_to_end.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    failed = [f"failed: {one['what']}: {one['reason']}" for one in found["failed"]]
+    return [line for line in targets([found])[2:] if "not measured" not in line] + failed
+
+
 def _good(record: Mapping) -> bool:
     """Whether nothing failed: a peer that is missing is no failure, nor is time that ran out."""
     bad = [one for one in record["results"] if one["status"] == "wrong" or one["status"] == "failed"]
-    steps = (record["tests"], record["sanitizer"] or {})
+    steps = (record["tests"], record["sanitizer"] or {}, record["end_to_end"])
     return not bad and bool(record["results"]) and not any(step.get("status") == "failed" for step in steps)
 
 
@@ -373,6 +405,7 @@ def main(arguments: Sequence[str]) -> int:
         "gpu": gpu,
         "dtype": "bfloat16" if gpu else "float32",
         "tests": {"status": "not run"},
+        "end_to_end": {"status": "not run"},
         "sanitizer": None,
         "ceilings": None,
         "notes": [],
@@ -393,6 +426,11 @@ def main(arguments: Sequence[str]) -> int:
         print("sanitizer:", json.dumps(record["sanitizer"]), flush=True)
         records.write(path, record)
 
+    share = END_TO_END_SHARE * (clock.left() - END_SECONDS)
+    record["end_to_end"] = run_end_to_end(options.small, folder, share, options.commit)
+    print("end to end:", json.dumps(record["end_to_end"]), flush=True)
+    records.write(path, record)
+
     clock.end -= END_SECONDS
 
     def progress(result: Mapping) -> None:
@@ -401,7 +439,7 @@ def main(arguments: Sequence[str]) -> int:
 
     record.update(run_kernels(options.small, folder, clock, progress))
     records.write(path, record)
-    lines = table(record["results"])
+    lines = [*_end_to_end_lines(folder), *table(record["results"])]
     skipped = sum(one["status"] == "skipped" for one in record["results"])
     print("\n".join(lines))
     print(f"tests: {record['tests']['status']} {record['tests'].get('counts', '')}; left out: {skipped}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+
+from .page import spread, svg, svg_text, table
 
 __all__ = ["picture", "tables"]
 
@@ -22,7 +23,6 @@ STYLES = {
     "random": ("#a6a6a6", 1.8, ""),
 }
 PEERS = ("#e07b00", "#7b4bb7", "#0b8a8a", "#8c5a2b", "#b0a000", "#c0392b")
-FONT = "font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\""
 
 
 def label(name: str) -> str:
@@ -42,11 +42,6 @@ def _signed(value: float) -> str:
 def _gap(gap: Mapping, sign: int = 1) -> str:
     low, high = sorted(sign * end for end in gap["interval"])
     return f"{_signed(sign * gap['mean'])} ({_signed(low)} to {_signed(high)})"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _ratios(record: Mapping) -> list[str]:
@@ -69,7 +64,7 @@ def _accuracy(record: Mapping, group: str) -> list[str]:
             cell = cells[ratio]
             row.append(f"{100 * cell['accuracy']['mean']:.1f}, {_gap(cell['to_full'])}")
         rows.append(row)
-    return _table([group, *(f"R = {ratio}" for ratio in _ratios(record))], rows)
+    return table([group, *(f"R = {ratio}" for ratio in _ratios(record))], rows)
 
 
 def _against_hero(record: Mapping, group: str) -> list[str]:
@@ -79,7 +74,7 @@ def _against_hero(record: Mapping, group: str) -> list[str]:
         for name, cells in record["summary"][group]["variants"].items()
         if name not in ("full", "hero")
     ]
-    return _table(["hero to", *(f"R = {ratio}" for ratio in _ratios(record))], rows)
+    return table(["hero to", *(f"R = {ratio}" for ratio in _ratios(record))], rows)
 
 
 def _cost(record: Mapping) -> list[str]:
@@ -102,7 +97,7 @@ def _cost(record: Mapping) -> list[str]:
                     ),
                 ]
             )
-    return _table(["ms, vision + prefill", *(f"R = {ratio}" for ratio in ratios)], rows)
+    return table(["ms, vision + prefill", *(f"R = {ratio}" for ratio in ratios)], rows)
 
 
 def _tokens(record: Mapping) -> list[str]:
@@ -116,7 +111,7 @@ def _tokens(record: Mapping) -> list[str]:
             }
             row.append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
         rows.append(row)
-    return _table(["visual tokens", "all", *(f"R = {ratio}" for ratio in _ratios(record))], rows)
+    return table(["visual tokens", "all", *(f"R = {ratio}" for ratio in _ratios(record))], rows)
 
 
 def _found(record: Mapping) -> list[str]:
@@ -126,7 +121,7 @@ def _found(record: Mapping) -> list[str]:
         name: variant["keep"].get(ratio, {}).get("tile_found") for name, variant in record["variants"].items()
     }
     rows = [[label(name), f"{100 * value:.1f}"] for name, value in found.items() if value]
-    return _table(["", "% of questions"], rows) if rows else ["No variant prefers a tile."]
+    return table(["", "% of questions"], rows) if rows else ["No variant prefers a tile."]
 
 
 def _verdict(target: Mapping) -> str:
@@ -186,7 +181,7 @@ def tables(record: Mapping, code: str) -> list[str]:
     if record["targets"]:
         lines += ["**Targets**; points of accuracy, paired", ""]
         lines += [
-            *_table(
+            *table(
                 ["", "difference", "at least", ""],
                 [
                     [one["what"], _gap(one["difference"]), _signed(one["limit"]), _verdict(one)]
@@ -242,31 +237,6 @@ def _styles(names: Sequence[str]) -> dict[str, tuple[str, float, str]]:
         else:
             styles[name] = (next(free), 1.8, "")
     return styles
-
-
-def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places as near to those wanted as a least gap between neighbours allows, within limits."""
-    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
-    groups: list[list[float]] = []  # [sum of wanted starts, members]
-    for place in order:
-        groups.append([wanted[place], 1.0])
-        while len(groups) > 1:
-            (above, many), (below, few) = groups[-2:]
-            if above / many + gap * (many + 1) / 2 + gap * (few - 1) / 2 <= below / few:
-                break
-            groups[-2:] = [[above + below, many + few]]
-    placed = []
-    for total, members in groups:
-        start = total / members - gap * (members - 1) / 2
-        placed += [start + gap * number for number in range(int(members))]
-    for number, place in enumerate(placed):
-        placed[number] = max(place, low + gap * number)
-    for number in range(len(placed) - 1, -1, -1):
-        placed[number] = min(placed[number], high - gap * (len(placed) - 1 - number))
-    result = [0.0] * len(wanted)
-    for place, number in zip(placed, order):
-        result[number] = place
-    return result
 
 
 class _Panel:
@@ -326,7 +296,7 @@ class _Panel:
             value = self.bottom + step * number
             y = self.y(value)
             yield f'<line x1="{self.left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="#e6e6e6"/>'
-            yield _text(self.left - 8, y + 4, f"{100 * value:.0f} %", small, "#555555", "end")
+            yield svg_text(self.left - 8, y + 4, f"{100 * value:.0f} %", small, "#555555", "end")
         full = self.record["variants"]["full"]["keep"]["1"]["tokens"]
         ticks = {full: "all"}
         for ratio in _ratios(self.record):  # variants differ by a token at most: the first speaks for all
@@ -339,14 +309,14 @@ class _Panel:
         for tokens, name in ticks.items():
             x = self.x(tokens)
             yield f'<line x1="{x:.1f}" y1="{foot}" x2="{x:.1f}" y2="{foot + 5}" stroke="#555555"/>'
-            yield _text(x, foot + 19, f"{tokens:.0f}", small, "#222222", "middle")
+            yield svg_text(x, foot + 19, f"{tokens:.0f}", small, "#222222", "middle")
             if self.large:
-                yield _text(x, foot + 34, name, 11, "#777777", "middle")
+                yield svg_text(x, foot + 34, name, 11, "#777777", "middle")
         yield f'<line x1="{self.left}" y1="{foot}" x2="{right}" y2="{foot}" stroke="#555555"/>'
         title = {"one attribute": "Questions about one attribute of one object"}.get(
             self.group, f"{self.group}"
         )
-        yield _text(
+        yield svg_text(
             self.left,
             self.top - 12,
             f"{title} ({self.count})",
@@ -382,7 +352,7 @@ class _Panel:
         right = self.left + self.width
         ends = {name: self.y(points[0][1]["mean"]) for name, points in self.series.items()}
         foot = self.top + self.height
-        places = _spread([min(y, foot) for y in ends.values()], 16, self.top, foot)
+        places = spread([min(y, foot) for y in ends.values()], 16, self.top, foot)
         for (name, y), place in zip(ends.items(), places):
             colour, value = styles[name][0], self.series[name][0][1]["mean"]
             below = y > foot
@@ -393,16 +363,7 @@ class _Panel:
                 )
             weight = "700" if name == "hero" else "400"
             text = f"{label(name)}  {100 * value:.0f} %" + (" (below)" if below else "")
-            yield _text(right + 25, place + 4, text, 12.5, colour, weight=weight)
-
-
-def _text(
-    x: float, y: float, words: str, size: float, colour: str, anchor: str = "start", weight: str = "400"
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{colour}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{escape(words)}</text>'
-    )
+            yield svg_text(right + 25, place + 4, text, 12.5, colour, weight=weight)
 
 
 def picture(record: Mapping) -> str:
@@ -424,15 +385,11 @@ def picture(record: Mapping) -> str:
         _Panel(record, group, (60 + 280 * number, 550, 205, 120), large=False)
         for number, group in enumerate(others)
     ]
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" {FONT}>',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
+    lines = []
     for panel in panels:
         lines += panel.draw(styles)
     lines.append(
-        _text(
+        svg_text(
             375,
             484,
             "visual tokens of the language model, log scale, fewer to the right",
@@ -441,4 +398,4 @@ def picture(record: Mapping) -> str:
             "middle",
         )
     )
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return svg(width, height, lines)

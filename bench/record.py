@@ -17,7 +17,16 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["ROOT", "accelerator", "commit", "cpu_name", "environment", "fingerprint", "write"]
+__all__ = [
+    "ROOT",
+    "accelerator",
+    "commit",
+    "cpu_name",
+    "environment",
+    "fingerprint",
+    "without_folders",
+    "write",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # no string holds a newline
@@ -59,6 +68,12 @@ def _words(arguments: Sequence[str]) -> list[str]:
             word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
         words.append(word)
     return words
+
+
+def without_folders(text: str) -> str:
+    """Words of an error without this machine's folders: a path's part within the checkout, or its end."""
+    text = text.replace(f"{ROOT}{os.sep}", "")
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
 
 
 def fingerprint() -> str:

@@ -1,8 +1,8 @@
 """Rewrite the tables of ``docs`` from the records in ``bench/results``. Standard library only.
 
 ``python -m bench.report`` puts the tables of each benchmark between its markers, in ``docs/benchmarks.md``
-or, of ``bench.quality``, in ``docs/quality.md`` with a picture beside it, and leaves everything else as it
-is; ``--check`` changes nothing and fails where a page does not show what the records say.
+or, of ``bench.quality``, in ``docs/quality.md``, with a picture beside either, and leaves everything else as
+it is; ``--check`` changes nothing and fails where a page or picture does not show what the records say.
 """
 
 from __future__ import annotations
@@ -13,181 +13,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import quality_page
+from . import end_to_end_page, quality_page
+from .page import code, small, table
 from .record import ROOT
 
 __all__ = ["main", "render", "render_quality", "replace"]
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-ENOUGH = 5  # pairs: an interval of fewer decides nothing
-TOWER_TARGET = 1.02  # the tower with hero attached against without: docs/benchmarks.md
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; numbers, all but the first column, to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _seconds(times: Mapping[str, float]) -> str:
-    return f"{times['median']:.3f} ({times['min']:.3f})"
-
-
-def _milliseconds(times: Mapping[str, float]) -> str:
-    return f"{1000 * times['median']:.1f}"
-
-
-def _ratio(comparison: Mapping) -> str:
-    low, high = comparison["interval"]
-    return f"{comparison['paired']:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _against(comparison: Mapping, limit: float) -> str:
-    """What a ratio's interval says about an upper limit."""
-    low, high = comparison["interval"]
-    if comparison["pairs"] < ENOUGH:
-        return "not decided: too few rounds"
-    if high <= limit:
-        return "met"
-    return "missed" if low > limit else "not decided: the interval includes it"
-
-
-def _code(record: Mapping) -> str:
-    """Commit and versions."""
-    commit = record["commit"]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    code = (commit["hash"] or "unknown")[:12] + (", with uncommitted changes" if commit["dirty"] else "")
-    return f"- commit {code}; {versions}"
-
-
-def _small(record: Mapping) -> list[str]:
-    if not record["small"]:
-        return []
-    return ["**Tiny shapes, a test of the script: these numbers say nothing.**", ""]
-
-
-def _provenance(record: Mapping) -> list[str]:
-    machine = record["machine"]
-    clock = {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
-    load = " and ".join(f"{value:.1f}" for value in record["load_average"])
-    return [
-        *_small(record),
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds, {clock}",
-        f"- {machine['cpu']}, {record['threads']} of {machine['cores']} cores, {machine['system']}, "
-        f"{record['dtype']}; peak memory {record['peak_memory_gib']:.1f} GiB; "
-        f"load average before and after {load}",
-        _code(record),
-        "",
-    ]
-
-
-def cpu_vision(record: Mapping) -> list[str]:
-    """The tables of ``bench.cpu_vision``."""
-    summary, image, shape = record["summary"], record["image"], record["shape"]
-    times, tower, vision, ttft = (summary[name] for name in ("times", "tower", "vision", "ttft"))
-    keep = list(vision)
-    vit, text, size = (shape[name] for name in ("vision", "text", "crop_size"))
-    lines = _provenance(record)
-
-    lines += [
-        f"Image of {image['height']} × {image['width']} px, {image['crops']} crops of {size} px; "
-        f"vision tower of {vit['layers']} layers, {vit['hidden']} wide; language model of {text['layers']} "
-        f"layers, {text['hidden']} wide. Seconds are median (minimum); ratios are the median of the ratios "
-        "within rounds (95 % bootstrap interval).",
-        "",
-        "**Vision tower**",
-        "",
-    ]
-    rows = [
-        ["stock, SDPA", _seconds(times["tower"]["stock"]), "1"],
-        ["stock once more (what the machine resolves)", "", _ratio(tower["control"])],
-        ["hero attached", _seconds(times["tower"]["attached"]), _ratio(tower["attached"])],
-        [
-            "all that stock runs, scores captured",
-            _seconds(times["tower"]["captured"]),
-            _ratio(tower["captured"]),
-        ],
-        ["eager, `output_attentions=True`", _seconds(times["tower"]["eager"]), _ratio(tower["eager"])],
-    ]
-    lines += _table(["tower", "seconds", "to stock"], rows)
-    share = tower["capture_share"]["median"]
-    lines += [
-        "",
-        f"Target, at most {TOWER_TARGET} of stock with hero attached: "
-        f"**{_against(tower['attached'], TOWER_TARGET)}**; with all that stock runs: "
-        f"**{_against(tower['captured'], TOWER_TARGET)}**. Timed inside the tower, the scores take "
-        f"{100 * share:.2f} % of it. Eager attention with its maps takes "
-        f"{_ratio(tower['eager_to_attached'])} times as long as the tower with hero attached.",
-        "",
-        "**Vision stage** (`get_image_features`: tower, projector, packing)",
-        "",
-    ]
-    rows = [["stock", str(record["visual_tokens"]["stock"]), _seconds(times["vision"]["stock"]), "1"]]
-    rows += [
-        [
-            f"keep {name}",
-            str(record["visual_tokens"][name]),
-            _seconds(times["vision"][name]),
-            _ratio(vision[name]),
-        ]
-        for name in keep
-    ]
-    lines += _table(["stage", "visual tokens", "seconds", "to stock"], rows)
-
-    stages = times["stages"]
-    lines += ["", "**Where hero's time goes**, milliseconds, median", ""]
-    once = [_milliseconds(stages[name]) for name in ("prepare", "encode", "capture")]
-    after = ("score", "budget", "select", "project")
-    rows = [
-        [f"keep {name}", *once, *(_milliseconds(stages[f"{stage} {name}"]) for stage in after)]
-        for name in keep
-    ]
-    lines += _table(["", "prepare", "encode", "of it scores", *after], rows)
-
-    lines += [
-        "",
-        "**Time to first token** (`generate`, one token, from processed inputs). *Predicted* is the vision "
-        "stage as measured plus the language model alone on as many tokens, over the same for stock; *free* "
-        "is the same with the stock vision stage, as if dropping cost nothing.",
-        "",
-    ]
-    rows = []
-    for name in ("stock", *keep):
-        tokens = record["prompt_tokens"][name]
-        rows.append(
-            [
-                name if name == "stock" else f"keep {name}",
-                str(tokens),
-                _seconds(times["prefill"][str(tokens)]),
-                _seconds(times["ttft"][name]),
-                "1" if name == "stock" else _ratio(ttft[name]["to_stock"]),
-                f"{ttft[name]['predicted_to_stock']['paired']:.3f}",
-                f"{ttft[name]['free_to_stock']['paired']:.3f}",
-                _ratio(ttft[name]["to_predicted"]),
-            ]
-        )
-    head = ["", "prompt tokens", "prefill, s", "first token, s", "to stock", "predicted", "free"]
-    lines += _table([*head, "measured / predicted"], rows)
-
-    slower = [
-        f"the vision stage at keep {name}, {_ratio(vision[name])}" for name in keep if _loses(vision[name])
-    ]
-    slower += [
-        f"the first token at keep {name}, {_ratio(ttft[name]['to_stock'])}"
-        for name in keep
-        if _loses(ttft[name]["to_stock"])
-    ]
-    if _loses(tower["attached"]):
-        slower.insert(0, f"the tower, {_ratio(tower['attached'])}")
-    if record["rounds"] < ENOUGH:
-        slower = slower or ["too few rounds to say"]
-    lines += ["", f"Slower than stock, interval above 1: {'; '.join(slower) if slower else 'nothing'}."]
-    return lines
-
-
-def _loses(comparison: Mapping) -> bool:
-    return comparison["pairs"] >= ENOUGH and comparison["interval"][0] > 1.0
 
 
 def _microseconds(value: float) -> str:
@@ -207,7 +40,7 @@ def _tests(record: Mapping) -> str:
 def _machine(record: Mapping) -> list[str]:
     """Where a run of the kernels took place, and the ceilings it was held against."""
     gpu, ceilings = record["gpu"], record["ceilings"]
-    lines = [*_small(record), f"- `{record['command']}`, {record['date']}, {record['dtype']}"]
+    lines = [*small(record), f"- `{record['command']}`, {record['date']}, {record['dtype']}"]
     if gpu is None:
         lines.append(
             f"- no GPU: the PyTorch twins, on {record['machine']['cpu']}, {record['machine']['system']}"
@@ -227,7 +60,7 @@ def _machine(record: Mapping) -> list[str]:
     if sanitizer:
         parts = [f"{name} {tool['summary']}" for name, tool in sanitizer.get("tools", {}).items()]
         lines.append(f"- compute-sanitizer: {'; '.join(parts) or sanitizer['reason']}")
-    return [*lines, f"- GPU tests: {_tests(record)}", f"{_code(record)}; code {record['code']}", ""]
+    return [*lines, f"- GPU tests: {_tests(record)}", f"{code(record)}; code {record['code']}", ""]
 
 
 def _row(one: Mapping, ours: Mapping[tuple, float]) -> list[str]:
@@ -284,9 +117,9 @@ def kernels(record: Mapping) -> list[str]:
             for one in results
             if one["ours"] and one["status"] == "ok"
         }
-        table = _table(head, [_row(one, ours) for one in results])
-        table[1] = table[1].replace("| --- | ---: |", "| --- | --- |", 1)
-        lines += [f"**{op}**", "", *table, ""]
+        rows = table(head, [_row(one, ours) for one in results])
+        rows[1] = rows[1].replace("| --- | ---: |", "| --- | --- |", 1)
+        lines += [f"**{op}**", "", *rows, ""]
         losses += _faster_peers(results, ours)
     lines += ["**Where a peer that does as much is faster**", "", *(losses or ["Nowhere in this run."]), ""]
     lines += ["**Not timed**", "", *(reasons or ["Nothing was missing."])]
@@ -305,18 +138,53 @@ def dispatch(record: Mapping) -> list[str]:
         f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds of {record['repeats']} calls, "
         "medians, processor time",
         f"- {machine['cpu']}, one thread, {machine['system']}",
-        _code(record),
+        code(record),
         "",
-        *_table(["µs of the host", "checks and routing", "`torch.ops` instead", "with the launcher"], rows),
+        *table(["µs of the host", "checks and routing", "`torch.ops` instead", "with the launcher"], rows),
     ]
 
 
-RENDERERS: dict[str, Callable[[Mapping], list[str]]] = {
-    "cpu_vision": cpu_vision,
-    "dispatch": dispatch,
-    "kernels": kernels,
+def _each(renderer: Callable[[Mapping], list[str]]) -> Callable[[Sequence[Mapping]], list[str]]:
+    """The tables of several records, one after another."""
+
+    def render_all(records: Sequence[Mapping]) -> list[str]:
+        parts = [renderer(record) for record in records]
+        return [line for number, part in enumerate(parts) for line in ([""] * (number > 0) + part)]
+
+    return render_all
+
+
+def _is_real(record: Mapping) -> bool:
+    """Whether a record is one of ``bench.end_to_end`` that says something."""
+    return record["benchmark"] == "end_to_end" and not record["small"]
+
+
+def _targets(records: Sequence[Mapping]) -> list[str]:
+    lines = end_to_end_page.targets(records)
+    if end_to_end_page.picture(records):
+        lines += ["", "![Time relative to stock against the keep ratio](benchmarks.svg)"]
+    return lines
+
+
+# Markers -> (benchmark, which of its records, their lines).
+SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Mapping]], list[str]]]] = {
+    "targets": ("end_to_end", _is_real, _targets),
+    "end_to_end_cpu": (
+        "end_to_end",
+        lambda record: not record["gpu"] and record["shape_name"] != "mini",
+        _each(end_to_end_page.tables),
+    ),
+    "end_to_end_mini": (
+        "end_to_end",
+        lambda record: not record["gpu"] and record["shape_name"] == "mini",
+        _each(end_to_end_page.tables),
+    ),
+    "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), _each(end_to_end_page.tables)),
+    "dispatch": ("dispatch", lambda record: True, _each(dispatch)),
+    "kernels": ("kernels", lambda record: True, _each(kernels)),
 }
-MISSING = {"kernels": "Not measured: no GPU was available so far."}
+NO_GPU = "Not measured: no GPU was available so far."
+MISSING = {"kernels": NO_GPU, "end_to_end_gpu": NO_GPU}
 ELSEWHERE = ("compiled", "quality")  # records on other pages
 
 
@@ -341,14 +209,13 @@ def render(page: str, records: Sequence[Mapping]) -> str:
         ValueError: a record of an unknown benchmark, or a page without its markers.
     """
     records = [record for record in records if record["benchmark"] not in ELSEWHERE]
-    unknown = {record["benchmark"] for record in records} - set(RENDERERS)
+    known = {benchmark for benchmark, _, _ in SECTIONS.values()}
+    unknown = {record["benchmark"] for record in records} - known
     if unknown:
-        raise ValueError(f"records: expected {', '.join(RENDERERS)}, got {', '.join(sorted(unknown))}")
-    for name, renderer in RENDERERS.items():
-        parts = [renderer(record) for record in records if record["benchmark"] == name]
-        lines = [MISSING.get(name, "Not measured yet.")]
-        for number, part in enumerate(parts):
-            lines = part if number == 0 else [*lines, "", *part]
+        raise ValueError(f"records: expected {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    for name, (benchmark, wanted, lines_of) in SECTIONS.items():
+        of_it = [record for record in records if record["benchmark"] == benchmark and wanted(record)]
+        lines = lines_of(of_it) if of_it or name == "targets" else [MISSING.get(name, "Not measured yet.")]
         page = replace(page, name, lines)
     return page
 
@@ -373,7 +240,7 @@ def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | No
         lines = ["Not measured yet."]
         for record in records:
             if record["split"] == split:
-                lines = lines_of(record, _code(record))
+                lines = lines_of(record, code(record))
                 picture = quality_page.picture(record) if split == "test" else picture
         page = replace(page, name, lines)
     return page, picture
@@ -389,6 +256,9 @@ def main(arguments: Sequence[str]) -> int:
     files = sorted(options.results.glob("*.json"))
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     wanted = {options.page: render(options.page.read_text(encoding="utf-8"), records)}
+    picture = end_to_end_page.picture([one for one in records if _is_real(one)])
+    if picture is not None:
+        wanted[options.page.with_suffix(".svg")] = picture
     quality = options.page.with_name("quality.md")
     if quality.exists():
         wanted[quality], picture = render_quality(quality.read_text(encoding="utf-8"), records)

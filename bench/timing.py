@@ -15,12 +15,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["CLOCKS", "compare", "interval", "quiet_heap", "seconds", "summary", "take_turns"]
+__all__ = ["CLOCKS", "Clock", "compare", "interval", "quiet_heap", "seconds", "summary", "take_turns"]
 
 # With one thread, the processor's time is blind to other processes taking turns on the same core.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 RESAMPLES = 2000
 COVERAGE = 0.95
+
+
+class Clock:
+    """The time that is left."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
 
 @contextlib.contextmanager

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import queue
 import re
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from oracles import first_difference
 
 import hero
 
@@ -19,11 +24,21 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
     sys.path.insert(0, str(ROOT))
 
-from bench import bench_attention, bench_selection, device, kernels, registry  # noqa: E402
+from bench import (  # noqa: E402
+    bench_attention,
+    bench_selection,
+    device,
+    end_to_end,
+    end_to_end_page,
+    kernels,
+    models,
+    registry,
+)
 from bench.measure import Unavailable, Variant, Wrong, measure  # noqa: E402
+from bench.released import Released, eager  # noqa: E402
 
 ROUNDS = 2
-KEEP = ("1", "0.5", "0.2")
+ONE_THREAD = ("--threads", 1, "--rounds", ROUNDS)
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -41,21 +56,113 @@ def _report(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return _run("bench.report", "--results", folder, "--page", folder / "page.md", *arguments)
 
 
+def _page(folder: Path) -> Path:
+    """A page to rewrite, beside the records of a folder."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (folder / "page.md").write_text(text, encoding="utf-8")
+    return folder / "page.md"
+
+
+# --- the method as released ------------------------------------------------------------------------------
+
+SMALL = models.SHAPES["small"]
+
+
+@pytest.fixture(scope="module")
+def subject() -> models.Subject:
+    """The small model, with weights large enough that attention and tiles differ."""
+    subject = models.build("small", torch.device("cpu"), torch.float32)
+    draw = torch.Generator().manual_seed(3)
+    for name, weights in subject.model.model.vision_tower.named_parameters():
+        if weights.dim() > 1:
+            weights.add_(torch.randn(weights.shape, generator=draw) * (0.3 if "_proj" in name else 0.1))
+    return subject
+
+
+def _pixels(subject: models.Subject, sizes: Sequence[tuple[int, int]], seed: int) -> torch.Tensor:
+    """Random crops [B, crops, 3, S, S] of images of these (height, width), padded to the most crops."""
+    draw, side = torch.Generator().manual_seed(seed), SMALL.crop_size
+    with hero.attach(subject.model) as handle:
+        crops = [layout.crops for layout in handle.encoder.geometry.layouts(sizes)]
+    pixels = torch.zeros(len(sizes), max(crops), 3, side, side)
+    for image, count in zip(pixels, crops):
+        image[:count] = torch.randn(count, 3, side, side, generator=draw)
+    return pixels
+
+
+SIZES = {
+    "one": [(112, 112)],
+    "padded": [(75, 100)],
+    "narrow": [(30, 160)],
+    "ragged": [(112, 112), (56, 168), (100, 75), (160, 56)],
+}
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.37, 1.0])
+@pytest.mark.parametrize("text", [False, True], ids=["no text", "text"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_released_is_the_same_method(subject, sizes, text, keep):
+    """It keeps the same patches and returns the same tokens as hero set to what was released."""
+    config = hero.HeroConfig(
+        keep_ratio=keep,
+        second_softmax=True,
+        allocation="floor",
+        tile_layers=(1, 2),
+        thumbnail_layers=(2, 3),
+        temperature_cls=0.2,
+        temperature_clip=0.1,
+        alpha=0.6 if text else None,
+    )
+    pixels = _pixels(subject, sizes, seed=len(sizes))
+    words = ["what is this", "in picture", "what", "is this in"][: len(sizes)] if text else None
+    relevance = subject.relevance if text else None
+    with torch.inference_mode():
+        with hero.attach(subject.model, subject.processor, config=config, relevance=relevance) as handle:
+            ours = handle.encoder(pixels, sizes, text=words)
+        released = Released(subject.model, config, handle.encoder.geometry, relevance)
+        with eager(subject.model.model.vision_tower):
+            tokens, sources = released(pixels, sizes, words)
+    assert subject.model.model.vision_tower.config._attn_implementation == "sdpa"
+    assert [len(source) for source in sources] == ours.lengths
+    assert first_difference([one for source in sources for one in source], ours.index.tolist()) is None
+    for one, other in zip(tokens, ours.per_image(), strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())  # four layers of fp32
+
+
+def test_released_budgets_follow_the_tiles(subject):
+    """What the test above compares is not the same for every tile."""
+    config = hero.HeroConfig(keep_ratio=0.37, temperature_cls=0.2)
+    with hero.attach(subject.model) as handle:
+        geometry = handle.encoder.geometry
+    released = Released(subject.model, config, geometry)
+    pixels, sizes = _pixels(subject, SIZES["ragged"], seed=4), SIZES["ragged"]
+    layouts = geometry.layouts(sizes)
+    crops = torch.cat([image[: layout.crops] for image, layout in zip(pixels, layouts)])
+    with torch.inference_mode(), eager(subject.model.model.vision_tower):
+        shares = released.share(released.encode(crops), crops, layouts, None)
+    budgets = released.budget(shares, layouts)
+    assert len(set(budgets[0][1:])) > 1 and sum(budgets[0][1:]) < int(0.37 * 4 * 16)
+
+
+# --- end to end ------------------------------------------------------------------------------------------
+
+EVERY = set(end_to_end.VARIANTS)
+HEROES = {"hero 1", "hero 0.5", "hero 0.2", "hero 0.1"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A folder with the record of a small run, and a page for it."""
     folder = tmp_path_factory.mktemp("bench")
-    options = ("--small", "--rounds", ROUNDS, "--keep", ",".join(KEEP), "--threads", 1)
-    done = _run("bench.cpu_vision", *options, "--out", folder / "cpu.json")
+    done = _run("bench.end_to_end", "--shape", "small", *ONE_THREAD, "--out", folder / "small.json")
     assert done.returncode == 0, done.stderr
-    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    (folder / "page.md").write_text(page, encoding="utf-8")
+    _page(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def record(folder) -> dict:
-    return json.loads((folder / "cpu.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "small.json").read_text(encoding="utf-8"))
 
 
 def _comparisons(value) -> list[dict]:
@@ -70,10 +177,11 @@ def _comparisons(value) -> list[dict]:
 def test_record_says_where_it_comes_from(record):
     assert {"python", "hero", "torch", "transformers"} <= set(record["versions"])
     assert record["versions"]["hero"] == hero.__version__
-    assert set(record["commit"]) == {"hash", "dirty"}
-    assert record["command"].startswith("python -m bench.cpu_vision --small")
+    assert set(record["commit"]) == {"hash", "dirty"} and len(record["code"]) == 16
+    assert record["command"].startswith("python -m bench.end_to_end --shape small")
     assert record["machine"]["cpu"] and record["threads"] == 1 and record["dtype"] == "float32"
-    assert record["small"] and record["rounds"] == ROUNDS and 0 < record["peak_memory_gib"] < 6
+    assert record["small"] and record["gpu"] is None and 0 < record["peak_memory_gib"] < 6
+    assert record["left_out"] == record["failed"] == []
 
 
 def test_record_names_neither_host_nor_folders(record, folder):
@@ -83,62 +191,237 @@ def test_record_names_neither_host_nor_folders(record, folder):
 
 
 def test_record_keeps_every_raw_time(record):
-    times = record["seconds"]
-    tokens = {str(count) for count in record["prompt_tokens"].values()}
-    assert {name: len(values) for name, values in times["tower"].items()} == {
-        "stock": 2 * ROUNDS,
-        "attached": 2 * ROUNDS,
-        "captured": 2 * ROUNDS,
-        "eager": ROUNDS,
-    }
-    for group, variants in (("vision", {"stock", *KEEP}), ("ttft", {"stock", *KEEP}), ("prefill", tokens)):
-        assert set(times[group]) == variants
-        assert all(len(values) == ROUNDS for values in times[group].values())
-    stages = {f"{stage} {name}" for stage in ("score", "budget", "select", "project") for name in KEEP}
-    assert set(times["stages"]) == {"prepare", "encode", "capture", *stages}
-    assert all(value > 0 for group in times.values() for values in group.values() for value in values)
+    assert [(one["batch"], one["rounds"]) for one in record["series"]] == [("1", ROUNDS), ("2", ROUNDS)]
+    for series in record["series"]:
+        times = series["seconds"]
+        assert set(times) == {"vision", "ttft", "prefill", "decode"}
+        assert set(times["vision"]) == set(series["stages"]) == EVERY
+        for group in ("ttft", "prefill", "decode"):
+            assert set(times[group]) == EVERY - {"stock again"}
+        stages = {name: set(spans) for name, spans in series["stages"].items()}
+        assert stages["stock"] == {"encode", "project", "pack"}
+        assert stages["hero 0.2"] == {"encode", "capture", "score", "budget", "select", "project"}
+        assert stages["released"] == {"encode", "score", "budget", "select", "project", "pack"}
+        values = [*times.values(), *series["stages"].values()]
+        assert all(len(one) == ROUNDS and min(one) > 0 for found in values for one in found.values())
+        for name, spans in series["stages"].items():  # a stage is part of the call that was timed
+            outer = [stage for stage in spans if stage != "capture"]
+            for number, whole in enumerate(times["vision"][name]):
+                assert sum(spans[stage][number] for stage in outer) < whole
 
 
 def test_ratios_are_positive_and_inside_their_intervals(record):
     comparisons = _comparisons(record["summary"])
-    assert len(comparisons) == 5 + len(KEEP) + 4 * (len(KEEP) + 1)
+    assert len(comparisons) > 60
     for comparison in comparisons:
         low, high = comparison["interval"]
         assert 0 < low <= comparison["paired"] <= high
         assert comparison["of_medians"] > 0 and comparison["of_minima"] > 0
-    tower = record["summary"]["tower"]
-    assert record["summary"]["tower_ratio"] == tower["attached"]["paired"]
-    assert record["summary"]["capture_ratio"] == tower["captured"]["paired"]
-    assert 0 < tower["capture_share"]["median"] < 1
+    for batch, found in record["summary"].items():
+        seconds = next(one["seconds"] for one in record["series"] if one["batch"] == batch)
+        pairs = zip(seconds["vision"]["hero 0.2"], seconds["vision"]["stock"])
+        middle = statistics.median(one / other for one, other in pairs)
+        assert found["vision"]["hero 0.2"]["paired"] == pytest.approx(middle)
+        parts = [sum(both) for both in zip(seconds["vision"]["hero 0.1"], seconds["prefill"]["hero 0.1"])]
+        ratios = [one / other for one, other in zip(seconds["ttft"]["hero 0.1"], parts)]
+        middle = statistics.median(ratios)
+        assert found["ttft"]["hero 0.1"]["to_predicted"]["paired"] == pytest.approx(middle)
+        rate = int(batch) * record["decoded"] / statistics.median(seconds["decode"]["stock"])
+        assert found["decode"]["stock"] == pytest.approx(rate)
 
 
 def test_token_counts_are_those_of_count_tokens(record):
-    shape, image = record["shape"], record["image"]
-    size = (image["height"], image["width"])
-    sizes = {name: shape[name] for name in ("pinpoints", "crop_size", "patch_size")}
-    counts = {
-        name: hero.count_tokens(
-            hero.HeroConfig(keep_ratio=1.0 if name == "stock" else float(name)), size, **sizes
-        )
-        for name in ("stock", *KEEP)
-    }
-    assert record["visual_tokens"] == counts
-    text = {record["prompt_tokens"][name] - counts[name] for name in counts}
+    sizes = {name: record["shape"][name] for name in ("pinpoints", "crop_size", "patch_size")}
+    for found in record["batches"].values():
+        for name, count in found["visual_tokens"].items():
+            config = hero.HeroConfig(keep_ratio=end_to_end.VARIANTS[name].keep or 1.0)
+            assert count == sum(hero.count_tokens(config, image, **sizes) for image in found["images"])
+    assert [found["crops"] for found in record["batches"].values()] == [5, 8]
+    (one, _) = record["batches"].values()
+    text = {one["prompt_tokens"][name] - count for name, count in one["visual_tokens"].items()}
     assert len(text) == 1 and text.pop() > 0
+    assert one["prompt_tokens"]["released"] <= one["prompt_tokens"]["hero 0.2"]
+
+
+def test_counts_are_of_the_vision_stage(record):
+    """More images, more launches as released; no more with hero; and the maps are in the peak."""
+    one, two = (record["counts"][batch] for batch in ("1", "2"))
+    assert set(one) == EVERY - {"stock again"}
+    assert two["released"]["launches"] > one["released"]["launches"] + 50
+    assert two["hero 0.2"]["launches"] <= one["hero 0.2"]["launches"] + 2  # ragged: crops are put together
+    assert one["released"]["waits"] >= 5 and one["hero 0.2"]["waits"] == two["hero 0.2"]["waits"] == 0
+    layers, _, heads, _ = SMALL.vision
+    maps = 5 * layers * heads * 17**2 * 4
+    assert one["released"]["peak_bytes"] > maps > 0 and one["hero 0.2"]["peak_bytes"] > 0
+
+
+def test_a_gpu_has_the_most_important_first():
+    steps = end_to_end.plan((0, 1), gpu=True)
+    assert [step.variants for step in steps[:2]] == [("stock", "stock again", "hero 0.2")] * 2
+    assert steps[0].groups[:2] == ("vision", "ttft") and [step.batch for step in steps[:2]] == [0, 1]
+    for group in ("vision", "ttft", "prefill", "counts", "stages", "profiles", "graph"):
+        assert any(group in step.groups for step in steps)
+    for batch in (0, 1):
+        measured = {name for step in steps if step.batch == batch for name in step.variants}
+        assert measured == EVERY
+
+
+def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
+    """The steps of a GPU on a CPU: no profiler and no graph there, and the released method is broken."""
+    steps = [step for step in end_to_end.plan((0,), gpu=True) if step.groups != ("stages",)]
+
+    def broken(self, *arguments):
+        raise RuntimeError(f"no such file {ROOT}/bench/nothing.py")
+
+    check = end_to_end.Bench.check
+
+    def break_after_the_check(self, batch):
+        described = check(self, batch)
+        monkeypatch.setattr(Released, "encode", broken)
+        return described
+
+    monkeypatch.setattr(end_to_end.Bench, "check", break_after_the_check)
+    monkeypatch.setattr(end_to_end, "plan", lambda batches, gpu: steps)
+    monkeypatch.setattr(models, "SHAPES", {"small": dataclasses.replace(SMALL, batches=SMALL.batches[:1])})
+    path = tmp_path / "record.json"
+    status = end_to_end.main(["--shape", "small", "--device", "cpu", "--rounds", "2", "--out", str(path)])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert status == 1 and len(record["failed"]) >= 5
+    failed = {one["what"].split(",")[0].partition(" of ")[0] for one in record["failed"]}
+    assert {"vision", "counts", "profiles", "graph"} <= failed
+    assert any("no such file bench/nothing.py" in one["reason"] for one in record["failed"])
+    summary = record["summary"]["1"]
+    assert HEROES | {"stock", "stock again", "hero 0.2 + text"} == set(summary["vision"])
+    assert "released" not in summary["ttft"] and summary["released_vision"] == {
+        "hero 0.2": None,
+        "hero 0.2 + text": None,
+    }
+    _page(tmp_path)
+    assert _report(tmp_path).returncode == 0
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "Failed: " in page and "no such file bench/nothing.py" in page
+
+
+def test_no_time_leaves_out_all_but_says_so(tmp_path):
+    path = tmp_path / "record.json"
+    done = _run("bench.end_to_end", "--shape", "small", *ONE_THREAD, "--seconds", "0.1", "--out", path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["series"] == [] and record["failed"] == [] and record["batches"]
+    assert any(one.startswith("vision, ttft") for one in record["left_out"])
+    _page(tmp_path)
+    assert _report(tmp_path).returncode == 0
+    assert "Left out: vision, ttft" in (tmp_path / "page.md").read_text(encoding="utf-8")
 
 
 def test_report_renders_once_and_for_all(folder, record):
     assert _report(folder, "--check").returncode == 1
     assert _report(folder).returncode == 0
     page = (folder / "page.md").read_text(encoding="utf-8")
-    for name in KEEP:
-        assert re.search(
-            rf"^\| keep {re.escape(name)} \| {record['visual_tokens'][name]} \|", page, re.MULTILINE
-        )
+    tokens = record["batches"]["2"]["visual_tokens"]
+    for name in HEROES:
+        assert re.search(rf"^\| {re.escape(name)} \| {tokens[name]} \|", page, re.MULTILINE)
     assert "a test of the script" in page and "Slower than stock" in page and "not measured" in page
+    assert not (folder / "page.svg").exists()  # tiny shapes are no result
     assert _report(folder).returncode == 0
     assert (folder / "page.md").read_text(encoding="utf-8") == page
     assert _report(folder, "--check").returncode == 0
+
+
+def _comparison(middle: float, spread: float = 0.01, pairs: int = 6) -> dict:
+    interval = [middle - spread, middle + spread]
+    return {"paired": middle, "interval": interval, "pairs": pairs, "of_medians": middle, "of_minima": middle}
+
+
+@pytest.fixture
+def gpu_record(record) -> dict:
+    """As if the record were of a GPU: a record to draw, no result."""
+    made = json.loads(json.dumps(record))
+    gpu = {"name": "A GPU", "driver": "1", "cuda": "13.0", "hip": None, "multiprocessors": 1, "l2_mib": 1.0}
+    made |= {"gpu": gpu, "shape_name": "7b", "small": False, "failed": [], "left_out": []}
+    for part in ("summary", "batches", "counts"):
+        made[part]["8"] = made[part].pop("2")
+    for series in made["series"]:
+        series["batch"] = {"1": "1", "2": "8"}[series["batch"]]
+    top = [{"name": "a_kernel<int>", "calls": 3, "us": 7.0}]
+    made["profiles"] = {"1": {"stock": {"us": 10.0, "launches": 5, "top": top}}}
+    return made
+
+
+def _verdicts(*records: dict) -> dict[str, tuple[str, str]]:
+    """{target: (measured, verdict)}."""
+    rows = [line.strip("| ").split(" | ") for line in end_to_end_page.targets(records)[2:]]
+    return {row[0]: tuple(part.strip() for part in row[1:]) for row in rows}
+
+
+def test_targets_are_judged_by_the_whole_interval(gpu_record):
+    summary, counts = gpu_record["summary"], gpu_record["counts"]
+    summary["1"]["vision"]["hero 0.2"] = _comparison(0.93)
+    summary["8"]["vision"]["hero 0.2"] = _comparison(0.945)
+    summary["1"]["vision"]["hero 0.2 + text"] = _comparison(1.05)
+    summary["8"]["vision"]["hero 0.2 + text"] = _comparison(0.9, pairs=4)
+    summary["1"]["released_vision"]["hero 0.2 + text"] = _comparison(5.2)
+    summary["8"]["released_vision"]["hero 0.2 + text"] = _comparison(4.9)
+    summary["1"]["ttft"]["hero 0.2"]["to_stock"] = _comparison(0.3)
+    summary["8"]["ttft"]["hero 0.2"]["to_stock"] = _comparison(0.4)
+    counts["1"]["released"]["peak_bytes"] = 6 * counts["1"]["hero 0.2 + text"]["peak_bytes"]
+    counts["8"]["released"]["peak_bytes"] = 4 * counts["8"]["hero 0.2 + text"]["peak_bytes"]
+    counts["1"]["hero 0.2"]["waits"], counts["8"]["hero 0.2"]["waits"] = 0, 2
+    counts["1"]["hero 0.2"]["launches"] = counts["8"]["hero 0.2"]["launches"] = 80
+    gpu_record["failed"] = [{"what": "graph of hero 0.2, batch 1", "reason": "RuntimeError: no"}]
+    found = _verdicts(gpu_record)
+
+    def verdict(begin: str, end: str) -> str:
+        return next(
+            value[1] for name, value in found.items() if name.startswith(begin) and name.endswith(end)
+        )
+
+    undecided = "not decided: the interval includes it"
+    assert verdict("1. vision stage at R", "1") == "met" and verdict("1. vision stage at R", "8") == undecided
+    assert verdict("1. the same with text", "1") == "missed"
+    assert verdict("1. the same with text", "8") == "not decided: too few rounds"
+    assert verdict("2. vision stage", "1") == "met" and verdict("2. vision stage", "8") == "missed"
+    assert verdict("2. its peak", "1") == "met" and verdict("2. its peak", "8") == "missed"
+    assert verdict("5. time", "1") == "met" and verdict("5. time", "8") == "missed"
+    assert verdict("6. the host", "hero 0.2: never, batch 1") == "met"
+    assert verdict("6. the host", "hero 0.2: never, batch 8") == "missed"
+    assert verdict("6. launches", "hero 0.2") == "met"
+    assert verdict("6. the vision stage in a CUDA graph", "1") == "missed"
+    assert verdict("7. CPU", "at most 1.02") == "not measured"
+    cpu = {**gpu_record, "gpu": None, "shape_name": "clip-l"}
+    cpu["summary"]["1"]["stages"]["tower"]["hero 0.2"] = _comparison(1.2)
+    assert _verdicts(cpu)["7. CPU, clip-l: the tower with hero, to stock: at most 1.02"][1] == "missed"
+    assert all(value == ("", "not measured") for name, value in _verdicts(cpu).items() if name[0] < "7")
+
+
+def test_a_gpu_record_is_drawn_from_its_numbers(gpu_record, tmp_path):
+    """Tables, losing cases and the picture; and the check fails where the picture is another."""
+    for batch in ("1", "8"):
+        summary = gpu_record["summary"][batch]
+        for number, name in enumerate(("hero 1", "hero 0.5", "hero 0.2", "hero 0.1")):
+            summary["vision"][name] = _comparison(1.0 - 0.02 * number)
+            summary["ttft"][name]["to_stock"] = _comparison(0.9 - 0.2 * number)
+    gpu_record["summary"]["8"]["vision"]["hero 0.5"] = _comparison(1.25)
+    gpu_record["summary"]["1"]["released_ttft"]["hero 0.2 + text"] = _comparison(0.8)
+    for series in gpu_record["series"]:
+        series["rounds"] = 6
+    (tmp_path / "end_to_end.json").write_text(json.dumps(gpu_record), encoding="utf-8")
+    page = _page(tmp_path)
+    assert _report(tmp_path).returncode == 0
+    text = page.read_text(encoding="utf-8")
+    assert "the vision stage of hero 0.5 at batch 8, 1.250 (1.240 to 1.260)" in text
+    assert "the first token of hero 0.2 + text at batch 1 against released, 1.250" in text
+    assert "`a_kernel<int>` | 3 | 7 | 70.0" in text and "(benchmarks.svg)" in text
+    picture = tmp_path / "page.svg"
+    drawn = picture.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(drawn)
+    words = [one.text for one in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert words.count("A GPU, LLaVA-NeXT-7B's shape") == 2 and "8 images, 8 crops" in words
+    assert "first token 0.30" in words and "vision stage 0.94" in words
+    assert _report(tmp_path, "--check").returncode == 0
+    picture.write_text(drawn.replace("first token 0.30", "first token 0.20"), encoding="utf-8")
+    done = _report(tmp_path, "--check")
+    assert done.returncode == 1 and "page.svg" in done.stderr
 
 
 def test_the_page_shows_the_records():
@@ -215,6 +498,55 @@ def test_device_reports_a_failed_test(device_record, device_run):
     assert tests["status"] == "failed" and tests["counts"] == {"passed": 1, "failed": 1}
     assert len(tests["failures"]) == 1 and tests["failures"][0] == "test_one.py::test_number[2]"
     assert done.returncode == 1 and "test_number[2]" in done.stdout
+
+
+@needs_no_gpu
+def test_device_runs_the_model_end_to_end(device_record, device_run):
+    folder, done = device_run
+    assert device_record["end_to_end"]["status"] == "ok" and "end to end:" in done.stdout
+    record = json.loads((folder / "end_to_end.json").read_text(encoding="utf-8"))
+    assert record["small"] and record["failed"] == [] and set(record["summary"]) == {"1", "2"}
+
+
+def _end_to_end_as(monkeypatch, tmp_path, script: str, seconds: float = 60) -> dict:
+    """How a run of the model ends where its process runs a script instead; ``sys.argv`` as it is started."""
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    run = device._run
+
+    def start(command, log, limit, **environ):
+        assert command[1:3] == ["-m", "bench.end_to_end"] and environ["HERO_REQUIRE_KERNEL"] == "1"
+        return run([sys.executable, tmp_path / "script.py", *command[3:]], log, limit, **environ)
+
+    monkeypatch.setattr(device, "_run", start)
+    monkeypatch.setattr(device, "END_SECONDS", 1)
+    return device.run_end_to_end(True, tmp_path, seconds, "abc")
+
+
+WRITES = """
+import json, sys
+assert sys.argv[sys.argv.index("--commit") + 1] == "abc" and "small" in sys.argv
+json.dump({"failed": [], "series": [1]}, open(sys.argv[sys.argv.index("--out") + 1], "w"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "ended"),
+    [
+        ("raise SystemExit('gone')", "failed", None),
+        (WRITES + "import os; os.abort()", "failed", "exit -6"),
+        (WRITES + "import time; time.sleep(60)", "stopped: out of time", "out of time"),
+        (WRITES, "ok", None),
+    ],
+    ids=["no record", "crash", "hang", "ok"],
+)
+def test_device_survives_the_end_of_the_model(monkeypatch, tmp_path, script, status, ended):
+    result = _end_to_end_as(monkeypatch, tmp_path, script, seconds=1)
+    assert result["status"] == status
+    path = tmp_path / "end_to_end.json"
+    written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    assert written.get("ended", "").startswith(ended or "") and ("ended" in written) == bool(ended)
+    if status == "failed" and ended is None:
+        assert "gone" in result["reason"]
 
 
 @needs_no_gpu
