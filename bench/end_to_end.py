@@ -334,7 +334,7 @@ class Bench:
     def _staged_hero(self, handle: hero.Handle, stages: Stages) -> Iterator[None]:
         methods = ("encode", "score", "budget", "select", "project")
         with (
-            stages.of(handle.encoder, **{name: name for name in methods}),
+            stages.of(handle.encoder, ask="text", **{name: name for name in methods}),
             stages.of(capture.Collector, add="capture"),
         ):
             yield

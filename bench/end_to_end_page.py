@@ -9,7 +9,7 @@ from .page import against, code, loses, ratio, small, spread, svg, svg_text, tab
 
 __all__ = ["picture", "tables", "targets"]
 
-STAGES = ("encode", "capture", "score", "budget", "select", "project", "pack")
+STAGES = ("text", "encode", "capture", "score", "budget", "select", "project", "pack")
 HEADS = {"capture": "of it scores"}
 BEST, TEXT, ALL = "hero 0.2", "hero 0.2 + text", "hero 1"  # variants of bench.end_to_end
 TITLES = {

@@ -200,7 +200,7 @@ def test_record_keeps_every_raw_time(record):
             assert set(times[group]) == EVERY - {"stock again"}
         stages = {name: set(spans) for name, spans in series["stages"].items()}
         assert stages["stock"] == {"encode", "project", "pack"}
-        assert stages["hero 0.2"] == {"encode", "capture", "score", "budget", "select", "project"}
+        assert stages["hero 0.2"] == {"text", "encode", "capture", "score", "budget", "select", "project"}
         assert stages["released"] == {"encode", "score", "budget", "select", "project", "pack"}
         values = [*times.values(), *series["stages"].values()]
         assert all(len(one) == ROUNDS and min(one) > 0 for found in values for one in found.values())
