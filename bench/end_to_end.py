@@ -55,6 +55,7 @@ __all__ = ["VARIANTS", "Bench", "Step", "main", "plan", "summarise"]
 
 MAIN = 0.2  # the keep ratio of relevance, of the released method and of the targets
 KEEP = (1.0, 0.5, MAIN, 0.1)
+GPU_ROUNDS, CPU_ROUNDS = 7, 6
 DECODED = 16  # tokens after the first
 TOP = 10  # kernels of a profile
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of R = 1 to stock: the projector sees other rows
@@ -457,7 +458,7 @@ class Bench:
         with self.ready(self.prepared[number], name) as ready:
             if group == "ttft":
                 if self.gpu:  # what a fresh attachment does only once
-                    ready.first_token()
+                    ready.vision()
                 found[group][name] = self.time(ready.first_token)
                 return
             if self.gpu:
@@ -561,7 +562,7 @@ def _synchronisations(function: Callable[[], object]) -> int:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(one.message) for one in caught)
+    return sum("called a synchronizing" in str(one.message) for one in caught)
 
 
 def _peak_gpu(function: Callable[[], object]) -> int:
@@ -660,10 +661,12 @@ class Run:
         self.record["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         write(self.out, self.record)
 
-    def failed(self, what: str, error: Exception) -> None:
+    def failed(self, what: str, error: Exception, ours: bool = True) -> None:
+        """Record what could not be measured; where it is not ours, the run is no failure for it."""
         reason = (str(error).strip().splitlines() or ["no message"])[0][:300]
         reason = without_folders(reason)
-        self.record["failed"].append({"what": what, "reason": f"{type(error).__name__}: {reason}"})
+        reason = f"{type(error).__name__}: {reason}"
+        self.record["failed"].append({"what": what, "ours": ours, "reason": reason})
         print(f"failed: {what}: {reason}", flush=True)
         if torch.cuda.is_available():
             with contextlib.suppress(RuntimeError):
@@ -705,7 +708,7 @@ class Run:
             try:
                 self.record[group].setdefault(batch, {})[name] = measure(step.batch, name)
             except Exception as error:
-                self.failed(f"{group} of {name}, batch {batch}", error)
+                self.failed(f"{group} of {name}, batch {batch}", error, _is_ours(name))
 
     def _series(self, bench: Bench, step: Step) -> None:
         batch = bench.prepared[step.batch].name
@@ -720,7 +723,8 @@ class Run:
 
             def failed(name: str, error: Exception, bad: set = bad) -> None:
                 if name not in bad:
-                    self.failed(f"{', '.join(step.groups)} of {name}, batch {batch}", error)
+                    what = f"{', '.join(step.groups)} of {name}, batch {batch}"
+                    self.failed(what, error, _is_ours(name))
                 bad.add(name)
 
             begin = time.monotonic()
@@ -742,6 +746,10 @@ class Run:
                 break
 
 
+def _is_ours(name: str) -> bool:
+    return name.startswith("hero")
+
+
 def _append(series: dict, found: Mapping[str, Mapping], variants: Sequence[str]) -> None:
     """Put a round's times behind those of the rounds before."""
     for group, times in found.items():
@@ -756,7 +764,7 @@ def _append(series: dict, found: Mapping[str, Mapping], variants: Sequence[str])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command: returns the exit status, 0 where nothing failed."""
+    """The command: returns the exit status, 0 where nothing of ours failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument(
@@ -764,7 +772,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU where there is one")
     parser.add_argument("--seconds", type=float, default=1e9, help="for everything (default: no limit)")
-    parser.add_argument("--rounds", type=positive, help="measured rounds (default 15 on a GPU, else 6)")
+    parser.add_argument(
+        "--rounds", type=positive, help=f"measured rounds (default {GPU_ROUNDS}, {CPU_ROUNDS} on a CPU)"
+    )
     parser.add_argument("--threads", type=positive, help="threads of torch (default: torch's own)")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="with --threads 1 alone: cpu")
     parser.add_argument("--commit", help="the commit, where there is no git to ask")
@@ -803,7 +813,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     if options.commit:
         record["commit"] = {"hash": options.commit, "dirty": None}
-    run = Run(record, options.out, clock, options.rounds or (15 if gpu else 6))
+    run = Run(record, options.out, clock, options.rounds or (GPU_ROUNDS if gpu else CPU_ROUNDS))
     run.write()
     with torch.no_grad():
         subject = build(shape, device, dtype)
@@ -813,7 +823,7 @@ def main(arguments: Sequence[str]) -> int:
         run.steps(bench)
     record["load_average"].append(os.getloadavg()[0])
     run.write()
-    return int(bool(record["failed"]))
+    return int(any(one["ours"] for one in record["failed"]))
 
 
 if __name__ == "__main__":
