@@ -1,6 +1,5 @@
 """The drop-in encoder on its own: stages, seams for other families, capture."""
 
-
 import numpy as np
 import pytest
 import torch
