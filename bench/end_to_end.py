@@ -4,16 +4,16 @@
 ``clip-l`` the same vision tower before a small language model and ``mini`` the bundled trained model, both
 for a CPU; ``small`` tests the script. Variants are ``stock``, ``stock again`` (what the machine resolves),
 ``hero R`` at each keep ratio R, ``hero 0.2 + text`` with the question's relevance from the shared tower, and
-``released`` (:mod:`bench.released`, R = 0.2, with relevance by CLIP's own second pass). They are measured in
-interleaved rounds (:mod:`bench.timing`), by batch:
+``released`` (:mod:`bench.released`, R = 0.2, with relevance by CLIP's own second pass); on a GPU also hero
+with ``capture=True``, marked ``(graph)``. They are measured in interleaved rounds (:mod:`bench.timing`), by
+batch:
 
 - ``vision``: from crops to the visual tokens of the language model, whole calls; ``stages`` splits them;
 - ``ttft``: ``generate`` of one token from processed inputs; ``prefill`` and ``decode``: the language model
   alone on as many random embeddings, and the tokens after them. A run must take ``vision + prefill``; what it
   takes more is lost between the parts;
 - ``counts``: launches, waits of the host for the device, peak memory of the vision stage;
-- on a GPU, ``profiles``, the kernels that take the most time, and ``graph``, replays of a CUDA graph of the
-  vision stage.
+- ``profiles``, on a GPU: the kernels that take the most time.
 
 The most important comes first, what does not fit into ``--seconds`` is recorded as left out, what fails as
 failed, and the record is written after every round. Before a batch is timed, it is checked that keeping
@@ -68,10 +68,12 @@ class Variant(NamedTuple):
     keep: float | None = None
     text: bool = False
     released: bool = False
+    graph: bool = False
 
 
 HEROES = {f"hero {ratio:g}": Variant(ratio) for ratio in KEEP}
 BEST, TEXT = f"hero {MAIN:g}", f"hero {MAIN:g} + text"
+GRAPH, TEXT_GRAPH = f"{BEST} (graph)", f"{TEXT} (graph)"
 VARIANTS = {
     "stock": Variant(),
     "stock again": Variant(),
@@ -79,6 +81,8 @@ VARIANTS = {
     "released": Variant(MAIN, text=True, released=True),
     TEXT: Variant(MAIN, text=True),
     **HEROES,
+    GRAPH: Variant(MAIN, graph=True),
+    TEXT_GRAPH: Variant(MAIN, text=True, graph=True),
 }
 
 
@@ -101,7 +105,7 @@ def plan(batches: Sequence[int], gpu: bool) -> list[Step]:
     On a GPU rounds are short, so each comparison has rounds and a stock model of its own; on a CPU, where a
     call may take ten seconds, all variants share them.
     """
-    every = tuple(VARIANTS)
+    every = tuple(name for name, variant in VARIANTS.items() if not variant.graph)
     times = ("vision", "ttft", "prefill")
     if not gpu:
         steps = [Step(batch, every, (*times, "decode")) for batch in batches]
@@ -112,13 +116,13 @@ def plan(batches: Sequence[int], gpu: bool) -> list[Step]:
     steps += [Step(batch, ("stock", BEST, "released"), times) for batch in batches]
     steps += [Step(batch, ("stock", TEXT, "released"), times) for batch in batches]
     steps += [Step(batch, (TEXT,), ("counts",)) for batch in batches]
+    steps += [Step(batch, ("stock", GRAPH, TEXT_GRAPH), times) for batch in batches]
     steps += [Step(batch, ("stock", *HEROES), (*times, "decode")) for batch in batches]
     split = ("stock", BEST, TEXT, "released")
     steps += [Step(batch, split, ("stages",)) for batch in batches]
     steps += [Step(batch, split, ("profiles",)) for batch in batches]
     others = tuple(name for name in HEROES if name != BEST)
-    steps += [Step(batch, others, ("counts",)) for batch in batches]
-    return steps + [Step(batch, ("stock", BEST), ("graph",)) for batch in batches]
+    return steps + [Step(batch, others, ("counts",)) for batch in batches]
 
 
 class Stages:
@@ -245,7 +249,6 @@ class Bench:
         self.subject, self.device, self.clock = subject, device, clock
         self.model = subject.model
         self.gpu = device.type == "cuda"
-        self.graphs: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
         self._cache = None
         count = len(subject.batches)
         self.prepared = [Prepared(subject, number, device, self._attached) for number in range(count)]
@@ -265,7 +268,13 @@ class Bench:
 
     def _attached(self, variant: Variant) -> hero.Handle:
         relevance = self.subject.relevance if variant.text else None
-        return hero.attach(self.model, self.subject.processor, keep_ratio=variant.keep, relevance=relevance)
+        return hero.attach(
+            self.model,
+            self.subject.processor,
+            keep_ratio=variant.keep,
+            relevance=relevance,
+            capture=variant.graph,
+        )
 
     @contextlib.contextmanager
     def ready(self, batch: Prepared, name: str) -> Iterator[Ready]:
@@ -450,11 +459,6 @@ class Bench:
             found[group][name] = value
 
     def _round(self, group: str, number: int, name: str, found: dict) -> None:
-        if group == "graph":
-            if (number, name) not in self.graphs:
-                self.graphs[number, name] = self._graph(number, name)
-            found[group][name] = self.time(self.graphs[number, name].replay)
-            return
         with self.ready(self.prepared[number], name) as ready:
             if group == "ttft":
                 if self.gpu:  # what a fresh attachment does only once
@@ -471,20 +475,6 @@ class Bench:
                 found[group][name] = elapsed
             if staged:
                 found["stages"][name] = stages.seconds()
-
-    def _graph(self, number: int, name: str) -> torch.cuda.CUDAGraph:
-        with self.ready(self.prepared[number], name) as ready:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    ready.vision()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                ready.vision()
-        return graph
 
     def counts(self, number: int, name: str) -> dict[str, object]:
         """Launches, waits and peak memory of the vision stage."""
@@ -637,7 +627,6 @@ def summarise(record: Mapping) -> dict[str, object]:
         found["decode"] = {
             name: int(batch) * DECODED / value["median"] for name, value in times["decode"].items()
         }
-        found["graph"] = {name: _compare(record, batch, "graph", name, "stock") for name in times["graph"]}
         for group in ("vision", "ttft"):
             found[f"released_{group}"] = {
                 name: _compare(record, batch, group, "released", name) for name in (BEST, TEXT)
