@@ -25,6 +25,7 @@ TITLES = {
 # Limits of the targets, as docs/benchmarks.md states them.
 VISION, VISION_TEXT, RELEASED, MEMORY, FIRST_TOKEN = 0.95, 1.0, 5.0, 5.0, 3.0
 TOWER, PREDICTED = 1.02, 1.05
+LAUNCHES = 1.05  # images of unlike size are put together, and a larger product may be split otherwise
 
 
 def where(record: Mapping) -> str:
@@ -112,28 +113,20 @@ def targets(records: Sequence[Mapping]) -> list[str]:
     cpu = next((one for one in records if one["shape_name"] == "clip-l" and not one["gpu"]), None)
     rows = [row for batch in ("1", "8") for row in _of_gpu(gpu, batch)]
     for name in (BEST, TEXT):
-        launches = [_inside(gpu, "counts", batch, name, "launches") for batch in ("1", "8")]
-        known = None not in launches
-        text = f"{launches[0]} and {launches[1]}" if known else None
-        rows.append(
-            (f"6. launches at batch 1 and 8 the same, {name}", _plain(text, launches[0] == launches[1]))
-        )
+        one, eight = (_inside(gpu, "counts", batch, name, "launches") for batch in ("1", "8"))
+        known = one is not None and eight is not None
+        what = f"6. launches at batch 1 and 8, {name}: at most {LAUNCHES} times as many"
+        met = known and eight <= LAUNCHES * one
+        rows.append((what, _plain(f"{one} and {eight}" if known else None, met)))
     graph = _inside(gpu, "summary", "1", "vision", GRAPH)
     failed = any(f"{GRAPH}, batch 1" in one["what"] for one in _inside(gpu, "failed") or ())
     text = f"{ratio(graph)} of stock" if graph else "it failed" if failed else None
     rows.append(("6. the vision stage in a CUDA graph, batch 1", _plain(text, bool(graph))))
-    for one in ("clip-l",):
-        tower = _inside(cpu, "summary", "1", "stages", "tower", BEST)
-        rows.append(
-            (f"7. CPU, {one}: the tower with hero, to stock: at most {TOWER}", _at_most(tower, TOWER))
-        )
-        first = _inside(cpu, "summary", "1", "ttft", BEST, "to_predicted")
-        rows.append(
-            (
-                f"7. CPU, {one}: time to first token, to what the token count predicts: at most {PREDICTED}",
-                _at_most(first, PREDICTED),
-            )
-        )
+    tower = _inside(cpu, "summary", "1", "stages", "tower", BEST)
+    rows.append((f"7. CPU: the tower with hero, to stock: at most {TOWER}", _at_most(tower, TOWER)))
+    first = _inside(cpu, "summary", "1", "ttft", BEST, "to_predicted")
+    what = f"7. CPU: time to first token, to what the token count predicts: at most {PREDICTED}"
+    rows.append((what, _at_most(first, PREDICTED)))
     return table(["target", "measured", ""], [[what, *found] for what, found in rows])
 
 

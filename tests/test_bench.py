@@ -392,7 +392,7 @@ def test_targets_are_judged_by_the_whole_interval(gpu_record):
     assert verdict("7. CPU", "at most 1.02") == "not measured"
     cpu = {**gpu_record, "gpu": None, "shape_name": "clip-l"}
     cpu["summary"]["1"]["stages"]["tower"]["hero 0.2"] = _comparison(1.2)
-    assert _verdicts(cpu)["7. CPU, clip-l: the tower with hero, to stock: at most 1.02"][1] == "missed"
+    assert _verdicts(cpu)["7. CPU: the tower with hero, to stock: at most 1.02"][1] == "missed"
     assert all(value == ("", "not measured") for name, value in _verdicts(cpu).items() if name[0] < "7")
 
 
