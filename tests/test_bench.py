@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,8 @@ import re
 import statistics
 import subprocess
 import sys
+import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -266,6 +269,32 @@ def test_a_gpu_has_the_most_important_first():
         assert measured == set(end_to_end.VARIANTS)
 
 
+def test_waits_and_launches_of_a_gpu_are_told_apart(monkeypatch):
+    """With a stand-in for the GPU: the mode's own warning is no wait, copies and fills are no launches."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    own = "Synchronization debug mode is a prototype and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(own, stacklevel=2))
+
+    def function() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=2)
+
+    assert end_to_end._synchronisations(function) == 2
+    names = ["gemm", "Memcpy HtoD (Pageable -> Device)", "topk", "gemm", "Memset (Device)"]
+    events = [
+        types.SimpleNamespace(
+            device_type=device_type, name=name, time_range=types.SimpleNamespace(elapsed_us=int)
+        )
+        for name in names
+        for device_type in (torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU)
+    ]
+    seen = types.SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(seen))
+    assert end_to_end._launches(lambda: None) == {"launches": 3, "copies": 2}
+    events.clear()
+    assert end_to_end._launches(lambda: None)["launches"] is None
+
+
 def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
     """The steps of a GPU on a CPU: no profiler and no graph there, and the released method is broken."""
     steps = [step for step in end_to_end.plan((0,), gpu=True) if step.groups != ("stages",)]
@@ -370,6 +399,7 @@ def test_targets_are_judged_by_the_whole_interval(gpu_record):
     counts["8"]["released"]["peak_bytes"] = 4 * counts["8"]["hero 0.2 + text"]["peak_bytes"]
     counts["1"]["hero 0.2"]["waits"], counts["8"]["hero 0.2"]["waits"] = 0, 2
     counts["1"]["hero 0.2"]["launches"] = counts["8"]["hero 0.2"]["launches"] = 80
+    counts["8"]["hero 0.2 + text"]["launches"] = 2 * counts["1"]["hero 0.2 + text"]["launches"]
     gpu_record["failed"] = [{"what": "vision of hero 0.2 (graph), batch 1", "reason": "RuntimeError: no"}]
     found = _verdicts(gpu_record)
 
@@ -387,7 +417,8 @@ def test_targets_are_judged_by_the_whole_interval(gpu_record):
     assert verdict("5. time", "1") == "met" and verdict("5. time", "8") == "missed"
     assert verdict("6. the host", "hero 0.2: never, batch 1") == "met"
     assert verdict("6. the host", "hero 0.2: never, batch 8") == "missed"
-    assert verdict("6. launches", "hero 0.2") == "met"
+    assert verdict("6. launches at batch 1 and 8, hero 0.2:", "") == "met"
+    assert verdict("6. launches at batch 1 and 8, hero 0.2 + text:", "") == "missed"
     assert verdict("6. the vision stage in a CUDA graph", "1") == "missed"
     assert verdict("7. CPU", "at most 1.02") == "not measured"
     cpu = {**gpu_record, "gpu": None, "shape_name": "clip-l"}
