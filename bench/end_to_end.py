@@ -55,6 +55,7 @@ __all__ = ["VARIANTS", "Bench", "Step", "main", "plan", "summarise"]
 
 MAIN = 0.2  # the keep ratio of relevance, of the released method and of the targets
 KEEP = (1.0, 0.5, MAIN, 0.1)
+SLOW = ("clip-l",)  # shapes of which a call takes ten seconds on a CPU
 GPU_ROUNDS, CPU_ROUNDS = 7, 6
 DECODED = 16  # tokens after the first
 TOP = 10  # kernels of a profile
@@ -88,28 +89,36 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the run: rounds of ``groups`` over ``variants``; once each, ``counts`` or ``profiles``."""
+    """A part of the run: rounds of ``groups`` over ``variants``; once each, ``counts`` or ``profiles``.
+
+    Attributes:
+        vision_only: variants of which no other group is measured.
+    """
 
     batch: int
     variants: tuple[str, ...]
     groups: tuple[str, ...]
+    vision_only: tuple[str, ...] = ("stock again",)
 
     @property
     def name(self) -> str:
         return f"{', '.join(self.groups)} of {', '.join(self.variants)} at batch {self.batch}"
 
 
-def plan(batches: Sequence[int], gpu: bool) -> list[Step]:
+def plan(batches: Sequence[int], gpu: bool, slow: bool = False) -> list[Step]:
     """The steps, the most important first.
 
-    On a GPU rounds are short, so each comparison has rounds and a stock model of its own; on a CPU, where a
-    call may take ten seconds, all variants share them.
+    On a GPU rounds are short, so each comparison has rounds and a stock model of its own; on a CPU all variants
+    share them. Where a call takes ten seconds (``slow``), R = 0.5 is left out, and so is the first token of
+    relevance and of the released method, which the vision stage and the prefill say enough about.
     """
     every = tuple(name for name, variant in VARIANTS.items() if not variant.graph)
     times = ("vision", "ttft", "prefill")
     if not gpu:
-        steps = [Step(batch, every, (*times, "decode")) for batch in batches]
-        counted = tuple(name for name in every if name != "stock again")
+        variants = tuple(name for name in every if not (slow and name == "hero 0.5"))
+        vision_only = ("stock again", TEXT, "released") if slow else ("stock again",)
+        steps = [Step(batch, variants, (*times, "decode"), vision_only) for batch in batches]
+        counted = tuple(name for name in variants if name != "stock again")
         return steps + [Step(batch, counted, ("counts",)) for batch in batches]
     steps = [Step(batch, ("stock", "stock again", BEST), times) for batch in batches]
     steps += [Step(batch, ("stock", BEST, "released"), ("counts",)) for batch in batches]
@@ -436,7 +445,7 @@ class Bench:
         for group in step.groups:
             prefilled: dict[tuple, dict[str, float]] = {}
             for name in take_turns(variants, turn):
-                if name == "stock again" and group != "vision":
+                if name in step.vision_only and group in ("ttft", "prefill", "decode"):
                     continue
                 try:
                     if group == "prefill":
@@ -486,12 +495,17 @@ class Bench:
                     "waits": _synchronisations(ready.vision),
                     "peak_bytes": _peak_gpu(ready.vision),
                 }
-            with OperationCounter() as counter:
-                ready.vision()
+
+            def counted() -> list[Tensor]:
+                with counter:
+                    return ready.vision()
+
+            counter = OperationCounter()
+            peak = peak_bytes(counted)
             return {
                 "launches": len(counter.operations),
                 "waits": len(counter.waits),
-                "peak_bytes": peak_bytes(ready.vision),
+                "peak_bytes": peak,
             }
 
     def profile(self, number: int, name: str) -> dict[str, object]:
@@ -670,7 +684,7 @@ class Run:
             except Exception as error:
                 self.failed(f"batch {batch.name}", error)
                 broken.add(number)
-        todo = plan(range(len(bench.prepared)), bench.gpu)
+        todo = plan(range(len(bench.prepared)), bench.gpu, self.record["shape_name"] in SLOW)
         with quiet_heap():
             for step in todo:
                 if step.batch in broken:

@@ -269,6 +269,13 @@ def test_a_gpu_has_the_most_important_first():
         assert measured == set(end_to_end.VARIANTS)
 
 
+def test_a_slow_shape_measures_the_vision_stage_of_all_and_less_besides():
+    step, counts = end_to_end.plan((0,), gpu=False, slow=True)
+    assert set(step.variants) == EVERY - {"hero 0.5"} and counts.groups == ("counts",)
+    assert set(step.vision_only) == {"stock again", "hero 0.2 + text", "released"}
+    assert step.groups == ("vision", "ttft", "prefill", "decode")
+
+
 def test_waits_and_launches_of_a_gpu_are_told_apart(monkeypatch):
     """With a stand-in for the GPU: the mode's own warning is no wait, copies and fills are no launches."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -310,7 +317,7 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
         return described
 
     monkeypatch.setattr(end_to_end.Bench, "check", break_after_the_check)
-    monkeypatch.setattr(end_to_end, "plan", lambda batches, gpu: steps)
+    monkeypatch.setattr(end_to_end, "plan", lambda *arguments: steps)
     monkeypatch.setattr(models, "SHAPES", {"small": dataclasses.replace(SMALL, batches=SMALL.batches[:1])})
     path = tmp_path / "record.json"
     status = end_to_end.main(["--shape", "small", "--device", "cpu", "--rounds", "2", "--out", str(path)])
