@@ -41,7 +41,7 @@ from bench.measure import Unavailable, Variant, Wrong, measure  # noqa: E402
 from bench.released import Released, eager  # noqa: E402
 
 ROUNDS = 2
-ONE_THREAD = ("--threads", 1, "--rounds", ROUNDS)
+ONE_THREAD = ("--device", "cpu", "--threads", 1, "--rounds", ROUNDS)
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
