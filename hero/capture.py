@@ -291,14 +291,15 @@ def collect(
 ) -> Iterator[None]:
     """Send what the passes inside the block score to ``collectors``, one or several."""
     collectors = (collectors,) if isinstance(collectors, Collector) else tuple(collectors)
-    token = _collectors.set(collectors)
+    token = None if torch.compiler.is_compiling() else _collectors.set(collectors)
     try:
         yield
         for module in modules.values():
             for collector in collectors:
                 collector.fetch(module.__dict__[_STATE])
     finally:
-        _collectors.reset(token)
+        if token is not None:
+            _collectors.reset(token)
         for module in modules.values():
             state = module.__dict__[_STATE]
             state.rows = state.keys = None

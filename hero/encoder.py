@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 import hero_kernels as hk
 
-from . import capture, scoring
+from . import capture as capturing
 from .config import POLICIES, HeroConfig
+from .graphs import Graphs
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
-from .policies import SCORES, Needs, Scored, Seen, policy_of
+from .plan import Plan, plan_of, to_device
+from .policies import SCORES, Scored, Seen, policy_of
 from .relevance import ClipRelevance
 
-__all__ = ["HeroVisionEncoder", "Plan", "Selection", "plan"]
+__all__ = ["HeroVisionEncoder", "Selection"]
 
 
 @dataclass(frozen=True)
@@ -60,82 +62,6 @@ class Selection:
         return keep.view_as(self.scores)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a batch's layout and a configuration imply, as tensors on a device.
-
-    Attributes:
-        segments: the images, for the operations.
-        valid: ``[T, P]`` bool, patches that are not padding.
-        valid_counts: ``[T]`` int32.
-        maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
-        ranked: the maps whose order is wanted.
-    """
-
-    segments: hk.Segments
-    valid: Tensor
-    valid_counts: Tensor
-    maps: dict[str, dict[int, Tensor]]
-    ranked: frozenset[str]
-
-    @property
-    def layer_weights(self) -> dict[int, Tensor]:
-        """``{layer: [T] fp32}``, weight of a layer in the score of each crop."""
-        return self.maps[SCORES]
-
-
-@lru_cache(maxsize=256)
-def plan(
-    layouts: tuple[ImageLayout, ...],
-    config: HeroConfig,
-    depth: int,
-    device: torch.device,
-    feature_layer: int | None = None,
-) -> Plan:
-    """The plan of a batch on an encoder of ``depth`` layers; cached.
-
-    ``feature_layer`` is the last layer of the features, the last but one where ``None``.
-    """
-    feature_layer = max(depth - 2, 0) if feature_layer is None else feature_layer
-    segments, is_thumbnail, valid = [], [], []
-    for layout in layouts:
-        thumbnail_tokens, _ = layout.budget(config)
-        segments.append(
-            hk.Segment(
-                crops=layout.crops,
-                thumbnail=layout.thumbnail_crop,
-                grid_width=layout.grid[1] if layout.stitched and layout.tiles else 1,
-                thumbnail_tokens=thumbnail_tokens,
-                tile_tokens=layout.tile_quota(config),
-                newline_rows=layout.rows if layout.newlines else (0, 0),
-                thumbnail_newline=layout.newlines and not layout.tiles,
-            )
-        )
-        crops = torch.ones((layout.crops, layout.side, layout.side), dtype=torch.bool)
-        tiles = crops[layout.first_tile : layout.first_tile + layout.tiles]
-        tiles.zero_()
-        for tile, (top, bottom, left, right) in zip(tiles, layout.tile_rectangles, strict=True):
-            tile[top:bottom, left:right] = True
-        valid.append(crops.flatten(1))
-        is_thumbnail += [crop == layout.thumbnail_crop for crop in range(layout.crops)]
-    is_thumbnail = torch.tensor(is_thumbnail)
-    asked = policy_of(config.policy).maps(config, depth, feature_layer)
-    maps = {
-        name: {
-            layer: torch.where(is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0))
-            .float()
-            .to(device)
-            for layer in one.layers
-        }
-        for name, one in asked.items()
-    }
-    ranked = frozenset(name for name, one in asked.items() if one.ranked)
-    valid = torch.cat(valid)
-    counts = valid.sum(1, dtype=torch.int32)
-    side = layouts[0].side
-    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), maps, ranked)
-
-
 def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
     """A hidden state, or several, of an encoder of ``depth`` layers; 0 is what the first layer takes."""
     layers = (value,) if isinstance(value, int) else value
@@ -151,6 +77,16 @@ def _last_layer(feature_layer: int | tuple[int, ...], depth: int) -> int:
     """The last layer whose output is among the features; the first where they are the embeddings alone."""
     states = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
     return max(max(state % (depth + 1) for state in states) - 1, 0)
+
+
+def _constants(image_sizes) -> tuple[tuple[int, int], ...]:
+    """Sizes as constants of the code being compiled, which may have taken them for variables.
+
+    A key of a dictionary has to be known.
+    """
+    if isinstance(image_sizes, Tensor):
+        raise TypeError("image_sizes: expected pairs of integers in compiled code, got a tensor")
+    return tuple((next(iter({height: 0})), next(iter({width: 0}))) for height, width in image_sizes)
 
 
 class HeroVisionEncoder(nn.Module):
@@ -170,6 +106,10 @@ class HeroVisionEncoder(nn.Module):
         image_newline: ``[D]`` embedding that closes each row of the stitched grid; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question.
         feature_layer: the hidden state(s) the model uses; several are concatenated.
+        capture: replay the stages from CUDA graphs, recorded when a batch of sizes is first seen: for a few
+            sizes that come again and again. The :attr:`graphs` of the last 8 are kept; where something on the
+            tower changes other than the place, type and values of its weights, ``graphs.clear()`` them.
+            Needs a GPU, no gradients, and ``allocation="exact"``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name; a tower that
@@ -186,6 +126,7 @@ class HeroVisionEncoder(nn.Module):
         image_newline: Tensor | None = None,
         relevance: ClipRelevance | None = None,
         feature_layer: int | Sequence[int] = -2,
+        capture: bool = False,
     ):
         super().__init__()
         config = HeroConfig() if config is None else config
@@ -214,9 +155,10 @@ class HeroVisionEncoder(nn.Module):
         self.depth = len(modules)
         self.feature_layer = _check_feature_layer(feature_layer, self.depth)
         self._last_layer = _last_layer(self.feature_layer, self.depth)
-        policy = policy_of(config.policy)
+        self._held = SimpleNamespace()  # plans of compiled code
+        self._policy = policy = policy_of(config.policy)
         maps = policy.maps(config, self.depth, self._last_layer)
-        needs = policy.needs(config, relevance is not None)  # raises where relevance is missing
+        self._needs = needs = policy.needs(config, relevance is not None)  # raises where relevance is missing
         lacks = {"by_cls": not self._tower.has_cls, "by_thumbnail": geometry.thumbnail == "none"}
         for by, lacking in lacks.items():
             if lacking and getattr(policy, by):
@@ -232,6 +174,13 @@ class HeroVisionEncoder(nn.Module):
                 f"relevance: expected a CLIP model of {geometry.side} × {geometry.side} patches a crop for "
                 f"policy {config.policy!r}, got one of {relevance.side} × {relevance.side}"
             )
+        if not isinstance(capture, bool):
+            raise TypeError(f"capture: expected a bool, got {capture!r}")
+        if capture and config.allocation != "exact":
+            raise ValueError(
+                f"capture: expected False with allocation={config.allocation!r}, whose counts are waited for"
+            )
+        self.graphs = Graphs() if capture else None
         self.vision_tower = vision_tower
         self.projector = projector
         self.config = config
@@ -242,23 +191,23 @@ class HeroVisionEncoder(nn.Module):
             self.register_buffer("image_newline", image_newline, persistent=False)
         self.relevance = relevance
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
+        if (needs.relevance or needs.patch_relevance) and not self._shared and not relevance.second_pass:
+            raise ValueError(
+                "relevance: expected a CLIP model with the vision weights of the model's own tower, or "
+                "ClipRelevance(..., second_pass=True), which runs CLIP's vision encoder too, got others"
+            )
         layers = {layer for asked in maps.values() for layer in asked.layers}
         keys = [self._last_layer] if needs.keys else []
         self._captured = tuple(sorted({*layers, *keys}))
         if config.attention == "fused" and not self._tower.has_cls:
             raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
-        capture.install(
+        capturing.install(
             self._modules_captured(),
             received=not self._tower.has_cls,
             second_softmax=needs.second_softmax,
             fused=config.attention == "fused",
             keys=keys,
         )
-
-    @property
-    def _needs(self) -> Needs:
-        """What the policy looks at."""
-        return policy_of(self.config.policy).needs(self.config, self.relevance is not None)
 
     @property
     def needs_text(self) -> bool:
@@ -270,8 +219,16 @@ class HeroVisionEncoder(nn.Module):
         """Whether a tile signal looks at the last layer's CLS."""
         return self._needs.cls or (self._shared and self._needs.relevance)
 
-    def _plan(self, layouts: tuple[ImageLayout, ...], device: torch.device) -> Plan:
-        return plan(layouts, self.config, self.depth, device, self._last_layer)
+    def _plan(self, image_sizes, device: torch.device) -> Plan:
+        layouts = self.geometry.layouts(image_sizes)
+        return plan_of(layouts, self.config, self.depth, device, self._last_layer)
+
+    @torch.compiler.assume_constant_result
+    def _hold_plan(self, image_sizes: tuple[tuple[int, int], ...], device: torch.device) -> str:
+        """Keep the plan for code being compiled, which can take a string for a constant, but no plan."""
+        name = f"plan_{device}_{image_sizes}"
+        setattr(self._held, name, self._plan(image_sizes, device))
+        return name
 
     def _modules_captured(self) -> dict[int, nn.Module]:
         modules = self._tower.attention_modules(self.vision_tower)
@@ -279,18 +236,21 @@ class HeroVisionEncoder(nn.Module):
 
     def remove(self) -> None:
         """Stop capturing: the tower is exactly as it was before."""
-        capture.remove(self._modules_captured())
+        if self.graphs is not None:
+            self.graphs.clear()
+        capturing.remove(self._modules_captured())
 
-    def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, tuple[ImageLayout, ...]]:
-        """Check the input and lay it out.
+    def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, Plan]:
+        """Check the input and plan the batch.
 
         Args:
             pixel_values: ``[B, crops, 3, S, S]``, padded to the largest number of crops, or
                 ``[T, 3, S, S]``, all crops one after another; floating.
-            image_sizes: ``[B, 2]`` (height, width) in pixels, a tensor or pairs.
+            image_sizes: ``[B, 2]`` (height, width) in pixels: pairs of integers or a tensor, best on the CPU,
+                for one on a GPU is waited for. In compiled code pairs of integers.
 
         Returns:
-            crops ``[T, 3, S, S]`` and the layout of each image.
+            crops ``[T, 3, S, S]`` and the plan, which the other stages take.
 
         Raises:
             TypeError, ValueError: of another type, rank, dtype or size, by name.
@@ -306,27 +266,30 @@ class HeroVisionEncoder(nn.Module):
         size = self.geometry.crop_size
         if shape[-3:] != (3, size, size):
             raise ValueError(f"pixel_values: expected crops of 3 × {size} × {size}, got shape {shape}")
-        layouts = self.geometry.layouts(image_sizes)
-        counts = [layout.crops for layout in layouts]
+        if torch.compiler.is_compiling():
+            batch = getattr(self._held, self._hold_plan(_constants(image_sizes), pixel_values.device))
+        else:
+            batch = self._plan(image_sizes, pixel_values.device)
+        counts = [image.crops for image in batch.segments.images]
         if len(shape) == 4:
             if shape[0] != sum(counts):
                 raise ValueError(
                     f"image_sizes: expected the sizes of {shape[0]} crops, got those of {sum(counts)}"
                 )
-            return pixel_values, layouts
-        if shape[0] != len(layouts) or shape[1] < max(counts):
+            return pixel_values, batch
+        if shape[0] != len(counts) or shape[1] < max(counts):
             raise ValueError(
                 f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
-                f"got {len(layouts)} images of {counts} crops"
+                f"got {len(counts)} images of {counts} crops"
             )
         if min(counts) == shape[1]:
-            return pixel_values.flatten(0, 1), layouts
-        return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)]), layouts
+            return pixel_values.flatten(0, 1), batch
+        return pixel_values[batch.places.images, batch.places.crops], batch
 
     def encode(
         self,
         pixel_values: Tensor,
-        layouts: tuple[ImageLayout, ...],
+        batch: Plan,
         *,
         feature_layer: int | Sequence[int] | None = None,
         **kwargs,
@@ -335,20 +298,19 @@ class HeroVisionEncoder(nn.Module):
 
         Another ``feature_layer`` changes the features of this call; what is captured stays as it is.
         """
-        batch = self._plan(layouts, pixel_values.device)
         needs, received = self._needs, not self._tower.has_cls
         collectors = {
-            name: capture.Collector(weights, second_softmax=needs.second_softmax, received=received)
+            name: capturing.Collector(weights, second_softmax=needs.second_softmax, received=received)
             for name, weights in batch.maps.items()
         }
-        keys = [capture.KeyCollector(self._last_layer)] if needs.keys else []
+        keys = [capturing.KeyCollector(self._last_layer)] if needs.keys else []
         layer = (
             self.feature_layer if feature_layer is None else _check_feature_layer(feature_layer, self.depth)
         )
         with_patches = needs.patch_relevance and self._shared
         if with_patches:  # the last layer comes along as one more layer of features
             layer = [*((layer,) if isinstance(layer, int) else layer), self.depth]
-        with capture.collect([*collectors.values(), *keys], self._modules_captured()):
+        with capturing.collect([*collectors.values(), *keys], self._modules_captured()):
             features, cls, pooled, output = self._tower.run(
                 self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
             )
@@ -357,7 +319,7 @@ class HeroVisionEncoder(nn.Module):
             width = features.shape[-1] // len(layer)
             features, patches = features.split((width * (len(layer) - 1), width), dim=-1)
         device = features.device
-        valid = self._plan(layouts, device).valid
+        valid = batch.on(device).valid
         maps = {
             name: hk.finalize_scores(collector.result().to(device), valid=valid, rank=name in batch.ranked)
             for name, collector in collectors.items()
@@ -374,57 +336,90 @@ class HeroVisionEncoder(nn.Module):
             patches=patches,
         )
 
+    def ask(self, batch: Plan, text: str | Sequence[str] | Tensor | None) -> Callable[[], Tensor] | None:
+        """Begin to embed the questions, on a GPU beside what the vision tower does meanwhile.
+
+        Args:
+            text: as in :meth:`forward`.
+
+        Returns:
+            what gives their embeddings ``[B, E]``; ``None`` where the question has no say.
+
+        Raises:
+            TypeError, ValueError: relevance weighs in the budgets and no question is given for each image; a
+                question without a relevance model.
+        """
+        images = len(batch.layouts)
+        if isinstance(text, str):
+            text = [text] * images
+        if text is not None and not isinstance(text, (Sequence, Tensor)):
+            raise TypeError(f"text: expected a string, one an image, or their embeddings, got {text!r}")
+        if text is not None and self.relevance is None:
+            raise ValueError(f"text: expected None without a relevance model, got {text!r}")
+        if not self.needs_text:
+            return None
+        if text is None or len(text) != images:
+            got = "none" if text is None else f"{len(text)}"
+            raise ValueError(f"text: expected a question for each of {images} images, got {got}")
+        if isinstance(text, Tensor):
+            return lambda: text
+        return self.relevance.start(text)
+
     def score(
-        self, encoded: Encoded, layouts: tuple[ImageLayout, ...], text: Sequence[str] | None = None
+        self,
+        encoded: Encoded,
+        batch: Plan,
+        text: str | Sequence[str] | Tensor | Callable[[], Tensor] | None = None,
     ) -> Scored:
         """Patch scores and tile signals, by the policy.
 
+        Args:
+            text: as in :meth:`forward`, or what :meth:`ask` returned.
+
         Raises:
-            ValueError: relevance weighs in the budgets and no question is given for each image.
+            TypeError, ValueError: as :meth:`ask`.
         """
+        batch = batch.on(encoded.features.device)
+        question = text if callable(text) else self.ask(batch, text)
         relevance = patch_relevance = None
         if self.relevance is not None:
-            if self.needs_text and (text is None or len(text) != len(layouts)):
-                got = "none" if text is None else f"{len(text)}"
-                raise ValueError(f"text: expected a question for each of {len(layouts)} images, got {got}")
+            images = batch.places.images
 
             def relevance() -> Tensor:
-                images = scoring.crop_images(layouts, encoded.features.device)
                 pooled = encoded.pooled if self._shared else None
-                return self.relevance(text, images, encoded.pixel_values, pooled)
+                return self.relevance(question(), images, encoded.pixel_values, pooled)
 
             def patch_relevance() -> Tensor:
-                images = scoring.crop_images(layouts, encoded.features.device)
-                return self.relevance.of_patches(text, images, encoded.pixel_values, encoded.patches)
+                return self.relevance.of_patches(question(), images, encoded.pixel_values, encoded.patches)
 
         with torch.no_grad():
             seen = Seen(
                 scores=encoded.scores,
                 entropy=encoded.entropy,
                 ranks=encoded.ranks,
-                valid=self._plan(layouts, encoded.features.device).valid,
+                valid=batch.valid,
                 cls=encoded.cls,
-                layouts=layouts,
+                layouts=batch.layouts,
+                places=batch.places,
                 config=self.config,
                 relevance=relevance,
                 patch_relevance=patch_relevance,
                 maps=encoded.maps,
+                constants=batch.constants,
             )
-            return policy_of(self.config.policy).score(seen)
+            return self._policy.score(seen)
 
-    def budget(self, scored: Scored, layouts: tuple[ImageLayout, ...]) -> hk.TileBudgets:
+    def budget(self, scored: Scored, batch: Plan) -> hk.TileBudgets:
         """Patches to keep of each crop."""
-        batch = self._plan(layouts, scored.scores.device)
+        batch = batch.on(scored.scores.device)
         return hk.tile_budgets(
             scored.signals, batch.valid_counts, batch.segments, allocation=self.config.allocation
         )
 
-    def select(
-        self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, layouts: tuple[ImageLayout, ...]
-    ) -> hk.Gathered:
+    def select(self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, batch: Plan) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
-        batch = self._plan(layouts, scored.scores.device)
-        replaced = policy_of(self.config.policy).replace(encoded, scored, budgets, batch.valid)
+        batch = batch.on(scored.scores.device)
+        replaced = self._policy.replace(encoded, scored, budgets, batch.valid)
         gathered = hk.segmented_topk_gather(
             encoded.features,
             scored.scores,
@@ -452,14 +447,15 @@ class HeroVisionEncoder(nn.Module):
         return torch.where(newline, self.image_newline.to(tokens.device, tokens.dtype), tokens)
 
     def forward(
-        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | None = None
+        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | Tensor | None = None
     ) -> Selection:
         """Encode images and keep their most useful tokens.
 
         Args:
             pixel_values: ``[B, crops, 3, S, S]`` or ``[T, 3, S, S]`` (see :meth:`prepare`).
-            image_sizes: ``[B, 2]`` (height, width) in pixels before cutting.
-            text: the question, one for all images or one an image; needed with relevance, and only then.
+            image_sizes: ``[B, 2]`` (height, width) in pixels before cutting (see :meth:`prepare`).
+            text: the question, one for all images or one an image, needed with relevance and only then; or
+                ``[B, E]`` fp32, their embeddings (:meth:`hero.ClipRelevance.text_embeddings`).
 
         Raises:
             TypeError, ValueError: an argument of the wrong type or size, by name; NaN in the features
@@ -468,30 +464,76 @@ class HeroVisionEncoder(nn.Module):
         return self.run(pixel_values, image_sizes, text)[0]
 
     def run(
-        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | None = None, **kwargs
-    ) -> tuple[Selection, Encoded]:
-        """:meth:`forward`, and what :meth:`encode` returned; keyword arguments go to it."""
-        crops, layouts = self.prepare(pixel_values, image_sizes)
-        if isinstance(text, str):
-            text = [text] * len(layouts)
-        if text is not None and not isinstance(text, Sequence):
-            raise TypeError(f"text: expected a string, or one an image, got {text!r}")
-        if text is not None and self.relevance is None:
-            raise ValueError(f"text: expected None without a relevance model, got {text!r}")
-        encoded = self.encode(crops, layouts, **kwargs)
-        scored = self.score(encoded, layouts, text)
-        budgets = self.budget(scored, layouts)
-        gathered = self.select(encoded, scored, budgets, layouts)
-        lengths = torch.tensor((0, *gathered.lengths)).cumsum(0, dtype=torch.int32)
+        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | Tensor | None = None, **kwargs
+    ) -> tuple[Selection, object | None]:
+        """:meth:`forward`, and what the tower returned; keyword arguments go to :meth:`encode`."""
+        crops, batch = self.prepare(pixel_values, image_sizes)
+        question = self.ask(batch, text)
+        output, lengths = None, batch.segments.lengths
+        if self.graphs is not None:
+            tensors = self._replay(crops, batch, question, **kwargs)
+        else:
+            encoded = self.encode(crops, batch, **kwargs)
+            tensors, lengths = self._choose(encoded, batch, question)
+            output = encoded.output
+        tokens, index, budgets, shares, scores = tensors
+        cu_seqlens = batch.on(index.device).cu_seqlens
+        if lengths != batch.segments.lengths:  # "floor": as many as the images have it
+            cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), index.device)
         selection = Selection(
-            tokens=self.project(gathered),
-            lengths=list(gathered.lengths),
-            cu_seqlens=lengths.to(gathered.index.device),
-            index=gathered.index,
-            budgets=budgets.budgets,
-            shares=budgets.shares,
-            scores=scored.scores,
-            layout=layouts,
+            tokens=tokens,
+            lengths=list(lengths),
+            cu_seqlens=cu_seqlens,
+            index=index,
+            budgets=budgets,
+            shares=shares,
+            scores=scores,
+            layout=batch.layouts,
             policy=self.config.policy,
         )
-        return selection, encoded
+        return selection, output
+
+    def _choose(
+        self, encoded: Encoded, batch: Plan, question: Callable[[], Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """All stages after :meth:`encode`: the tensors of a selection, and the images' lengths."""
+        scored = self.score(encoded, batch, question)
+        budgets = self.budget(scored, batch)
+        gathered = self.select(encoded, scored, budgets, batch)
+        tensors = (self.project(gathered), gathered.index, budgets.budgets, budgets.shares, scored.scores)
+        return tensors, gathered.lengths
+
+    def _replay(
+        self,
+        crops: Tensor,
+        batch: Plan,
+        question: Callable[[], Tensor] | None,
+        feature_layer: int | Sequence[int] | None = None,
+        **kwargs,
+    ) -> list[Tensor]:
+        """The tensors of a selection, by graphs: one, or two with the question embedded between them."""
+        asked = {name: value for name, value in kwargs.items() if value is not None}
+        if asked:
+            raise ValueError(f"capture: expected nothing asked of the vision tower, got {asked}")
+        layer = (
+            feature_layer if feature_layer is None or isinstance(feature_layer, int) else (*feature_layer,)
+        )
+
+        def encode(_, crops: Tensor) -> Encoded:
+            return self.encode(crops, batch, feature_layer=layer)
+
+        def choose(encoded: Encoded, embeddings: Tensor) -> tuple[Tensor, ...]:
+            return self._choose(encoded, batch, lambda: embeddings)[0]
+
+        steps, inputs = [encode, choose], [lambda: crops]
+        if question is None:
+            steps = [lambda _, crops: self._choose(encode(None, crops), batch, None)[0]]
+        else:
+            inputs.append(lambda: question().to(crops.device))
+        implementation = self.vision_tower.config._attn_implementation
+        device = crops.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (batch.layouts, crops.device, crops.dtype, layer, question is None, implementation, autocast)
+        modules = [self] if self.relevance is None else [self, self.relevance.clip_model]
+        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+        return self.graphs.run(key, steps, inputs, weights, batch)

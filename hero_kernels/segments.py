@@ -159,8 +159,7 @@ class Segments:
                 (first, begin, length, *image[:5], *image.newline_rows, image.thumbnail_newline)
                 for first, begin, length, image in rows
             ]
-            table = torch.tensor(numbers, dtype=torch.int32).to(device)
-            self._tables[device] = table
+            self._tables[device] = table = _sent(torch.tensor(numbers, dtype=torch.int32), device)
         return table
 
     def lanes(self, device: torch.device) -> Lanes:
@@ -182,9 +181,13 @@ class Segments:
             with torch.inference_mode(False):
                 pairs = zip(self.images, self.first_crops, strict=False)
                 parts = [_order(image, first, self.side) for image, first in pairs]
-                order = torch.cat(parts).to(device)
+                order = _sent(torch.cat(parts), device)
             self._orders[device] = order
         return order
+
+    def warm(self, device: torch.device) -> None:
+        """Compute now what is computed once: compiled code can look that up, but not compute it."""
+        _ = self.table(device), self.numbers, self.lengths, self.first_crops
 
     def bound(self, table: Tensor) -> Segments:
         """The same segments with their table given."""
@@ -207,6 +210,11 @@ class Segments:
         """Raise ``ValueError`` unless argument ``name`` has one row a crop."""
         if crops != self.crops:
             raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, for which the host does not wait."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 class Lanes(NamedTuple):
@@ -255,7 +263,7 @@ def _lanes(segments: Segments, device: torch.device) -> Lanes:
         inside.nonzero()[:, 0],
         inside[:, :most].flatten().nonzero()[:, 0],
     )
-    return Lanes(*(tensor.to(device) for tensor in tensors), most)
+    return Lanes(*(_sent(tensor, device) for tensor in tensors), most)
 
 
 def _order(image: Segment, first: int, side: int) -> Tensor:
