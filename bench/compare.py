@@ -3,7 +3,9 @@
 ``hero`` and ``hero_kernels`` of each commit are put into a folder of their own and imported from there by a
 process of their own; the benchmark around them is this checkout's, for both. Both processes stay alive and
 run a round in turns, A B B A, so that slow phases of the machine hit them alike (:mod:`bench.timing`).
-Results are compared before anything is timed, so that a faster wrong answer is seen.
+Where a process finds its memory may make it faster or slower by a tenth as long as it lives, so there are
+several pairs of processes, and the interval is that of their ratios. Results are compared before anything is
+timed, so that a faster wrong answer is seen.
 
 Cases on a CPU: ``vision``, hero on a CLIP tower of real width and few layers; ``mini``, the vision stage of
 the bundled model; ``selection``, the twins of budgets and gather at 1, 8 and 32 images; ``dispatch``, what
@@ -38,7 +40,7 @@ import torch
 
 from .options import positive
 from .record import ROOT, environment, write
-from .timing import CLOCKS, compare, seconds, summary, take_turns
+from .timing import CLOCKS, compare, interval, seconds, summary, take_turns
 
 __all__ = ["main"]
 
@@ -47,6 +49,13 @@ SIDES = ("base", "head")
 CPU, GPU = ("vision", "mini", "selection", "dispatch"), ("kernels", "dispatch")
 SPAN = 0.1  # seconds of a round, at least a call
 KEEP = 0.2
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    # glibc keeps what is freed: else a process's luck decides whether each call has its pages faulted in anew.
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 # A case made: its result, a nest of tensors, and what gives the seconds of one of so many calls.
 Made = tuple[Any, Callable[[int], float]]
 
@@ -132,7 +141,7 @@ def kernel(case, variant, clock: str) -> Made:
 
     sets = sets_of(case, default_device())
     result = variant.call(sets[0])
-    if variant.waits:
+    if variant.waits or not torch.cuda.is_available():
         return result, lambda calls: 1e-6 * free_wall(variant.call, sets, default_device())
     graph = Graph(variant.call, sets)
     return result, lambda calls: 1e-6 * statistics.median(graph.microseconds())
@@ -202,25 +211,23 @@ class Worker:
             "--serve",
             *arguments,
         ]  # imports from its folder first
-        environ = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-        }
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **ENVIRONMENT}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=folder, env=environ, text=True, stdin=pipe, stdout=pipe)
 
     def ask(self, *order: Any) -> Any:
         """Give an order and wait for its answer."""
-        print(json.dumps(order), file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(order), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline() or '{"error": "the process ended"}')
         if isinstance(answer, dict):
             raise Failed(answer["error"])
         return answer
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
 
 
@@ -230,10 +237,13 @@ def unpack(commit: str | None, folder: Path, root: Path) -> str | None:
         for package in PACKAGES:
             shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
         return None
-    git = partial(subprocess.run, cwd=root, check=True, stdout=subprocess.PIPE)
+    git = partial(subprocess.run, cwd=root, stdout=subprocess.PIPE)
     name = git(["git", "rev-parse", "--verify", f"{commit}^{{commit}}"]).stdout.decode().strip()
-    with tarfile.open(fileobj=io.BytesIO(git(["git", "archive", name, *PACKAGES]).stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    if not name:
+        raise SystemExit(f"expected a commit, got {commit}")
+    files = git(["git", "archive", name, *PACKAGES], check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+        archive.extractall(folder, filter="data")  # which makes the folder
     return name
 
 
@@ -259,9 +269,22 @@ def measure(name: str, workers: dict[str, Worker], rounds: int, folder: Path) ->
     for turn in range(rounds + 1):
         for side in take_turns(SIDES, turn):
             times[side].append(workers[side].ask("time", calls))
-    base, head = (times[side][1:] for side in SIDES)  # the first warms up
-    result = {"case": name, "calls": calls, "difference": gap, **compare(head, base)}
-    return {**result, "base": summary(base), "head": summary(head), "base_s": base, "head_s": head}
+    return {"difference": gap, **{side: times[side][1:] for side in SIDES}}  # the first warms up
+
+
+def joined(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the pairs of processes measured: one ratio each, for rounds of one process err alike."""
+    gaps = [part["difference"] for part in parts]
+    ratios = [compare(part["head"], part["base"]) for part in parts]
+    paired = [ratio["paired"] for ratio in ratios]
+    return {
+        "case": name,
+        "difference": None if None in gaps else max(gaps),
+        "paired": statistics.median(paired),
+        "interval": list(interval(paired)) if len(parts) > 1 else ratios[0]["interval"],
+        **{side: summary([spent for part in parts for spent in part[side]]) for side in SIDES},
+        "processes": [{"ratio": ratio, **part} for ratio, part in zip(paired, parts, strict=True)],
+    }
 
 
 def line(result: dict[str, Any]) -> str:
@@ -281,40 +304,56 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict | None:
     parser.add_argument("head", nargs="?", help="another; the working tree where there is none")
     choices = sorted({*CPU, *GPU})
     parser.add_argument("--case", action="append", choices=choices, help="repeatable (default all)")
-    parser.add_argument("--rounds", type=positive, default=15, help="measured rounds (default 15)")
+    parser.add_argument("--rounds", type=positive, default=5, help="of a pair of processes (default 5)")
+    parser.add_argument("--processes", type=positive, default=5, help="pairs of them (default 5)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of PyTorch (default 1)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the CPU (default wall)")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, help="of the host (default cpu with one thread, else wall)"
+    )
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     wanted = options.case or (GPU if torch.cuda.is_available() else CPU)
+    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
     if options.serve:
         torch.set_num_threads(options.threads)
-        return serve(options.clock, wanted)
+        return serve(clock, wanted)
     if options.base is None:
         parser.error("base: expected a commit")
     given = [f"--case={name}" for name in wanted]
-    given += [f"--clock={options.clock}", f"--threads={options.threads}"]
-    results, workers, commits = [], {}, {}
-    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        for side in SIDES:
-            folder = Path(temporary, side)
-            folder.mkdir()
-            commits[side] = unpack(getattr(options, side), folder, root)
-            workers[side] = Worker(folder, given, options.threads)
-            stack.callback(workers[side].close)
-        print(f"{'case':40} {'base, ms':>10} {'head, ms':>10} {'ratio':>8} (95 % interval)")
-        for name in workers["head"].ask("names"):
-            try:
-                results.append(measure(name, workers, options.rounds, Path(temporary)))
-            except Failed as error:
-                results.append({"case": name, "reason": str(error)})
-            print(line(results[-1]), flush=True)
+    given += [f"--clock={clock}", f"--threads={options.threads}"]
+    parts: dict[str, list[dict[str, Any]]] = {}
+    reasons: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {side: Path(temporary, side) for side in SIDES}
+        commits = {side: unpack(getattr(options, side), folders[side], root) for side in SIDES}
+        for turn in range(options.processes):
+            with contextlib.ExitStack() as stack:
+                workers = {}
+                for side in take_turns(SIDES, turn):
+                    workers[side] = Worker(folders[side], given, options.threads)
+                    stack.callback(workers[side].close)
+                for name in workers["head"].ask("names"):
+                    try:
+                        part = measure(name, workers, options.rounds, Path(temporary))
+                        parts.setdefault(name, []).append(part)
+                    except Failed as error:
+                        reasons[name] = str(error)
+    results = [joined(name, parts[name]) for name in parts if name not in reasons]
+    results += [{"case": name, "reason": reason} for name, reason in reasons.items()]
+    print(f"{'case':40} {'base, ms':>10} {'head, ms':>10} {'ratio':>8} (95 % interval)")
+    print(*map(line, results), sep="\n")
     record = {
         "benchmark": "compare",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **environment("bench.compare", arguments, ("torch", "transformers", "triton")),
-        **{"commits": commits, "rounds": options.rounds, "clock": options.clock, "results": results},
+        **{
+            "commits": commits,
+            "rounds": options.rounds,
+            "processes": options.processes,
+            "clock": clock,
+            "results": results,
+        },
     }
     if options.out:
         write(options.out, record)
