@@ -40,7 +40,7 @@ import torch
 
 from .options import positive
 from .record import ROOT, environment, write
-from .timing import CLOCKS, compare, interval, seconds, summary, take_turns
+from .timing import compare, interval, seconds, summary, take_turns
 
 __all__ = ["main"]
 
@@ -51,7 +51,7 @@ SPAN = 0.1  # seconds of a round, at least a call
 KEEP = 0.2
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    # glibc keeps what is freed: else a process's luck decides whether each call has its pages faulted in anew.
+    # glibc keeps what is freed: else the luck of a process decides whether every call faults its pages anew.
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(1 << 26),
@@ -204,13 +204,8 @@ class Worker:
     """The process of a commit, whose packages lie in ``folder``."""
 
     def __init__(self, folder: Path, arguments: Sequence[str], threads: int):
-        command = [
-            sys.executable,
-            "-m",
-            "bench.compare",
-            "--serve",
-            *arguments,
-        ]  # imports from its folder first
+        # With -m, modules are looked for in the process's folder first.
+        command = [sys.executable, "-m", "bench.compare", "--serve", *arguments]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **ENVIRONMENT}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=folder, env=environ, text=True, stdin=pipe, stdout=pipe)
@@ -307,21 +302,17 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict | None:
     parser.add_argument("--rounds", type=positive, default=5, help="of a pair of processes (default 5)")
     parser.add_argument("--processes", type=positive, default=5, help="pairs of them (default 5)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of PyTorch (default 1)")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, help="of the host (default cpu with one thread, else wall)"
-    )
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     wanted = options.case or (GPU if torch.cuda.is_available() else CPU)
-    clock = options.clock or ("cpu" if options.threads == 1 else "wall")
+    clock = "cpu" if options.threads == 1 else "wall"
     if options.serve:
         torch.set_num_threads(options.threads)
         return serve(clock, wanted)
     if options.base is None:
         parser.error("base: expected a commit")
-    given = [f"--case={name}" for name in wanted]
-    given += [f"--clock={clock}", f"--threads={options.threads}"]
+    given = [*(f"--case={name}" for name in wanted), f"--threads={options.threads}"]
     parts: dict[str, list[dict[str, Any]]] = {}
     reasons: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -347,13 +338,10 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict | None:
         "benchmark": "compare",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **environment("bench.compare", arguments, ("torch", "transformers", "triton")),
-        **{
-            "commits": commits,
-            "rounds": options.rounds,
-            "processes": options.processes,
-            "clock": clock,
-            "results": results,
-        },
+        "commits": commits,
+        "rounds": options.rounds,
+        "clock": clock,
+        "results": results,
     }
     if options.out:
         write(options.out, record)
