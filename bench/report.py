@@ -185,7 +185,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Map
 }
 NO_GPU = "Not measured: no GPU was available so far."
 MISSING = {"kernels": NO_GPU, "end_to_end_gpu": NO_GPU}
-ELSEWHERE = ("compiled", "quality")  # records on other pages
+ELSEWHERE = ("compare", "compiled", "quality")  # records without a table on this page
 
 
 def replace(page: str, name: str, lines: Sequence[str]) -> str:
