@@ -17,7 +17,7 @@ import contextlib
 import contextvars
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Collector:
         self.received = received
         self.seen: set[int] = set()
         self.rows: Tensor | None = None  # [T, H, P] fp32
+        self.whole: tuple[Tensor, Tensor] | None = None  # rows of all crops, and which of them go on
 
     def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Add the rows of one layer; query and key are ``[T, H, N, D]``, query at least at CLS."""
@@ -108,15 +109,36 @@ class Collector:
         elif added is None:
             self.rows += rows.to(self.rows.device)
 
+    def narrow(self, crops: Tensor, weights: Mapping[int, float]) -> None:
+        """From here on, some of the crops are all that this collector sees.
+
+        Args:
+            crops: ``[G]`` int64, these.
+            weights: of the layers to come.
+
+        Raises:
+            RuntimeError: the encoder ran without passing the captured layers before.
+        """
+        self._check(set(self.weights) - set(weights))
+        self.whole = self.rows, crops
+        self.rows = self.rows[crops]
+        self.weights = weights
+
+    def _check(self, layers: Iterable[int]) -> None:
+        missing = sorted(set(layers) - self.seen)
+        if missing:
+            raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
+
     def result(self) -> Tensor:
         """The rows ``[T, H, P]`` fp32, for :func:`hero_kernels.finalize_scores`.
 
         Raises:
             RuntimeError: the encoder ran without passing the captured layers.
         """
-        missing = sorted(set(self.weights) - self.seen)
-        if missing:
-            raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
+        self._check(self.weights)
+        if self.whole is not None:
+            rows, crops = self.whole
+            self.rows, self.whole = rows.index_copy_(0, crops, self.rows), None
         return self.rows
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from . import capture, scoring
 from .config import POLICIES, HeroConfig
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
+from .packing import Cut, packing
 from .policies import SCORES, Needs, Scored, Seen, policy_of
 from .relevance import ClipRelevance
 
@@ -68,6 +70,7 @@ class Plan:
         segments: the images, for the operations.
         valid: ``[T, P]`` bool, patches that are not padding.
         valid_counts: ``[T]`` int32.
+        caps: ``[T]`` int32, the most that can be kept of each crop: fewer where the encoder drops patches.
         maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
         ranked: the maps whose order is wanted.
     """
@@ -75,6 +78,7 @@ class Plan:
     segments: hk.Segments
     valid: Tensor
     valid_counts: Tensor
+    caps: Tensor
     maps: dict[str, dict[int, Tensor]]
     ranked: frozenset[str]
 
@@ -97,7 +101,7 @@ def plan(
     ``feature_layer`` is the last layer of the features, the last but one where ``None``.
     """
     feature_layer = max(depth - 2, 0) if feature_layer is None else feature_layer
-    segments, is_thumbnail, valid = [], [], []
+    segments, is_thumbnail, valid, caps = [], [], [], []
     for layout in layouts:
         thumbnail_tokens, _ = layout.budget(config)
         segments.append(
@@ -117,6 +121,9 @@ def plan(
         for tile, (top, bottom, left, right) in zip(tiles, layout.tile_rectangles, strict=True):
             tile[top:bottom, left:right] = True
         valid.append(crops.flatten(1))
+        own = [layout.patches] * layout.crops
+        own[layout.first_tile : layout.first_tile + layout.tiles] = layout.tile_caps(config)
+        caps += own
         is_thumbnail += [crop == layout.thumbnail_crop for crop in range(layout.crops)]
     is_thumbnail = torch.tensor(is_thumbnail)
     asked = policy_of(config.policy).maps(config, depth, feature_layer)
@@ -133,7 +140,57 @@ def plan(
     valid = torch.cat(valid)
     counts = valid.sum(1, dtype=torch.int32)
     side = layouts[0].side
-    return Plan(hk.Segments(tuple(segments), side), valid.to(device), counts.to(device), maps, ranked)
+    caps = counts if config.encoder_keep is None else torch.tensor(caps, dtype=torch.int32)
+    return Plan(
+        hk.Segments(tuple(segments), side),
+        valid.to(device),
+        counts.to(device),
+        caps.to(device),
+        maps,
+        ranked,
+    )
+
+
+class _Dropping(NamedTuple):
+    """Where in the encoder patches are dropped, and what is captured after."""
+
+    layer: int
+    thumbnail: dict[str, dict[int, float]]  # {map: {layer after: weight}}
+
+
+@lru_cache(maxsize=256)
+def _dropping(config: HeroConfig, depth: int, features: tuple[int, ...], with_relevance: bool) -> _Dropping:
+    """How a configuration with ``encoder_keep`` drops patches within an encoder of ``depth`` layers; cached.
+
+    Args:
+        features: the layers of the features.
+
+    Raises:
+        ValueError: the policy needs dropped patches afterwards, or nothing would be saved.
+    """
+    policy = policy_of(config.policy)
+    maps, needs = policy.maps(config, depth, max(features)), policy.needs(config, with_relevance)
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"encoder_keep: expected None {why}, got {config.encoder_keep!r}")
+
+    if SCORES not in maps or not all(one.tiles for one in maps.values()):
+        raise refuse(f"for policy {config.policy!r}, which does not choose patches of tiles by attention")
+    if needs.keys or needs.patch_relevance:
+        raise refuse(f"for policy {config.policy!r}, which looks at all patches of the last layers")
+    layer = max(layer for one in maps.values() for layer in one.tiles)
+    if min(features) <= layer:
+        raise refuse(
+            f"for policy {config.policy!r} with tiles scored up to layer {layer} and features of layer "
+            f"{min(features)}, which must be a later one"
+        )
+    return _Dropping(
+        layer,
+        {
+            name: {deep: weight for deep, weight in one.thumbnail.items() if deep > layer}
+            for name, one in maps.items()
+        },
+    )
 
 
 def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
@@ -147,10 +204,15 @@ def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
     return value if isinstance(value, int) else tuple(layers)
 
 
+def _layers_of(feature_layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """The layers whose outputs the features are; −1 for the embeddings."""
+    states = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
+    return tuple(state % (depth + 1) - 1 for state in states)
+
+
 def _last_layer(feature_layer: int | tuple[int, ...], depth: int) -> int:
     """The last layer whose output is among the features; the first where they are the embeddings alone."""
-    states = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
-    return max(max(state % (depth + 1) for state in states) - 1, 0)
+    return max(*_layers_of(feature_layer, depth), 0)
 
 
 class HeroVisionEncoder(nn.Module):
@@ -247,6 +309,11 @@ class HeroVisionEncoder(nn.Module):
         self._captured = tuple(sorted({*layers, *keys}))
         if config.attention == "fused" and not self._tower.has_cls:
             raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
+        if config.encoder_keep is not None and not self._tower.has_cls:
+            raise ValueError(
+                f"encoder_keep: expected None for an encoder without CLS, got {config.encoder_keep!r}"
+            )
+        self._where(self.feature_layer)
         capture.install(
             self._modules_captured(),
             received=not self._tower.has_cls,
@@ -272,6 +339,31 @@ class HeroVisionEncoder(nn.Module):
 
     def _plan(self, layouts: tuple[ImageLayout, ...], device: torch.device) -> Plan:
         return plan(layouts, self.config, self.depth, device, self._last_layer)
+
+    def _where(self, feature_layer: int | Sequence[int]) -> _Dropping | None:
+        """Where patches are dropped within the encoder, if they are."""
+        if self.config.encoder_keep is None:
+            return None
+        features = _layers_of(feature_layer, self.depth)
+        return _dropping(self.config, self.depth, features, self.relevance is not None)
+
+    def _cut(
+        self,
+        where: _Dropping,
+        layouts: tuple[ImageLayout, ...],
+        collectors: Mapping[str, capture.Collector],
+        device: torch.device,
+    ) -> Cut:
+        """Dropping in one pass, whose collectors these are."""
+        batch, packed = self._plan(layouts, device), packing(layouts, self.config, device)
+
+        def rank() -> Tensor:
+            for name, collector in collectors.items():
+                collector.narrow(packed.thumbnails, where.thumbnail[name] if len(packed.thumbnails) else {})
+            rows, _ = collectors[SCORES].whole
+            return hk.finalize_scores(rows, valid=batch.valid, rank=True).ranks
+
+        return Cut(where.layer, packed, rank)
 
     def _modules_captured(self) -> dict[int, nn.Module]:
         modules = self._tower.attention_modules(self.vision_tower)
@@ -334,6 +426,9 @@ class HeroVisionEncoder(nn.Module):
         """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention.
 
         Another ``feature_layer`` changes the features of this call; what is captured stays as it is.
+
+        Raises:
+            ValueError: ``encoder_keep`` is set, and the tower must run whole or features are of early layers.
         """
         batch = self._plan(layouts, pixel_values.device)
         needs, received = self._needs, not self._tower.has_cls
@@ -348,9 +443,17 @@ class HeroVisionEncoder(nn.Module):
         with_patches = needs.patch_relevance and self._shared
         if with_patches:  # the last layer comes along as one more layer of features
             layer = [*((layer,) if isinstance(layer, int) else layer), self.depth]
+        where = self._where(layer)
+        cut = None if where is None else self._cut(where, layouts, collectors, pixel_values.device)
         with capture.collect([*collectors.values(), *keys], self._modules_captured()):
             features, cls, pooled, output = self._tower.run(
-                self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
+                self.vision_tower,
+                pixel_values,
+                layer,
+                cls=self.needs_cls,
+                scored=self._captured,
+                cut=cut,
+                **kwargs,
             )
         patches = None
         if with_patches:
@@ -372,6 +475,7 @@ class HeroVisionEncoder(nn.Module):
             maps=maps,
             keys=keys[0].result().to(device) if keys else None,
             patches=patches,
+            valid=None if cut is None or cut.packing is None else valid & cut.survivors(),
         )
 
     def score(
@@ -415,9 +519,7 @@ class HeroVisionEncoder(nn.Module):
     def budget(self, scored: Scored, layouts: tuple[ImageLayout, ...]) -> hk.TileBudgets:
         """Patches to keep of each crop."""
         batch = self._plan(layouts, scored.scores.device)
-        return hk.tile_budgets(
-            scored.signals, batch.valid_counts, batch.segments, allocation=self.config.allocation
-        )
+        return hk.tile_budgets(scored.signals, batch.caps, batch.segments, allocation=self.config.allocation)
 
     def select(
         self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, layouts: tuple[ImageLayout, ...]
@@ -429,11 +531,11 @@ class HeroVisionEncoder(nn.Module):
             encoded.features,
             scored.scores,
             batch.segments,
-            valid=batch.valid,
+            valid=batch.valid if encoded.valid is None else encoded.valid,
             budgets=budgets,
             allocation=self.config.allocation,
             ranks=scored.ranks if replaced is None else replaced.ranks,
-            valid_counts=batch.valid_counts,
+            valid_counts=batch.caps,
         )
         if replaced is None:
             return gathered
