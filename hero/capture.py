@@ -123,6 +123,8 @@ class Collector:
         self.whole = self.rows, crops
         self.rows = self.rows[crops]
         self.weights = weights
+        if not len(crops):
+            self.seen.update(weights)  # with nothing left to see
 
     def _check(self, layers: Iterable[int]) -> None:
         missing = sorted(set(layers) - self.seen)

@@ -359,7 +359,7 @@ class HeroVisionEncoder(nn.Module):
 
         def rank() -> Tensor:
             for name, collector in collectors.items():
-                collector.narrow(packed.thumbnails, where.thumbnail[name] if len(packed.thumbnails) else {})
+                collector.narrow(packed.thumbnails, where.thumbnail[name])
             rows, _ = collectors[SCORES].whole
             return hk.finalize_scores(rows, valid=batch.valid, rank=True).ranks
 

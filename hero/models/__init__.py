@@ -50,8 +50,8 @@ class Encoded:
             the policy wants it.
         patches: ``[T, P, C]``, the last layer at the patches, if the policy compares them with the question
             and CLIP has the tower's weights.
-        valid: ``[T, P]`` bool, the patches that may be kept; ``None`` where the tower dropped none: all that are
-            not padding.
+        valid: ``[T, P]`` bool, the patches that may be kept; ``None`` where the tower dropped none, for all
+            that are not padding.
     """
 
     features: Tensor
