@@ -424,7 +424,7 @@ class Runner:
             ratios = (1.0,) if variant.options is None else take_turns(self.keep, turn)
             for ratio in ratios:
                 with self.attached(variant, ratio, questions, others) as handle:
-                    if handle is not None:
+                    if handle is not None and handle.config.encoder_keep is None:
                         watch.share_tower(handle.encoder)
                     with watch.running():
                         answers = self.answers(inputs)

@@ -311,9 +311,71 @@ def dispatch(record: Mapping) -> list[str]:
     ]
 
 
+def _points(gap: Mapping) -> str:
+    low, high = (f"{100 * value:+.1f}" for value in gap["interval"])
+    return f"{100 * gap['mean']:+.1f} ({low} to {high})".replace("-", "−")
+
+
+def encoder_keep(record: Mapping) -> list[str]:
+    """The tables of ``bench.encoder_keep``."""
+    timed, answers, machine = record["time"], record["answers"], record["machine"]
+    clock = {"wall": "wall-clock time", "cpu": "processor time"}[timed["clock"]]
+    load = " and ".join(f"{value:.1f}" for value in record["load_average"])
+    vit, patches = timed["shape"]["vision"], timed["variants"]["none"]["patches"]
+    lines = [
+        *_small(record),
+        f"- `{record['command']}`, {record['date']}, {timed['rounds']} rounds, {clock}",
+        f"- {machine['cpu']}, {timed['threads']} of {machine['cores']} cores, {machine['system']}, "
+        f"{record['dtype']}; load average before and after {load}",
+        _code(record),
+        "",
+        f"**Time of the tower**, {vit['layers']} layers, {vit['hidden']} wide, {timed['crops']} crops of "
+        f"{patches} patches, R = {answers['keep_ratio']:g}. Seconds are median (minimum); ratios are the median "
+        "of the ratios within rounds (95 % bootstrap interval).",
+        "",
+    ]
+    rows = [
+        [
+            name,
+            f"{one['layer']}",
+            f"{one['patches']}",
+            _seconds(one["summary"]),
+            "1" if name == "none" else _ratio(one["to_none"]),
+        ]
+        for name, one in timed["variants"].items()
+    ]
+    head = ["`encoder_keep`", "last layer on all patches", "patches of a tile then", "seconds", "to none"]
+    lines += [*_table(head, rows), ""]
+    kinds = answers["kinds"]
+    groups = [group for group in kinds if group in answers["full"]]
+    lines += [
+        f"**Answers of the mini model**, R = {answers['keep_ratio']:g}, {answers['questions']} questions, "
+        f"split {answers['split']}, weights {answers['weights']}. Accuracy in per cent, and the paired "
+        "difference in points to the same policy without `encoder_keep` (95 % bootstrap interval).",
+        "",
+    ]
+    rows = [["all tokens", "", *(f"{100 * answers['full'][group]['mean']:.1f}" for group in groups)]]
+    for row in answers["rows"]:
+        share, cells = row["encoder_keep"], row["groups"]
+        rows.append(
+            [
+                row["policy"],
+                "none" if share is None else f"{share:g}",
+                *(
+                    f"{100 * cells[group]['accuracy']['mean']:.1f}"
+                    + ("" if share is None else f", {_points(cells[group]['to_none'])}")
+                    for group in groups
+                ),
+            ]
+        )
+    heads = [f"{group}, {kinds[group]} questions" for group in groups]
+    return [*lines, *_table(["policy", "`encoder_keep`", *heads], rows)]
+
+
 RENDERERS: dict[str, Callable[[Mapping], list[str]]] = {
     "cpu_vision": cpu_vision,
     "dispatch": dispatch,
+    "encoder_keep": encoder_keep,
     "kernels": kernels,
 }
 MISSING = {"kernels": "Not measured: no GPU was available so far."}
