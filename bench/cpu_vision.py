@@ -290,7 +290,7 @@ class Bench:
         (full,) = self.features()
         with self._attached(1.0) as handle:
             (same,) = self.features()
-            layouts = handle.encoder.prepare(self.pixels, self.sizes)[1]
+            layouts = handle.encoder.prepare(self.pixels, self.sizes)[1].layouts
         worst = float((full - same).abs().max() / full.abs().max()) if full.shape == same.shape else None
         if worst is None or worst > 1e-5:
             raise RuntimeError(f"keep_ratio=1: expected the stock features to 1e-5, got {worst}")

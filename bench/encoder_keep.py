@@ -70,9 +70,9 @@ def measure_time(
         model.model.vision_tower,
         hero.Geometry(shape.crop_size, shape.patch_size, _pairs(shape)),
     )
-    layouts = geometry.layouts([shape.image_size])
+    layout = geometry.layout(shape.image_size)
     crops = torch.randn(
-        layouts[0].crops, 3, shape.crop_size, shape.crop_size, generator=torch.Generator().manual_seed(0)
+        layout.crops, 3, shape.crop_size, shape.crop_size, generator=torch.Generator().manual_seed(0)
     )
     times: dict[str, list[float]] = {name: [] for name in TIMED}
     patches: dict[str, int] = {}
@@ -82,9 +82,10 @@ def measure_time(
         config = hero.HeroConfig(keep_ratio=RATIO, **TIMED[name])
         encoder = hero.HeroVisionEncoder(tower, config=config, geometry=geometry)
         try:
-            patches[name] = layouts[0].encoder_patches(config)
+            patches[name] = layout.encoder_patches(config)
             layers[name] = max(hero.config.resolve_layers("tile_layers", config.tile_layers, encoder.depth))
-            times[name].append(seconds(lambda: encoder.encode(crops, layouts), clock))
+            _, batch = encoder.prepare(crops, [shape.image_size])
+            times[name].append(seconds(lambda: encoder.encode(crops, batch), clock))
         finally:
             encoder.remove()
 

@@ -330,8 +330,8 @@ def encoder_keep(record: Mapping) -> list[str]:
         _code(record),
         "",
         f"**Time of the tower**, {vit['layers']} layers, {vit['hidden']} wide, {timed['crops']} crops of "
-        f"{patches} patches, R = {answers['keep_ratio']:g}. Seconds are median (minimum); ratios are the median "
-        "of the ratios within rounds (95 % bootstrap interval).",
+        f"{patches} patches, R = {answers['keep_ratio']:g}. Seconds are median (minimum); ratios are the "
+        "median of the ratios within rounds (95 % bootstrap interval).",
         "",
     ]
     rows = [

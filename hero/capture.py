@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import hero_kernels as hk
 
-__all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remove"]
+__all__ = ["Collector", "KeyCollector", "collect", "fetch", "install", "installed", "remove", "uncaptured"]
 
 NAME = "hero_capture"
 _STATE = "_hero_capture"
@@ -121,7 +121,7 @@ class Collector:
         """
         self._check(set(self.weights) - set(weights))
         self.whole = self.rows, crops
-        self.rows = self.rows[crops]
+        self.rows = self.rows.index_select(0, crops)
         self.weights = weights
         if not len(crops):
             self.seen.update(weights)  # with nothing left to see
@@ -219,14 +219,25 @@ class _State:
         self.keys: Tensor | None = None
 
 
+def _base(module: nn.Module, config: object):
+    """The attention function that a configuration names."""
+    name = config._attn_implementation
+    if name in (None, "eager"):
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return _interface()[name]
+
+
+def uncaptured(module, query, key, value, attention_mask, **kwargs):
+    """Attention of a module, captured or not, that no collector sees."""
+    state = module.__dict__.get(_STATE)
+    config, view = (module.config, module) if state is None else (state.config, state.view)
+    return _base(module, config)(view, query, key, value, attention_mask, **kwargs)
+
+
 def _attention(module, query, key, value, attention_mask, **kwargs):
     """The registered attention function: the user's implementation, and scores for the collector."""
     state = module.__dict__[_STATE]
-    name = state.config._attn_implementation
-    if name in (None, "eager"):
-        base = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        base = _interface()[name]
+    base = _base(module, state.config)
     compiling = torch.compiler.is_compiling()
     collectors = () if compiling else _collectors.get()
     scale = kwargs.get("scaling")
@@ -309,20 +320,26 @@ def remove(modules: Mapping[int, nn.Module]) -> None:
         module.config = module.__dict__.pop(_STATE).config
 
 
+def fetch(collectors: Iterable[Collector | KeyCollector], modules: Mapping[int, nn.Module]) -> None:
+    """Have collectors take what a compiled pass left on the modules so far."""
+    for collector in collectors:
+        for module in modules.values():
+            collector.fetch(module.__dict__[_STATE])
+
+
 @contextlib.contextmanager
 def collect(
     collectors: Collector | Sequence[Collector | KeyCollector], modules: Mapping[int, nn.Module]
 ) -> Iterator[None]:
     """Send what the passes inside the block score to ``collectors``, one or several."""
     collectors = (collectors,) if isinstance(collectors, Collector) else tuple(collectors)
-    token = _collectors.set(collectors)
+    token = None if torch.compiler.is_compiling() else _collectors.set(collectors)
     try:
         yield
-        for module in modules.values():
-            for collector in collectors:
-                collector.fetch(module.__dict__[_STATE])
+        fetch(collectors, modules)
     finally:
-        _collectors.reset(token)
+        if token is not None:
+            _collectors.reset(token)
         for module in modules.values():
             state = module.__dict__[_STATE]
             state.rows = state.keys = None

@@ -139,11 +139,11 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
         return result
 
     with torch.inference_mode():
-        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoded = timed("encode", encoder.encode, crops, layouts)
-        scored = timed("score", encoder.score, encoded, layouts, text)
-        budgets = timed("budget", encoder.budget, scored, layouts)
-        gathered = timed("select", encoder.select, encoded, scored, budgets, layouts)
+        crops, batch = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = timed("encode", encoder.encode, crops, batch)
+        scored = timed("score", encoder.score, encoded, batch, text)
+        budgets = timed("budget", encoder.budget, scored, batch)
+        gathered = timed("select", encoder.select, encoded, scored, budgets, batch)
         timed("project", encoder.project, gathered)
     return times
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 import hero_kernels as hk
 
-from . import capture, scoring
+from . import capture
 from .config import POLICIES, HeroConfig
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
-from .packing import Cut, packing
-from .policies import SCORES, Needs, Scored, Seen, policy_of
+from .packing import Cut
+from .plan import Plan, plan_of, to_device
+from .policies import SCORES, Map, Needs, Scored, Seen, policy_of
 from .relevance import ClipRelevance
 
-__all__ = ["HeroVisionEncoder", "Plan", "Selection", "plan"]
+__all__ = ["HeroVisionEncoder", "Selection"]
 
 
 @dataclass(frozen=True)
@@ -62,137 +63,6 @@ class Selection:
         return keep.view_as(self.scores)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a batch's layout and a configuration imply, as tensors on a device.
-
-    Attributes:
-        segments: the images, for the operations.
-        valid: ``[T, P]`` bool, patches that are not padding.
-        valid_counts: ``[T]`` int32.
-        caps: ``[T]`` int32, the most that can be kept of each crop: fewer where the encoder drops patches.
-        maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
-        ranked: the maps whose order is wanted.
-    """
-
-    segments: hk.Segments
-    valid: Tensor
-    valid_counts: Tensor
-    caps: Tensor
-    maps: dict[str, dict[int, Tensor]]
-    ranked: frozenset[str]
-
-    @property
-    def layer_weights(self) -> dict[int, Tensor]:
-        """``{layer: [T] fp32}``, weight of a layer in the score of each crop."""
-        return self.maps[SCORES]
-
-
-@lru_cache(maxsize=256)
-def plan(
-    layouts: tuple[ImageLayout, ...],
-    config: HeroConfig,
-    depth: int,
-    device: torch.device,
-    feature_layer: int | None = None,
-) -> Plan:
-    """The plan of a batch on an encoder of ``depth`` layers; cached.
-
-    ``feature_layer`` is the last layer of the features, the last but one where ``None``.
-    """
-    feature_layer = max(depth - 2, 0) if feature_layer is None else feature_layer
-    segments, is_thumbnail, valid, caps = [], [], [], []
-    for layout in layouts:
-        thumbnail_tokens, _ = layout.budget(config)
-        segments.append(
-            hk.Segment(
-                crops=layout.crops,
-                thumbnail=layout.thumbnail_crop,
-                grid_width=layout.grid[1] if layout.stitched and layout.tiles else 1,
-                thumbnail_tokens=thumbnail_tokens,
-                tile_tokens=layout.tile_quota(config),
-                newline_rows=layout.rows if layout.newlines else (0, 0),
-                thumbnail_newline=layout.newlines and not layout.tiles,
-            )
-        )
-        crops = torch.ones((layout.crops, layout.side, layout.side), dtype=torch.bool)
-        tiles = crops[layout.first_tile : layout.first_tile + layout.tiles]
-        tiles.zero_()
-        for tile, (top, bottom, left, right) in zip(tiles, layout.tile_rectangles, strict=True):
-            tile[top:bottom, left:right] = True
-        valid.append(crops.flatten(1))
-        own = [layout.patches] * layout.crops
-        own[layout.first_tile : layout.first_tile + layout.tiles] = layout.tile_caps(config)
-        caps += own
-        is_thumbnail += [crop == layout.thumbnail_crop for crop in range(layout.crops)]
-    is_thumbnail = torch.tensor(is_thumbnail)
-    asked = policy_of(config.policy).maps(config, depth, feature_layer)
-    maps = {
-        name: {
-            layer: torch.where(is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0))
-            .float()
-            .to(device)
-            for layer in one.layers
-        }
-        for name, one in asked.items()
-    }
-    ranked = frozenset(name for name, one in asked.items() if one.ranked)
-    valid = torch.cat(valid)
-    counts = valid.sum(1, dtype=torch.int32)
-    side = layouts[0].side
-    caps = counts if config.encoder_keep is None else torch.tensor(caps, dtype=torch.int32)
-    return Plan(
-        hk.Segments(tuple(segments), side),
-        valid.to(device),
-        counts.to(device),
-        caps.to(device),
-        maps,
-        ranked,
-    )
-
-
-class _Dropping(NamedTuple):
-    """Where in the encoder patches are dropped, and what is captured after."""
-
-    layer: int
-    thumbnail: dict[str, dict[int, float]]  # {map: {layer after: weight}}
-
-
-@lru_cache(maxsize=256)
-def _dropping(config: HeroConfig, depth: int, features: tuple[int, ...], with_relevance: bool) -> _Dropping:
-    """How a configuration with ``encoder_keep`` drops patches within an encoder of ``depth`` layers; cached.
-
-    Args:
-        features: the layers of the features.
-
-    Raises:
-        ValueError: the policy needs dropped patches afterwards, or nothing would be saved.
-    """
-    policy = policy_of(config.policy)
-    maps, needs = policy.maps(config, depth, max(features)), policy.needs(config, with_relevance)
-
-    def refuse(why: str) -> ValueError:
-        return ValueError(f"encoder_keep: expected None {why}, got {config.encoder_keep!r}")
-
-    if SCORES not in maps or not all(one.tiles for one in maps.values()):
-        raise refuse(f"for policy {config.policy!r}, which does not choose patches of tiles by attention")
-    if needs.keys or needs.patch_relevance:
-        raise refuse(f"for policy {config.policy!r}, which looks at all patches of the last layers")
-    layer = max(layer for one in maps.values() for layer in one.tiles)
-    if min(features) <= layer:
-        raise refuse(
-            f"for policy {config.policy!r} with tiles scored up to layer {layer} and features of layer "
-            f"{min(features)}, which must be a later one"
-        )
-    return _Dropping(
-        layer,
-        {
-            name: {deep: weight for deep, weight in one.thumbnail.items() if deep > layer}
-            for name, one in maps.items()
-        },
-    )
-
-
 def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
     """A hidden state, or several, of an encoder of ``depth`` layers; 0 is what the first layer takes."""
     layers = (value,) if isinstance(value, int) else value
@@ -213,6 +83,54 @@ def _layers_of(feature_layer: int | Sequence[int], depth: int) -> tuple[int, ...
 def _last_layer(feature_layer: int | tuple[int, ...], depth: int) -> int:
     """The last layer whose output is among the features; the first where they are the embeddings alone."""
     return max(*_layers_of(feature_layer, depth), 0)
+
+
+class _Dropping(NamedTuple):
+    """Where within the encoder patches of tiles are dropped: after the last layer that scores them.
+
+    Attributes:
+        layer: that layer.
+        thumbnail: ``{map: {later layer: weight}}``, what is captured after it.
+    """
+
+    layer: int
+    thumbnail: dict[str, dict[int, float]]
+
+
+def _dropping(config: HeroConfig, maps: Mapping[str, Map], needs: Needs) -> _Dropping | None:
+    """Where a configuration drops patches within the encoder; ``None`` where it does not.
+
+    Raises:
+        ValueError: the policy looks at patches of tiles afterwards, or not at all before.
+    """
+    if config.encoder_keep is None:
+        return None
+    why = None
+    if SCORES not in maps or not all(one.tiles for one in maps.values()):
+        why = "does not choose patches of tiles by their attention alone"
+    elif needs.keys or needs.patch_relevance:
+        why = "looks at all patches in the last layers"
+    if why is not None:
+        raise ValueError(
+            f"encoder_keep: expected None for policy {config.policy!r}, which {why}, "
+            f"got {config.encoder_keep!r}"
+        )
+    layer = max(layer for one in maps.values() for layer in one.tiles)
+    later = {
+        name: {number: weight for number, weight in one.thumbnail.items() if number > layer}
+        for name, one in maps.items()
+    }
+    return _Dropping(layer, later)
+
+
+def _constants(image_sizes) -> tuple[tuple[int, int], ...]:
+    """Sizes as constants of the code being compiled, which may have taken them for variables.
+
+    A key of a dictionary has to be known.
+    """
+    if isinstance(image_sizes, Tensor):
+        raise TypeError("image_sizes: expected pairs of integers in compiled code, got a tensor")
+    return tuple((next(iter({height: 0})), next(iter({width: 0}))) for height, width in image_sizes)
 
 
 class HeroVisionEncoder(nn.Module):
@@ -276,9 +194,10 @@ class HeroVisionEncoder(nn.Module):
         self.depth = len(modules)
         self.feature_layer = _check_feature_layer(feature_layer, self.depth)
         self._last_layer = _last_layer(self.feature_layer, self.depth)
-        policy = policy_of(config.policy)
+        self._held = SimpleNamespace()  # plans of compiled code
+        self._policy = policy = policy_of(config.policy)
         maps = policy.maps(config, self.depth, self._last_layer)
-        needs = policy.needs(config, relevance is not None)  # raises where relevance is missing
+        self._needs = needs = policy.needs(config, relevance is not None)  # raises where relevance is missing
         lacks = {"by_cls": not self._tower.has_cls, "by_thumbnail": geometry.thumbnail == "none"}
         for by, lacking in lacks.items():
             if lacking and getattr(policy, by):
@@ -304,6 +223,11 @@ class HeroVisionEncoder(nn.Module):
             self.register_buffer("image_newline", image_newline, persistent=False)
         self.relevance = relevance
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
+        if (needs.relevance or needs.patch_relevance) and not self._shared and not relevance.second_pass:
+            raise ValueError(
+                "relevance: expected a CLIP model with the vision weights of the model's own tower, or "
+                "ClipRelevance(..., second_pass=True), which runs CLIP's vision encoder too, got others"
+            )
         layers = {layer for asked in maps.values() for layer in asked.layers}
         keys = [self._last_layer] if needs.keys else []
         self._captured = tuple(sorted({*layers, *keys}))
@@ -313,7 +237,8 @@ class HeroVisionEncoder(nn.Module):
             raise ValueError(
                 f"encoder_keep: expected None for an encoder without CLS, got {config.encoder_keep!r}"
             )
-        self._where(self.feature_layer)
+        self._dropping = _dropping(config, maps, needs)
+        self._check_dropping(self.feature_layer)
         capture.install(
             self._modules_captured(),
             received=not self._tower.has_cls,
@@ -321,11 +246,6 @@ class HeroVisionEncoder(nn.Module):
             fused=config.attention == "fused",
             keys=keys,
         )
-
-    @property
-    def _needs(self) -> Needs:
-        """What the policy looks at."""
-        return policy_of(self.config.policy).needs(self.config, self.relevance is not None)
 
     @property
     def needs_text(self) -> bool:
@@ -337,33 +257,26 @@ class HeroVisionEncoder(nn.Module):
         """Whether a tile signal looks at the last layer's CLS."""
         return self._needs.cls or (self._shared and self._needs.relevance)
 
-    def _plan(self, layouts: tuple[ImageLayout, ...], device: torch.device) -> Plan:
-        return plan(layouts, self.config, self.depth, device, self._last_layer)
+    def _plan(self, image_sizes, device: torch.device) -> Plan:
+        layouts = self.geometry.layouts(image_sizes)
+        return plan_of(layouts, self.config, self.depth, device, self._last_layer)
 
-    def _where(self, feature_layer: int | Sequence[int]) -> _Dropping | None:
-        """Where patches are dropped within the encoder, if they are."""
-        if self.config.encoder_keep is None:
-            return None
-        features = _layers_of(feature_layer, self.depth)
-        return _dropping(self.config, self.depth, features, self.relevance is not None)
+    @torch.compiler.assume_constant_result
+    def _hold_plan(self, image_sizes: tuple[tuple[int, int], ...], device: torch.device) -> str:
+        """Keep the plan for code being compiled, which can take a string for a constant, but no plan."""
+        name = f"plan_{device}_{image_sizes}"
+        setattr(self._held, name, self._plan(image_sizes, device))
+        return name
 
-    def _cut(
-        self,
-        where: _Dropping,
-        layouts: tuple[ImageLayout, ...],
-        collectors: Mapping[str, capture.Collector],
-        device: torch.device,
-    ) -> Cut:
-        """Dropping in one pass, whose collectors these are."""
-        batch, packed = self._plan(layouts, device), packing(layouts, self.config, device)
-
-        def rank() -> Tensor:
-            for name, collector in collectors.items():
-                collector.narrow(packed.thumbnails, where.thumbnail[name])
-            rows, _ = collectors[SCORES].whole
-            return hk.finalize_scores(rows, valid=batch.valid, rank=True).ranks
-
-        return Cut(where.layer, packed, rank)
+    def _check_dropping(self, feature_layer: int | Sequence[int]) -> None:
+        """Raise ``ValueError`` where features are of layers before patches are dropped."""
+        first = min(_layers_of(feature_layer, self.depth))
+        if self._dropping is not None and first <= self._dropping.layer:
+            raise ValueError(
+                f"encoder_keep: expected None for policy {self.config.policy!r} with tiles scored up to "
+                f"layer {self._dropping.layer} and features of layer {first}, which must be a later one, "
+                f"got {self.config.encoder_keep!r}"
+            )
 
     def _modules_captured(self) -> dict[int, nn.Module]:
         modules = self._tower.attention_modules(self.vision_tower)
@@ -373,16 +286,17 @@ class HeroVisionEncoder(nn.Module):
         """Stop capturing: the tower is exactly as it was before."""
         capture.remove(self._modules_captured())
 
-    def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, tuple[ImageLayout, ...]]:
-        """Check the input and lay it out.
+    def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, Plan]:
+        """Check the input and plan the batch.
 
         Args:
             pixel_values: ``[B, crops, 3, S, S]``, padded to the largest number of crops, or
                 ``[T, 3, S, S]``, all crops one after another; floating.
-            image_sizes: ``[B, 2]`` (height, width) in pixels, a tensor or pairs.
+            image_sizes: ``[B, 2]`` (height, width) in pixels: pairs of integers or a tensor, best on the CPU,
+                for one on a GPU is waited for. In compiled code pairs of integers.
 
         Returns:
-            crops ``[T, 3, S, S]`` and the layout of each image.
+            crops ``[T, 3, S, S]`` and the plan, which the other stages take.
 
         Raises:
             TypeError, ValueError: of another type, rank, dtype or size, by name.
@@ -398,27 +312,30 @@ class HeroVisionEncoder(nn.Module):
         size = self.geometry.crop_size
         if shape[-3:] != (3, size, size):
             raise ValueError(f"pixel_values: expected crops of 3 × {size} × {size}, got shape {shape}")
-        layouts = self.geometry.layouts(image_sizes)
-        counts = [layout.crops for layout in layouts]
+        if torch.compiler.is_compiling():
+            batch = getattr(self._held, self._hold_plan(_constants(image_sizes), pixel_values.device))
+        else:
+            batch = self._plan(image_sizes, pixel_values.device)
+        counts = [image.crops for image in batch.segments.images]
         if len(shape) == 4:
             if shape[0] != sum(counts):
                 raise ValueError(
                     f"image_sizes: expected the sizes of {shape[0]} crops, got those of {sum(counts)}"
                 )
-            return pixel_values, layouts
-        if shape[0] != len(layouts) or shape[1] < max(counts):
+            return pixel_values, batch
+        if shape[0] != len(counts) or shape[1] < max(counts):
             raise ValueError(
                 f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
-                f"got {len(layouts)} images of {counts} crops"
+                f"got {len(counts)} images of {counts} crops"
             )
         if min(counts) == shape[1]:
-            return pixel_values.flatten(0, 1), layouts
-        return torch.cat([image[:count] for image, count in zip(pixel_values, counts, strict=True)]), layouts
+            return pixel_values.flatten(0, 1), batch
+        return pixel_values[batch.places.images, batch.places.crops], batch
 
     def encode(
         self,
         pixel_values: Tensor,
-        layouts: tuple[ImageLayout, ...],
+        batch: Plan,
         *,
         feature_layer: int | Sequence[int] | None = None,
         **kwargs,
@@ -428,9 +345,8 @@ class HeroVisionEncoder(nn.Module):
         Another ``feature_layer`` changes the features of this call; what is captured stays as it is.
 
         Raises:
-            ValueError: ``encoder_keep`` is set, and the tower must run whole or features are of early layers.
+            ValueError: ``encoder_keep`` is set, but the tower must run whole or features are early.
         """
-        batch = self._plan(layouts, pixel_values.device)
         needs, received = self._needs, not self._tower.has_cls
         collectors = {
             name: capture.Collector(weights, second_softmax=needs.second_softmax, received=received)
@@ -443,9 +359,12 @@ class HeroVisionEncoder(nn.Module):
         with_patches = needs.patch_relevance and self._shared
         if with_patches:  # the last layer comes along as one more layer of features
             layer = [*((layer,) if isinstance(layer, int) else layer), self.depth]
-        where = self._where(layer)
-        cut = None if where is None else self._cut(where, layouts, collectors, pixel_values.device)
-        with capture.collect([*collectors.values(), *keys], self._modules_captured()):
+        modules, cut = self._modules_captured(), None
+        if self._dropping is not None:
+            self._check_dropping(layer)
+            after, weights = self._dropping
+            cut = Cut(after, batch.packing, batch.valid, collectors, weights, SCORES, modules)
+        with capture.collect([*collectors.values(), *keys], modules):
             features, cls, pooled, output = self._tower.run(
                 self.vision_tower,
                 pixel_values,
@@ -460,7 +379,7 @@ class HeroVisionEncoder(nn.Module):
             width = features.shape[-1] // len(layer)
             features, patches = features.split((width * (len(layer) - 1), width), dim=-1)
         device = features.device
-        valid = self._plan(layouts, device).valid
+        valid = batch.on(device).valid
         maps = {
             name: hk.finalize_scores(collector.result().to(device), valid=valid, rank=name in batch.ranked)
             for name, collector in collectors.items()
@@ -475,58 +394,91 @@ class HeroVisionEncoder(nn.Module):
             maps=maps,
             keys=keys[0].result().to(device) if keys else None,
             patches=patches,
-            valid=None if cut is None or cut.packing is None else valid & cut.survivors(),
+            valid=None if cut is None or cut.packing is None else cut.valid(),
         )
 
+    def ask(self, batch: Plan, text: str | Sequence[str] | Tensor | None) -> Callable[[], Tensor] | None:
+        """Begin to embed the questions, on a GPU beside what the vision tower does meanwhile.
+
+        Args:
+            text: as in :meth:`forward`.
+
+        Returns:
+            what gives their embeddings ``[B, E]``; ``None`` where the question has no say.
+
+        Raises:
+            TypeError, ValueError: relevance weighs in the budgets and no question is given for each image; a
+                question without a relevance model.
+        """
+        images = len(batch.layouts)
+        if isinstance(text, str):
+            text = [text] * images
+        if text is not None and not isinstance(text, (Sequence, Tensor)):
+            raise TypeError(f"text: expected a string, one an image, or their embeddings, got {text!r}")
+        if text is not None and self.relevance is None:
+            raise ValueError(f"text: expected None without a relevance model, got {text!r}")
+        if not self.needs_text:
+            return None
+        if text is None or len(text) != images:
+            got = "none" if text is None else f"{len(text)}"
+            raise ValueError(f"text: expected a question for each of {images} images, got {got}")
+        if isinstance(text, Tensor):
+            return lambda: text
+        return self.relevance.start(text)
+
     def score(
-        self, encoded: Encoded, layouts: tuple[ImageLayout, ...], text: Sequence[str] | None = None
+        self,
+        encoded: Encoded,
+        batch: Plan,
+        text: str | Sequence[str] | Tensor | Callable[[], Tensor] | None = None,
     ) -> Scored:
         """Patch scores and tile signals, by the policy.
 
+        Args:
+            text: as in :meth:`forward`, or what :meth:`ask` returned.
+
         Raises:
-            ValueError: relevance weighs in the budgets and no question is given for each image.
+            TypeError, ValueError: as :meth:`ask`.
         """
+        batch = batch.on(encoded.features.device)
+        question = text if callable(text) else self.ask(batch, text)
         relevance = patch_relevance = None
         if self.relevance is not None:
-            if self.needs_text and (text is None or len(text) != len(layouts)):
-                got = "none" if text is None else f"{len(text)}"
-                raise ValueError(f"text: expected a question for each of {len(layouts)} images, got {got}")
+            images = batch.places.images
 
             def relevance() -> Tensor:
-                images = scoring.crop_images(layouts, encoded.features.device)
                 pooled = encoded.pooled if self._shared else None
-                return self.relevance(text, images, encoded.pixel_values, pooled)
+                return self.relevance(question(), images, encoded.pixel_values, pooled)
 
             def patch_relevance() -> Tensor:
-                images = scoring.crop_images(layouts, encoded.features.device)
-                return self.relevance.of_patches(text, images, encoded.pixel_values, encoded.patches)
+                return self.relevance.of_patches(question(), images, encoded.pixel_values, encoded.patches)
 
         with torch.no_grad():
             seen = Seen(
                 scores=encoded.scores,
                 entropy=encoded.entropy,
                 ranks=encoded.ranks,
-                valid=self._plan(layouts, encoded.features.device).valid,
+                valid=batch.valid,
                 cls=encoded.cls,
-                layouts=layouts,
+                layouts=batch.layouts,
+                places=batch.places,
                 config=self.config,
                 relevance=relevance,
                 patch_relevance=patch_relevance,
                 maps=encoded.maps,
+                constants=batch.constants,
             )
-            return policy_of(self.config.policy).score(seen)
+            return self._policy.score(seen)
 
-    def budget(self, scored: Scored, layouts: tuple[ImageLayout, ...]) -> hk.TileBudgets:
+    def budget(self, scored: Scored, batch: Plan) -> hk.TileBudgets:
         """Patches to keep of each crop."""
-        batch = self._plan(layouts, scored.scores.device)
+        batch = batch.on(scored.scores.device)
         return hk.tile_budgets(scored.signals, batch.caps, batch.segments, allocation=self.config.allocation)
 
-    def select(
-        self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, layouts: tuple[ImageLayout, ...]
-    ) -> hk.Gathered:
+    def select(self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, batch: Plan) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
-        batch = self._plan(layouts, scored.scores.device)
-        replaced = policy_of(self.config.policy).replace(encoded, scored, budgets, batch.valid)
+        batch = batch.on(scored.scores.device)
+        replaced = self._policy.replace(encoded, scored, budgets, batch.valid)
         gathered = hk.segmented_topk_gather(
             encoded.features,
             scored.scores,
@@ -554,14 +506,15 @@ class HeroVisionEncoder(nn.Module):
         return torch.where(newline, self.image_newline.to(tokens.device, tokens.dtype), tokens)
 
     def forward(
-        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | None = None
+        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | Tensor | None = None
     ) -> Selection:
         """Encode images and keep their most useful tokens.
 
         Args:
             pixel_values: ``[B, crops, 3, S, S]`` or ``[T, 3, S, S]`` (see :meth:`prepare`).
-            image_sizes: ``[B, 2]`` (height, width) in pixels before cutting.
-            text: the question, one for all images or one an image; needed with relevance, and only then.
+            image_sizes: ``[B, 2]`` (height, width) in pixels before cutting (see :meth:`prepare`).
+            text: the question, one for all images or one an image, needed with relevance and only then; or
+                ``[B, E]`` fp32, their embeddings (:meth:`hero.ClipRelevance.text_embeddings`).
 
         Raises:
             TypeError, ValueError: an argument of the wrong type or size, by name; NaN in the features
@@ -570,30 +523,28 @@ class HeroVisionEncoder(nn.Module):
         return self.run(pixel_values, image_sizes, text)[0]
 
     def run(
-        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | None = None, **kwargs
+        self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | Tensor | None = None, **kwargs
     ) -> tuple[Selection, Encoded]:
         """:meth:`forward`, and what :meth:`encode` returned; keyword arguments go to it."""
-        crops, layouts = self.prepare(pixel_values, image_sizes)
-        if isinstance(text, str):
-            text = [text] * len(layouts)
-        if text is not None and not isinstance(text, Sequence):
-            raise TypeError(f"text: expected a string, or one an image, got {text!r}")
-        if text is not None and self.relevance is None:
-            raise ValueError(f"text: expected None without a relevance model, got {text!r}")
-        encoded = self.encode(crops, layouts, **kwargs)
-        scored = self.score(encoded, layouts, text)
-        budgets = self.budget(scored, layouts)
-        gathered = self.select(encoded, scored, budgets, layouts)
-        lengths = torch.tensor((0, *gathered.lengths)).cumsum(0, dtype=torch.int32)
+        crops, batch = self.prepare(pixel_values, image_sizes)
+        question = self.ask(batch, text)
+        encoded = self.encode(crops, batch, **kwargs)
+        scored = self.score(encoded, batch, question)
+        budgets = self.budget(scored, batch)
+        gathered = self.select(encoded, scored, budgets, batch)
+        cu_seqlens = batch.on(gathered.index.device).cu_seqlens
+        if gathered.lengths != batch.segments.lengths:  # "floor": as many as the images have it
+            lengths = torch.tensor((0, *gathered.lengths)).cumsum(0, dtype=torch.int32)
+            cu_seqlens = to_device(lengths, gathered.index.device)
         selection = Selection(
             tokens=self.project(gathered),
             lengths=list(gathered.lengths),
-            cu_seqlens=lengths.to(gathered.index.device),
+            cu_seqlens=cu_seqlens,
             index=gathered.index,
             budgets=budgets.budgets,
             shares=budgets.shares,
             scores=scored.scores,
-            layout=layouts,
+            layout=batch.layouts,
             policy=self.config.policy,
         )
         return selection, encoded

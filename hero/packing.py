@@ -9,19 +9,21 @@ of the scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import hero_kernels as hk
+
+from . import capture
 from .config import HeroConfig
 from .layout import ImageLayout
 
-__all__ = ["Block", "Cut", "Packing", "packing"]
+__all__ = ["Block", "Cut", "Packing", "packing_of"]
 
 
 class Block(NamedTuple):
@@ -38,7 +40,7 @@ class Block(NamedTuple):
     scored: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packing:
     """The packed rows of a batch, and where each comes from.
 
@@ -69,51 +71,13 @@ class Packing:
         Args:
             ranks: ``[T, P]`` int16, each crop a permutation; those of thumbnails are not looked at.
         """
-        patches = self.tokens[:, 1:]
         place = torch.where(self.is_thumbnail, self.tokens[:1, :-1], ranks)  # a thumbnail in its own order
-        by_place = self.tokens.clone()
-        by_place[:, 1:].scatter_(1, place, patches)
+        by_place = self.tokens.scatter(1, place + 1, self.tokens[:, 1:])
         return by_place.flatten().index_select(0, self.places)
 
 
-@dataclass
-class Cut:
-    """Dropping in one pass of an encoder: the state that a tower passes through.
-
-    Attributes:
-        layer: the last layer, 0-based, that runs on all patches.
-        packing: what runs after it; ``None`` where nothing of the batch is dropped.
-        rank: gives the ranks ``[T, P]`` int16 when called after that layer; captures thumbnails alone from
-            there on.
-        ranks: what it gave.
-    """
-
-    layer: int
-    packing: Packing | None
-    rank: Callable[[], Tensor]
-    ranks: Tensor | None = None
-    _sources: Tensor | None = None
-
-    def pack(self, hidden: Tensor) -> Tensor:
-        """``[T, N, C]`` to ``[M, C]``, once."""
-        self.ranks = self.rank()
-        self._sources = self.packing.sources(self.ranks)
-        return hidden.flatten(0, 1).index_select(0, self._sources)
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """``[M, C]`` to ``[T, N, C]``, zero where patches were dropped."""
-        shape = self.packing.tokens.shape
-        whole = rows.new_zeros((shape.numel(), rows.shape[1])).index_copy_(0, self._sources, rows)
-        return whole.view(*shape, rows.shape[1])
-
-    def survivors(self) -> Tensor:
-        """``[T, P]`` bool, the patches that went on."""
-        return self.ranks < self.packing.limits
-
-
-@lru_cache(maxsize=256)
-def packing(layouts: Sequence[ImageLayout], config: HeroConfig, device: torch.device) -> Packing | None:
-    """The packing of a batch; cached. ``None`` where nothing is dropped."""
+def packing_of(layouts: Sequence[ImageLayout], config: HeroConfig) -> Packing | None:
+    """The packing of a batch, on the CPU; ``None`` where nothing is dropped."""
     patches, counts, is_thumbnail = layouts[0].patches, [], []
     for layout in layouts:
         for crop in range(layout.crops):
@@ -123,19 +87,69 @@ def packing(layouts: Sequence[ImageLayout], config: HeroConfig, device: torch.de
         return None
     packed = sorted(range(len(counts)), key=lambda crop: (not is_thumbnail[crop], -counts[crop], crop))
     runs = groupby(packed, key=lambda crop: (counts[crop] + 1, is_thumbnail[crop]))
-    blocks = tuple(Block(len(list(run)), *length_and_scored) for length_and_scored, run in runs)
     tokens = torch.arange(len(counts) * (patches + 1)).view(len(counts), patches + 1)
     lengths = torch.tensor([counts[crop] + 1 for crop in packed])
-    order = torch.empty(len(counts), dtype=torch.int64)
-    order[packed] = torch.arange(len(counts))
-    thumbnails = torch.tensor(is_thumbnail)
     return Packing(
-        blocks,
-        thumbnails=thumbnails.nonzero()[:, 0].to(device),
-        is_thumbnail=thumbnails[:, None].to(device),
-        limits=torch.tensor(counts, dtype=torch.int16)[:, None].to(device),
-        tokens=tokens.to(device),
-        places=torch.cat([tokens[crop, : counts[crop] + 1] for crop in packed]).to(device),
-        cls=(lengths.cumsum(0) - lengths).to(device),
-        order=order.to(device),
+        blocks=tuple(Block(len(list(run)), *length_and_scored) for length_and_scored, run in runs),
+        thumbnails=torch.tensor([crop for crop in packed if is_thumbnail[crop]], dtype=torch.int64),
+        is_thumbnail=torch.tensor(is_thumbnail)[:, None],
+        limits=torch.tensor(counts, dtype=torch.int16)[:, None],
+        tokens=tokens,
+        places=torch.cat([tokens[crop, : counts[crop] + 1] for crop in packed]),
+        cls=lengths.cumsum(0) - lengths,
+        order=torch.tensor(packed).argsort(),
     )
+
+
+class Cut:
+    """Dropping in one pass of an encoder.
+
+    Args:
+        layer: the last layer, 0-based, that runs on all patches.
+        packing: the rows after it; ``None`` where nothing of the batch is dropped.
+        valid: ``[T, P]`` bool, patches that are not padding.
+        collectors: of the pass; from the cut on, they see thumbnails alone.
+        weights: ``{map: {layer: weight}}`` of thumbnails in the layers to come.
+        scores: the map by which patches stay.
+        modules: those captured, ``{layer: module}``.
+
+    Attributes:
+        ranks: ``[T, P]`` int16, the order by which patches stayed, once they did.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        packing: Packing | None,
+        valid: Tensor,
+        collectors: Mapping[str, capture.Collector],
+        weights: Mapping[str, Mapping[int, float]],
+        scores: str,
+        modules: Mapping[int, nn.Module],
+    ):
+        self.layer = layer
+        self.packing = packing
+        self.ranks: Tensor | None = None
+        self._pass = valid, collectors, weights, scores, modules
+        self._sources: Tensor | None = None
+
+    def pack(self, hidden: Tensor) -> Tensor:
+        """What the layer made of all patches, ``[T, N, C]``, to rows ``[M, C]``."""
+        valid, collectors, weights, scores, modules = self._pass
+        capture.fetch(collectors.values(), modules)
+        rows = collectors[scores].rows
+        for name, collector in collectors.items():
+            collector.narrow(self.packing.thumbnails, weights[name])
+        self.ranks = hk.finalize_scores(rows, valid=valid, rank=True).ranks
+        self._sources = self.packing.sources(self.ranks)
+        return hidden.flatten(0, 1).index_select(0, self._sources)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """``[M, C]`` to ``[T, N, C]``, zero where patches were dropped."""
+        crops, tokens = self.packing.tokens.shape
+        whole = rows.new_zeros((crops * tokens, rows.shape[1])).index_copy(0, self._sources, rows)
+        return whole.view(crops, tokens, rows.shape[1])
+
+    def valid(self) -> Tensor:
+        """``[T, P]`` bool, the patches that went on and are not padding."""
+        return self._pass[0] & (self.ranks < self.packing.limits)

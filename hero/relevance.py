@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .plan import to_device
 
 __all__ = ["ClipRelevance", "question_of"]
 
@@ -47,9 +49,10 @@ class ClipRelevance:
 
     Args:
         clip_model: a transformers ``CLIPModel``. If its vision weights are those of the model's own
-            vision tower, the tile embeddings are projected from the features at hand; otherwise CLIP's
-            vision encoder runs on the tiles in a second pass.
+            vision tower, which is checked, the tile embeddings are projected from the features at hand.
         tokenizer: the CLIP tokenizer.
+        second_pass: where the weights differ, run CLIP's vision encoder on all crops as well. That costs
+            about as much as the vision tower itself; without it, such a model is refused.
 
     A question longer than CLIP's text encoder takes is cut into windows, whose embeddings are averaged
     by length.
@@ -59,7 +62,7 @@ class ClipRelevance:
         ValueError: ``tokenizer`` has no token to begin or end a text with.
     """
 
-    def __init__(self, clip_model: nn.Module, tokenizer):
+    def __init__(self, clip_model: nn.Module, tokenizer, *, second_pass: bool = False):
         for name in ("text_model", "vision_model", "visual_projection", "get_text_features"):
             if not hasattr(clip_model, name):
                 raise TypeError(
@@ -72,8 +75,11 @@ class ClipRelevance:
                 raise ValueError(
                     f"tokenizer: expected one with {name}, got {type(tokenizer).__name__} without"
                 )
+        if not isinstance(second_pass, bool):
+            raise TypeError(f"second_pass: expected a bool, got {second_pass!r}")
         self.clip_model = clip_model
         self.tokenizer = tokenizer
+        self.second_pass = second_pass
 
     @property
     def device(self) -> torch.device:
@@ -87,13 +93,17 @@ class ClipRelevance:
         return config.image_size // config.patch_size
 
     def shares_weights(self, vision_tower: nn.Module) -> bool:
-        """Whether ``vision_tower`` has the very weights of CLIP's vision encoder."""
+        """Whether ``vision_tower`` has the very weights of CLIP's vision encoder, be one of them rounded."""
         own = self.clip_model.vision_model.state_dict()
-        other = vision_tower.state_dict()
-        return own.keys() == other.keys() and all(
-            own[name].shape == other[name].shape and torch.equal(own[name], other[name].to(own[name]))
-            for name in own
-        )
+        other = getattr(vision_tower, "_orig_mod", vision_tower).state_dict()
+
+        def same(one: Tensor, two: Tensor) -> bool:
+            if one.shape != two.shape:
+                return False
+            two = two.to(one.device)
+            return torch.equal(one, two.to(one.dtype)) or torch.equal(one.to(two.dtype), two)
+
+        return own.keys() == other.keys() and all(same(own[name], other[name]) for name in own)
 
     def text_embeddings(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings ``[n, E]`` fp32 of texts of any length."""
@@ -108,20 +118,40 @@ class ClipRelevance:
                 windows.append([begin, *ids[start : start + length - 2], end])
                 owners.append(number)
         longest = max(map(len, windows))
-        tokens = torch.full((len(windows), longest), end)
-        mask = torch.zeros_like(tokens)
-        for row, window in enumerate(windows):
-            tokens[row, : len(window)] = torch.tensor(window)
-            mask[row, : len(window)] = 1
+        # Filled up with the end token: attention is causal and the first end is read, so no mask is needed.
+        tokens = torch.tensor([window + [end] * (longest - len(window)) for window in windows])
+        words = [max(len(window) - 2, 1) for window in windows]
+        tokens, owners, words = (
+            to_device(values, self.device) for values in (tokens, torch.tensor(owners), torch.tensor(words))
+        )
         with torch.no_grad():
-            features = self.clip_model.get_text_features(
-                input_ids=tokens.to(self.device), attention_mask=mask.to(self.device)
-            )
-        features = F.normalize(_pooled(features).float(), dim=-1)
-        words = (mask.sum(1) - 2).clamp_min(1).to(features)
+            features = _pooled(self.clip_model.get_text_features(input_ids=tokens)).float()
+        features = F.normalize(features, dim=-1)
         sums = features.new_zeros((len(texts), features.shape[-1]))
-        sums.index_add_(0, torch.tensor(owners, device=features.device), features * words[:, None])
+        sums.index_add_(0, owners, features * words[:, None])
         return F.normalize(sums, dim=-1)
+
+    def start(self, texts: Sequence[str]) -> Callable[[], Tensor]:
+        """Begin :meth:`text_embeddings`, on a GPU on a stream of its own, beside what is launched meanwhile.
+
+        Returns:
+            what gives the embeddings, to be used on the stream on which it is called.
+        """
+        if self.device.type != "cuda":
+            embeddings = self.text_embeddings(texts)
+            return lambda: embeddings
+        own = torch.cuda.Stream(self.device)
+        own.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(own):
+            embeddings = self.text_embeddings(texts)
+
+        def join() -> Tensor:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(own)
+            embeddings.record_stream(current)
+            return embeddings
+
+        return join
 
     def image_embeddings(self, pixel_values: Tensor | None, pooled: Tensor | None) -> Tensor:
         """Unit embeddings ``[T, E]`` fp32 of crops.
@@ -166,29 +196,27 @@ class ClipRelevance:
         return resized.to(pixel_values.dtype)
 
     def __call__(
-        self, texts: Sequence[str], crop_images: Tensor, pixel_values: Tensor | None, pooled: Tensor | None
+        self, text: Tensor, crop_images: Tensor, pixel_values: Tensor | None, pooled: Tensor | None
     ) -> Tensor:
         """Cosine ``[T]`` fp32 of each crop with the question of its image.
 
         Args:
-            texts: a question an image.
+            text: ``[B, E]`` unit embedding of the question of each image.
             crop_images: ``[T]`` int64, the image of each crop.
             pixel_values, pooled: as in :meth:`image_embeddings`.
         """
-        text = self.text_embeddings(texts)
         image = self.image_embeddings(pixel_values, pooled)
         return (image * text[crop_images.to(text.device)]).sum(-1).to(crop_images.device)
 
     def of_patches(
-        self, texts: Sequence[str], crop_images: Tensor, pixel_values: Tensor | None, patches: Tensor | None
+        self, text: Tensor, crop_images: Tensor, pixel_values: Tensor | None, patches: Tensor | None
     ) -> Tensor:
         """Cosine ``[T, P]`` fp32 of each patch with the question of its image.
 
         Args:
-            texts, crop_images: as in :meth:`__call__`.
+            text, crop_images: as in :meth:`__call__`.
             pixel_values, patches: as in :meth:`patch_embeddings`.
         """
-        text = self.text_embeddings(texts)
         patch = self.patch_embeddings(pixel_values, patches)
         return (patch @ text[crop_images.to(text.device)][..., None])[..., 0].to(crop_images.device)
 

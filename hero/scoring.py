@@ -1,13 +1,13 @@
 """Tile signals: what makes one tile of an image worth more tokens than another (docs/method.md, 2 and 6).
 
 Values are raw; the budget operation normalises them over the tiles of each image. What follows from layouts
-alone is kept as tensors on the device, and every result of an image is the same in whatever batch it comes.
+alone is made on the host, once (:mod:`hero.plan` keeps it on the device), and every result of an image is the
+same in whatever batch it comes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,38 +17,67 @@ from torch import Tensor
 from .layout import ImageLayout
 
 __all__ = [
+    "Places",
+    "Resize",
     "concentration",
-    "crop_images",
+    "places_of",
     "region_sums",
+    "regions_of",
+    "resize_of",
     "resized_thumbnails",
     "saliency",
     "tile_softmax",
 ]
 
 
-def crop_images(layouts: Sequence[ImageLayout], device: torch.device | str = "cpu") -> Tensor:
-    """``[T]`` int64: the image that each crop of a batch belongs to."""
-    crops = torch.tensor([layout.crops for layout in layouts], dtype=torch.int64)
-    return torch.arange(len(layouts)).repeat_interleave(crops).to(device)
+class Places(NamedTuple):
+    """Where each crop of a batch belongs.
+
+    Attributes:
+        images: ``[T]`` int64, the image of the crop.
+        crops: ``[T]`` int64, which of the image's crops it is.
+        thumbnails: ``[T]`` int64, the thumbnail of its image; the image's first crop where there is none.
+        tiles: ``[T, most tiles]`` int64, the tiles of its image, filled up with any crop.
+        is_tile: ``[T, most tiles]`` fp64, 1 for tiles, 0 for what fills up.
+    """
+
+    images: Tensor
+    crops: Tensor
+    thumbnails: Tensor
+    tiles: Tensor
+    is_tile: Tensor
 
 
-def saliency(cls: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+def places_of(layouts: Sequence[ImageLayout]) -> Places:
+    """The places of a batch, on the CPU."""
+    most = max(1, *(layout.tiles for layout in layouts))
+    images, crops, thumbnails, tiles, counts, first = [], [], [], [], [], 0
+    for number, layout in enumerate(layouts):
+        own = [first + layout.first_tile + tile for tile in range(layout.tiles)]
+        images += [number] * layout.crops
+        crops += range(layout.crops)
+        thumbnails += [first + max(layout.thumbnail_crop, 0)] * layout.crops
+        tiles += [(own + [first] * most)[:most]] * layout.crops
+        counts += [layout.tiles] * layout.crops
+        first += layout.crops
+    is_tile = torch.arange(most) < torch.tensor(counts)[:, None]
+    numbers = (torch.tensor(values) for values in (images, crops, thumbnails, tiles))
+    return Places(*numbers, is_tile.double())
+
+
+def saliency(cls: Tensor, places: Places) -> Tensor:
     """Cosine of each crop's CLS feature with the CLS feature of its image's thumbnail.
 
     Args:
         cls: ``[T, C]``, the encoder's last layer at CLS before the post layer norm (or the mean of the
             patch features, for encoders without CLS).
-        layouts: the images of the batch, each with a thumbnail.
+        places: of images that all have a thumbnail.
 
     Returns:
         ``[T]`` fp32.
     """
-    thumbnails, first = [], 0
-    for layout in layouts:
-        thumbnails += [first + layout.thumbnail_crop] * layout.crops
-        first += layout.crops
     cls = cls.float()
-    return F.cosine_similarity(cls, cls[torch.tensor(thumbnails, device=cls.device)], dim=-1)
+    return F.cosine_similarity(cls, cls[places.thumbnails], dim=-1)
 
 
 def concentration(entropy: Tensor, valid: Tensor) -> Tensor:
@@ -69,27 +98,18 @@ def concentration(entropy: Tensor, valid: Tensor) -> Tensor:
     return value * ((count > 1) & (value > 1e-6))  # below, it is the rounding of the logarithms
 
 
-class _Steps(NamedTuple):
-    """Linear interpolation along one axis: ``(1 − part) · value[low] + part · value[high]``."""
+class Resize(NamedTuple):
+    """Linear interpolation of a thumbnail at the patches of its image's tiles, along both axes.
 
-    low: Tensor  # [T, p] int64
-    high: Tensor
-    part: Tensor  # [T, p] fp32
-
-
-class _Regions(NamedTuple):
-    """Where each crop of a batch lies in its image's thumbnail.
-
-    The un-padded stitched grid and the thumbnail show the same picture, so patches of the one are patches
-    of the other stretched by p / rows and p / columns.
+    Along each axis ``(1 − part) · value[low] + part · value[high]``: ``[T, p]`` int64, int64 and fp32.
     """
 
-    thumbnails: Tensor  # [T] int64, the thumbnail of the crop's image
-    weights: Tensor  # [T, P] fp32, share of each thumbnail patch that lies in the tile; 0 for thumbnails
-    rows: _Steps
-    columns: _Steps
-    tiles: Tensor  # [T, most tiles] int64, the tiles of the crop's image
-    is_tile: Tensor  # [T, most tiles] fp64, 0 where there are fewer
+    row_low: Tensor
+    row_high: Tensor
+    row_part: Tensor
+    column_low: Tensor
+    column_high: Tensor
+    column_part: Tensor
 
 
 def _overlaps(begin: int, end: int, valid: tuple[int, int], side: int) -> list[float]:
@@ -111,49 +131,42 @@ def _steps(begin: int, valid: tuple[int, int], side: int) -> list[tuple[int, int
     return steps
 
 
-@lru_cache(maxsize=256)
-def _regions(layouts: tuple[ImageLayout, ...], device: torch.device) -> _Regions:
-    """The regions of a batch whose images all have a thumbnail; cached."""
-    side, most, first = layouts[0].side, max(max(layout.tiles for layout in layouts), 1), 0
-    itself = [(patch, patch, 0.0) for patch in range(side)]
-    thumbnails, weights, rows, columns, tiles, counts = [], [], [], [], [], []
+def regions_of(layouts: Sequence[ImageLayout]) -> Tensor:
+    """``[T, P]`` fp32: share of each patch of the image's thumbnail that lies in a tile; 0 for thumbnails.
+
+    The un-padded stitched grid and the thumbnail show the same picture, so patches of the one are patches
+    of the other stretched by p / rows and p / columns.
+    """
+    areas = []
     for layout in layouts:
-        own = [first + layout.first_tile + tile for tile in range(layout.tiles)]
-        place = [(torch.zeros(side * side), itself, itself)] * layout.crops
+        side, areas_here = layout.side, torch.zeros((layout.crops, layout.side**2))
         for tile, (top, bottom, left, right) in enumerate(layout.tile_rectangles):
             y, x = (number * side for number in divmod(tile, layout.grid[1]))
             down = torch.tensor(_overlaps(y + top, y + bottom, layout.rows, side))
             across = torch.tensor(_overlaps(x + left, x + right, layout.columns, side))
-            area = torch.outer(down, across).flatten()
-            place[layout.first_tile + tile] = (
-                area,
-                _steps(y, layout.rows, side),
-                _steps(x, layout.columns, side),
-            )
-        for area, row, column in place:
-            thumbnails.append(first + layout.thumbnail_crop)
-            weights.append(area)
-            rows.append(row)
-            columns.append(column)
-            tiles.append((own + [first] * most)[:most])
-            counts.append(layout.tiles)
-        first += layout.crops
-
-    def axis(steps: list) -> _Steps:
-        low, high, part = torch.tensor(steps, dtype=torch.float64).unbind(-1)
-        return _Steps(low.long().to(device), high.long().to(device), part.float().to(device))
-
-    return _Regions(
-        torch.tensor(thumbnails).to(device),
-        torch.stack(weights).to(device),
-        axis(rows),
-        axis(columns),
-        torch.tensor(tiles).to(device),
-        (torch.arange(most) < torch.tensor(counts)[:, None]).double().to(device),
-    )
+            areas_here[layout.first_tile + tile] = torch.outer(down, across).flatten()
+        areas.append(areas_here)
+    return torch.cat(areas)
 
 
-def region_sums(scores: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+def resize_of(layouts: Sequence[ImageLayout]) -> Resize:
+    """How the thumbnail is resized to the un-padded grid of its image, for each crop; thumbnails stay."""
+    rows, columns = [], []
+    for layout in layouts:
+        side = layout.side
+        itself = [(patch, patch, 0.0) for patch in range(side)]
+        down, across = [itself] * layout.crops, [itself] * layout.crops
+        for tile in range(layout.tiles):
+            y, x = (number * side for number in divmod(tile, layout.grid[1]))
+            down[layout.first_tile + tile] = _steps(y, layout.rows, side)
+            across[layout.first_tile + tile] = _steps(x, layout.columns, side)
+        rows += down
+        columns += across
+    axes = (torch.tensor(steps, dtype=torch.float64).unbind(-1) for steps in (rows, columns))
+    return Resize(*(values for low, high, part in axes for values in (low.long(), high.long(), part.float())))
+
+
+def region_sums(scores: Tensor, places: Places, regions: Tensor) -> Tensor:
     """Sum of the thumbnail's scores over the region that each tile shows, padding left out.
 
     The thumbnail is the whole image squashed to a square; its patches that straddle regions are divided among
@@ -161,53 +174,54 @@ def region_sums(scores: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
 
     Args:
         scores: ``[T, P]`` fp32; those of tiles are not read.
-        layouts: the images of the batch, each with a thumbnail.
+        places: of images that all have a thumbnail.
+        regions: of the same images (:func:`regions_of`).
 
     Returns:
         ``[T]`` fp32, 0 for thumbnails.
     """
-    regions = _regions(tuple(layouts), scores.device)
-    return (scores[regions.thumbnails] * regions.weights).sum(1)
+    return (scores[places.thumbnails] * regions).sum(1)
 
 
-def resized_thumbnails(scores: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+def resized_thumbnails(scores: Tensor, places: Places, resize: Resize) -> Tensor:
     """The thumbnail's scores resized to the un-padded grid of its image, cut into tiles.
 
     Bilinear between centres of patches, without antialiasing, as ``interpolate(align_corners=False)``.
 
     Args:
         scores: ``[T, P]`` fp32; those of tiles are not read.
-        layouts: the images of the batch, each with a thumbnail.
+        places: of images that all have a thumbnail.
+        resize: of the same images (:func:`resize_of`).
 
     Returns:
         ``[T, P]`` fp32; a thumbnail's are its own, those of padding have no meaning.
     """
-    _, _, rows, columns, *_ = regions = _regions(tuple(layouts), scores.device)
-    side = layouts[0].side
+    side = resize.row_low.shape[1]
     # Gathers and products one by one, not a matrix product: the batch must not decide how it is rounded.
-    grid = scores[regions.thumbnails].view(-1, side, side)
-    ends = [grid.gather(1, index[..., None].expand_as(grid)) for index in (rows.low, rows.high)]
-    grid = torch.lerp(*ends, rows.part[..., None])
-    ends = [grid.gather(2, index[:, None].expand_as(grid)) for index in (columns.low, columns.high)]
-    return torch.lerp(*ends, columns.part[:, None]).flatten(1)
+    grid = scores[places.thumbnails].view(-1, side, side)
+    ends = [grid.gather(1, index[..., None].expand_as(grid)) for index in (resize.row_low, resize.row_high)]
+    grid = torch.lerp(*ends, resize.row_part[..., None])
+    ends = [
+        grid.gather(2, index[:, None].expand_as(grid)) for index in (resize.column_low, resize.column_high)
+    ]
+    return torch.lerp(*ends, resize.column_part[:, None]).flatten(1)
 
 
-def tile_softmax(values: Tensor, layouts: Sequence[ImageLayout], more: float) -> Tensor:
+def tile_softmax(values: Tensor, places: Places, more: float) -> Tensor:
     """The softmax over an image's tiles plus ``more / K``, the same for each of its K tiles.
 
     With ``more = −1`` by how much the softmax exceeds that of equal values.
 
     Args:
         values: ``[T]`` floating; those of thumbnails are not read.
-        layouts: the images of the batch.
+        places: of the batch.
 
     Returns:
         ``[T]`` fp32; those of thumbnails have no meaning.
     """
-    regions = _regions(tuple(layouts), values.device)
     # In fp64, so that zeros that fill up the batch's smaller images cannot tip a rounding of the fp32 result.
-    own = values.double()[regions.tiles].masked_fill(regions.is_tile == 0, -torch.inf)
+    own = values.double()[places.tiles].masked_fill(places.is_tile == 0, -torch.inf)
     highest = own.amax(1)
     highest = highest.masked_fill(highest.isinf(), 0.0)  # no tile at all
     whole = ((own - highest[:, None]).exp()).sum(1).clamp_min(1.0)
-    return ((values - highest).exp() / whole + more / regions.is_tile.sum(1).clamp_min(1.0)).float()
+    return ((values - highest).exp() / whole + more / places.is_tile.sum(1).clamp_min(1.0)).float()

@@ -152,9 +152,15 @@ class Segments:
                 (first, begin, length, *image[:5], *image.newline_rows, image.thumbnail_newline)
                 for first, begin, length, image in rows
             ]
-            table = torch.tensor(numbers, dtype=torch.int32).to(device)
-            self._tables[device] = table
+            table = torch.tensor(numbers, dtype=torch.int32)
+            if device.type == "cuda":
+                table = table.pin_memory()  # or the host would wait for the copy
+            self._tables[device] = table = table.to(device, non_blocking=True)
         return table
+
+    def warm(self, device: torch.device) -> None:
+        """Compute now what is computed once: compiled code can look that up, but not compute it."""
+        _ = self.table(device), self.numbers, self.lengths, self.first_crops
 
     def bound(self, table: Tensor) -> Segments:
         """The same segments with their table given."""

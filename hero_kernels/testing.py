@@ -196,7 +196,7 @@ _COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
 class _Constants(TorchFunctionMode):
-    """Notes ``torch.tensor(..., device=...)``: a copy from the host that the ``meta`` device does not make."""
+    """Notes ``torch.tensor(..., device=...)``, a copy from the host that ``meta`` does not make."""
 
     def __init__(self, counter: OperationCounter) -> None:
         super().__init__()

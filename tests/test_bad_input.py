@@ -71,7 +71,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def relevance():
-    return ClipRelevance(tiny_clip(), tiny_tokenizer())
+    return ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
 
 
 @pytest.fixture(autouse=True)

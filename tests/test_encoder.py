@@ -1,7 +1,5 @@
 """The drop-in encoder on its own: stages, seams for other families, capture."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -21,8 +19,8 @@ from transformers import AttentionInterface
 import hero
 import hero_kernels as hk
 from hero import capture, policies, scoring
-from hero.encoder import plan
 from hero.layout import Geometry, ImageLayout
+from hero.plan import plan_of
 
 LAYERS = {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
 SIZES = [(120, 90), (60, 170)]
@@ -72,17 +70,17 @@ def test_drop_in_module(model, encoder, inputs):
 def test_stages_are_the_whole(encoder, inputs):
     with torch.no_grad():
         whole = encoder(inputs["pixel_values"], inputs["image_sizes"])
-        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoded = encoder.encode(crops, layouts)
-        scored = encoder.score(encoded, layouts)
-        budgets = encoder.budget(scored, layouts)
-        gathered = encoder.select(encoded, scored, budgets, layouts)
+        crops, batch = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, batch)
+        scored = encoder.score(encoded, batch)
+        budgets = encoder.budget(scored, batch)
+        gathered = encoder.select(encoded, scored, budgets, batch)
         tokens = encoder.project(gathered)
         fused = hk.segmented_topk_gather(
             encoded.features,
             scored.scores,
-            plan(layouts, encoder.config, encoder.depth, crops.device).segments,
-            valid=plan(layouts, encoder.config, encoder.depth, crops.device).valid,
+            batch.segments,
+            valid=batch.valid,
             signals=scored.signals,
         )
     assert torch.equal(tokens, whole.tokens)
@@ -100,7 +98,7 @@ def test_a_stage_can_be_replaced(encoder, inputs):
     encoder.score = score
     with torch.no_grad():
         selection = encoder(inputs["pixel_values"][:1], inputs["image_sizes"][:1])
-    valid = plan(selection.layout, encoder.config, encoder.depth, torch.device("cpu")).valid
+    valid = plan_of(selection.layout, encoder.config, encoder.depth, torch.device("cpu")).valid
     for keep, allowed, budget in zip(selection.keep_mask(), valid, selection.budgets, strict=True):
         assert keep.nonzero()[:, 0].tolist() == allowed.nonzero()[:, 0].tolist()[:budget]
 
@@ -135,11 +133,10 @@ def test_module_protocol(model):
 
 
 @pytest.mark.parametrize("name", ["uniform", "random"])
-def test_policies(model, encoder, inputs, name):
-    encoder.config = dataclasses.replace(encoder.config, policy=name)
-    with torch.no_grad():
-        both = encoder(inputs["pixel_values"], inputs["image_sizes"])
-        alone = encoder(inputs["pixel_values"][1:], inputs["image_sizes"][1:])
+def test_policies(model, inputs, name):
+    with hero.attach(model, keep_ratio=0.3, policy=name, **LAYERS) as handle, torch.no_grad():
+        both = handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+        alone = handle.encoder(inputs["pixel_values"][1:], inputs["image_sizes"][1:])
     first, second = both.layout
     offset = first.crops * first.patches
     theirs = both.index[both.lengths[0] :]
@@ -158,6 +155,7 @@ def test_images_without_thumbnail_use_entropy():
         valid=torch.ones(2, 16, dtype=torch.bool),
         cls=torch.randn(2, 8),
         layouts=(layout,),
+        places=scoring.places_of([layout]),
         config=hero.HeroConfig(),
         relevance=None,
     )
@@ -171,7 +169,7 @@ def test_plan_of_other_families():
     geometry = Geometry(56, 14, ((56, 112), (112, 112)), thumbnail="last", stitched=False, newlines=False)
     config = hero.HeroConfig(keep_ratio=0.5, **LAYERS)
     layout = geometry.layout((100, 100))
-    batch = plan((layout,), config, 6, torch.device("cpu"))
+    batch = plan_of((layout,), config, 6, torch.device("cpu"))
     segment = batch.segments.images[0]
     assert (segment.crops, segment.thumbnail, segment.grid_width, segment.newlines) == (5, 4, 1, 0)
     assert batch.layer_weights[1].tolist() == [0.5, 0.5, 0.5, 0.5, 0.0]
@@ -189,7 +187,7 @@ def test_plan_of_other_families():
     assert (thumbnail_only.crops, thumbnail_only.tiles) == (1, 0)
     assert thumbnail_only.full_tokens == 17
     assert thumbnail_only.kept_tokens(config) == 9
-    assert plan((thumbnail_only,), config, 6, torch.device("cpu")).segments.images[0].thumbnail_newline
+    assert plan_of((thumbnail_only,), config, 6, torch.device("cpu")).segments.images[0].thumbnail_newline
 
 
 class _Attention(nn.Module):

@@ -19,13 +19,17 @@ from independent import (
     tiny_processor,
     tiny_tokenizer,
 )
+from test_launches import count
+from test_launches import encoder_of as encoder_of_launches
+from test_launches import pixels as pixels_of_launches
 
 import hero
 from hero import mini
 from hero.layout import Geometry
 from hero.mini import scenes
-from hero.packing import packing
-from hero_kernels.testing import OperationCounter, same_bits
+from hero.packing import packing_of
+from hero.plan import plan_of
+from hero_kernels.testing import same_bits
 
 LAYERS = {"tile_layers": (1, 2), "thumbnail_layers": (4, 5)}
 # Grids of several shapes; in the last, half of the outer tiles is padding.
@@ -130,12 +134,16 @@ def encoding(model, **options):
         encoder.remove()
 
 
-def stages(encoder, pixels, layouts):
-    """A selection and what was encoded, of crops that are laid out already."""
-    encoded = encoder.encode(pixels, layouts)
-    scored = encoder.score(encoded, layouts)
-    budgets = encoder.budget(scored, layouts)
-    return encoded, budgets, encoder.select(encoded, scored, budgets, layouts)
+def planned(encoder, layouts):
+    return plan_of(tuple(layouts), encoder.config, encoder.depth, torch.device("cpu"))
+
+
+def stages(encoder, pixels, plan):
+    """What is selected and what was encoded, of crops that are laid out already."""
+    encoded = encoder.encode(pixels, plan)
+    scored = encoder.score(encoded, plan)
+    budgets = encoder.budget(scored, plan)
+    return encoded, budgets, encoder.select(encoded, scored, budgets, plan)
 
 
 # --- the same as crop by crop ----------------------------------------------------------------------------
@@ -189,10 +197,10 @@ def test_features_and_cls_of_every_crop(model, inputs):
     """Not of kept patches alone: of all that went on, and zero where patches were dropped."""
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
     with encoding(model, keep_ratio=0.2, encoder_keep=0.4) as encoder:
-        crops, layouts = encoder.prepare(pixels, sizes)
-        encoded, _, _ = stages(encoder, crops, layouts)
+        crops, plan = encoder.prepare(pixels, sizes)
+        encoded, _, _ = stages(encoder, crops, plan)
         offset = 0
-        for number, layout in enumerate(layouts):
+        for number, layout in enumerate(plan.layouts):
             reference = Dropping(model, 0.4)
             rule = Rule(keep_ratio=0.2, **LAYERS)
             reference.images(pixels[number : number + 1], sizes[number : number + 1], rule)
@@ -274,12 +282,14 @@ def test_an_image_alone_and_in_a_batch(model, policy, keep_ratio, encoder_keep):
         layouts = (layouts[0], thumbnail, *layouts[1:])
         counts = [layout.crops for layout in layouts]
         crops = torch.randn(sum(counts), 3, 56, 56, generator=torch.Generator().manual_seed(1))
-        blocks = encoder._cut(encoder._where(-2), layouts, {}, crops.device).packing.blocks
-        assert counts[1] == 1 and len(blocks) == (4 if policy != "hero+" and keep_ratio == 0.6 else 2)
-        together, budgets, whole = stages(encoder, crops, layouts)
+        plan = planned(encoder, layouts)
+        assert counts[1] == 1 and len(plan.packing.blocks) == (
+            4 if policy != "hero+" and keep_ratio == 0.6 else 2
+        )
+        together, budgets, whole = stages(encoder, crops, plan)
         rows, features, kept = whole.index.split(whole.lengths), together.features.split(counts), 0
         for number, (layout, own) in enumerate(zip(layouts, crops.split(counts), strict=True)):
-            alone, budget, gathered = stages(encoder, own, (layout,))
+            alone, budget, gathered = stages(encoder, own, planned(encoder, [layout]))
             theirs = rows[number]
             first = sum(counts[:number])
             assert torch.equal(torch.where(theirs < 0, theirs, theirs - first * 16), gathered.index)
@@ -294,12 +304,11 @@ def test_an_image_alone_and_in_a_batch(model, policy, keep_ratio, encoder_keep):
 
 def test_only_what_went_on_is_kept(model, inputs):
     with encoding(model, keep_ratio=0.3, encoder_keep=0.4) as encoder:
-        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoded, budgets, gathered = stages(encoder, crops, layouts)
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded, budgets, gathered = stages(encoder, crops, plan)
         keep = torch.zeros(len(crops) * 16, dtype=torch.bool)
         keep[gathered.index[gathered.index >= 0].long()] = True
         assert not (keep.view(-1, 16) & ~encoded.valid).any()
-        plan = encoder._plan(layouts, crops.device)
         assert torch.equal(encoded.valid.sum(1, dtype=torch.int32), plan.caps)
         assert not (encoded.valid & ~plan.valid).any() and (budgets.budgets <= plan.caps).all()
         assert (plan.caps < plan.valid_counts).any()
@@ -337,14 +346,14 @@ def test_packed_rows_of_all_patches_are_as_none(model, inputs):
     results = []
     for encoder_keep in (None, 15.5 / 16):
         with encoding(model, keep_ratio=0.3, encoder_keep=encoder_keep) as encoder:
-            crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-            results.append(encoder.encode(crops, layouts))
+            crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+            results.append(encoder.encode(crops, plan))
     none, most = results
-    thumbnails = torch.tensor([0, *(layout.crops for layout in layouts[:-1])]).cumsum(0)
+    thumbnails = torch.tensor([0, *(layout.crops for layout in plan.layouts[:-1])]).cumsum(0)
     assert same_bits(none.scores, most.scores) and same_bits(none.ranks, most.ranks)
     torch.testing.assert_close(most.features[thumbnails], none.features[thumbnails])
     torch.testing.assert_close(most.cls[thumbnails], none.cls[thumbnails])
-    assert (most.valid.sum(1) < 16).sum() == len(crops) - len(layouts)
+    assert (most.valid.sum(1) < 16).sum() == len(crops) - len(plan.layouts)
 
 
 # --- how many go on --------------------------------------------------------------------------------------
@@ -380,7 +389,7 @@ def test_rows_are_blocks():
     geometry = Geometry(56, 14, ((56, 112), (112, 112), (56, 168)))
     config = hero.HeroConfig(0.6, encoder_keep=0.6, **LAYERS)
     layouts = tuple(geometry.layout(size) for size in [(88, 172), (58, 118), (112, 110), (57, 119)])
-    packed = packing(layouts, config, torch.device("cpu"))
+    packed = packing_of(layouts, config)
     lengths = [layout.encoder_patches(config) + 1 for layout in layouts]
     assert lengths == [10, 13, 11, 13]
     assert packed.blocks[0] == (4, 17, True)
@@ -400,28 +409,48 @@ def test_rows_are_blocks():
             else:
                 assert torch.equal(ranks[crop[0], token[1:] - 1], torch.arange(block.length - 1))
         row = own.stop
-    assert packing(layouts, config, torch.device("cpu")) is packed
     everything = dataclasses.replace(config, encoder_keep=1.0)
-    assert packing(layouts, everything, torch.device("cpu")) is None
+    assert packing_of(layouts, everything) is None
 
 
 # --- what it costs ---------------------------------------------------------------------------------------
 
 
-def test_as_many_launches_for_many_tiles(model):
-    """What is launched depends on how many lengths there are, and nothing waits for the device."""
-    counts = []
-    with encoding(model, keep_ratio=0.3, encoder_keep=0.4) as encoder:
-        for sizes in ([(56, 112)], [(112, 112)], [(112, 112)] * 3 + [(56, 112), (168, 56)]):
-            layouts = encoder.geometry.layouts(sizes)
-            assert len({layout.encoder_patches(encoder.config) for layout in layouts}) == 1
-            crops = torch.randn(sum(layout.crops for layout in layouts), 3, 56, 56)
-            encoder.encode(crops, layouts)  # what follows from the layouts is made once
-            with OperationCounter() as counter:
-                encoder.encode(crops, layouts)
-            assert counter.waits == []
-            counts.append(len(counter.operations))
-    assert len(set(counts)) == 1
+FEW = {"encoder_keep": 0.4, "tile_layers": (0,), "thumbnail_layers": (2, 3)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_launches_do_not_grow_and_nothing_waits(device):
+    """Neither with tiles nor with images of one length."""
+    encoder = encoder_of_launches(device, **FEW)
+    # Two: of a single thumbnail the formula of attention, which is all that ``meta`` has, is shorter.
+    two = count(encoder, [(112, 112)] * 2, device)
+    assert two.waits == []
+    for sizes in ([(56, 112)] * 2, [(112, 112)] * 8, [(112, 168), (56, 56), (40, 112), (300, 20)]):
+        layouts = encoder.geometry.layouts(sizes)
+        assert {layout.encoder_patches(encoder.config) for layout in layouts} == {6}
+        many = count(encoder, sizes, device)
+        assert many.waits == [] and sorted(many.operations) == sorted(two.operations)
+
+
+def test_the_encoder_compiles_whole():
+    """One graph a layout, and the same results."""
+    torch._dynamo.reset()
+    encoder, graphs = encoder_of_launches(**FEW), []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    for sizes in ([(112, 112)], [(112, 168), (56, 56), (300, 20)], [(112, 112)]):
+        images = pixels_of_launches(encoder, sizes)
+        with torch.no_grad():
+            plain, same = encoder(images, sizes), compiled(images, sizes)
+        for name in ("tokens", "index", "budgets", "shares", "scores"):
+            assert torch.equal(getattr(plain, name), getattr(same, name)), name
+        assert same.lengths == plain.lengths
+    assert len(graphs) == 2
 
 
 def test_layers_run_on_the_rows_that_are_left(model, inputs):
@@ -436,11 +465,11 @@ def test_layers_run_on_the_rows_that_are_left(model, inputs):
         for part, module in (("norm", layer.layer_norm1), ("mlp", layer.mlp))
     ]
     with encoding(model, keep_ratio=0.3, encoder_keep=0.4) as encoder:
-        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoder.encode(crops, layouts)
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoder.encode(crops, plan)
     for hook in hooks:
         hook.remove()
-    rows = sum(17 + layout.tiles * (layout.encoder_patches(encoder.config) + 1) for layout in layouts)
+    rows = sum(17 + layout.tiles * (layout.encoder_patches(encoder.config) + 1) for layout in plan.layouts)
     whole, packed, cls = (len(crops), 17, 32), (rows, 32), (len(crops), 32)
     wanted = [(number, part, whole) for number in range(3) for part in ("norm", "mlp")]
     wanted += [(number, part, packed) for number in (3, 4) for part in ("norm", "mlp")]

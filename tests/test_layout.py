@@ -17,8 +17,8 @@ import hero
 import hero_kernels as hk
 from hero import Geometry, HeroConfig, count_tokens
 from hero.config import POLICIES
-from hero.encoder import plan
 from hero.layout import LLAVA_NEXT_PINPOINTS, floor_ratio
+from hero.plan import plan_of
 
 GROUPS, DRAWS = 500, 20  # of a geometry and a configuration; of an image size in each
 LLAVA_NEXT = Geometry()
@@ -104,7 +104,7 @@ def stock_index(layout, unpadded, first_crop: int) -> list[int]:
 
 def pack(layouts, config, draw: random.Random) -> hk.Gathered:
     """What is packed of images with random scores and one-wide random features."""
-    batch = plan(tuple(layouts), config, 6, torch.device("cpu"))
+    batch = plan_of(tuple(layouts), config, 6, torch.device("cpu"))
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
     scores = torch.rand(batch.valid.shape, generator=generator)
     signals = (hk.TileSignal(torch.ones(len(scores)), 1.0),)

@@ -723,7 +723,7 @@ def test_relevance(model, reference, case, shared, which):
     if shared:
         clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
     options = {"keep_ratio": 0.2, "alpha": 0.25, "temperature_clip": 0.03}
-    relevance = hero.ClipRelevance(clip, tiny_tokenizer())
+    relevance = hero.ClipRelevance(clip, tiny_tokenizer(), second_pass=not shared)
     handle, processor = attached(model, which, config_of(options), relevance=relevance)
     with handle, torch.no_grad():
         assert handle.encoder._shared == shared
@@ -754,7 +754,7 @@ def test_relevance(model, reference, case, shared, which):
 
 def test_two_questions_about_one_image(model):
     """The same image with two prompts in a batch gets two different allocations."""
-    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer())
+    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
     options = {"keep_ratio": 0.2, "alpha": 0.0, "temperature_clip": 0.02}
     handle, processor = attached(model, "patched", config_of(options), relevance=relevance)
     image = tiny_image(112, 112)
@@ -773,7 +773,7 @@ def test_two_questions_about_one_image(model):
 def test_long_question(model):
     """300 tokens: windows of the text encoder's length, averaged by length."""
     clip, tokenizer = tiny_clip(), tiny_tokenizer()
-    relevance = hero.ClipRelevance(clip, tokenizer)
+    relevance = hero.ClipRelevance(clip, tokenizer, second_pass=True)
     words = [f"w{number % 60}" for number in range(300)]
     handle, processor = attached(model, "patched", config_of({"keep_ratio": 0.2}), relevance=relevance)
     with handle, torch.no_grad():

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 import hero
 import hero_kernels as hk
 from hero import encoder as encoders
+from hero import plan as plans
 from hero import scoring
 from hero.config import POLICIES
 from hero.layout import Geometry
@@ -98,7 +99,7 @@ def test_hero_plus(model, case, text):
         clip = tiny_clip()
         if text == "shared weights":
             clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
-        relevance = hero.ClipRelevance(clip, tiny_tokenizer())
+        relevance = hero.ClipRelevance(clip, tiny_tokenizer(), second_pass=True)
         words = ["what is in this picture ?", "describe", "and describe the two pictures"] * len(sizes)
         words = words[: len(sizes)]
     config = config_of({**options, "policy": "hero+"})
@@ -284,10 +285,10 @@ def test_nothing_waits_for_the_device(model, policy):
     """Fake tensors have no values: reading one, as a wait for the device would, raises."""
     with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
         encoder, inputs = handle.encoder, batch(tiny_processor(), "two sizes")
-        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoded = encoder.encode(crops, layouts)
-        budgets = encoder.budget(encoder.score(encoded, layouts), layouts)  # and the plans are made
-        valid = encoder._plan(layouts, crops.device).valid
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, plan)
+        budgets = encoder.budget(encoder.score(encoded, plan), plan)  # and the plans are made
+        valid = plan.valid
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
 
             def faked(tree):
@@ -295,7 +296,7 @@ def test_nothing_waits_for_the_device(model, policy):
 
             fields = ("features", "scores", "entropy", "ranks", "maps", "keys")
             encoded = dataclasses.replace(encoded, **{name: faked(getattr(encoded, name)) for name in fields})
-            scored = encoder.score(encoded, layouts)
+            scored = encoder.score(encoded, plan)
             replaced = policy_of(policy).replace(encoded, scored, faked(budgets), faked(valid))
         assert scored.scores.shape == valid.shape
         assert (replaced is not None) == (policy == "visionzip")
@@ -329,14 +330,14 @@ def test_merged_tokens_carry_gradients(model):
     tower, inputs = model.model.vision_tower, batch(tiny_processor(), "one image")
     encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(0.5, policy="visionzip"))
     try:
-        crops, layouts = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoded = encoder.encode(crops, layouts)
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, plan)
         features = encoded.features.detach().requires_grad_()
         encoded = dataclasses.replace(encoded, features=features)
-        scored = encoder.score(encoded, layouts)
-        budgets = encoder.budget(scored, layouts)
-        encoder.select(encoded, scored, budgets, layouts).tokens.sum().backward()
-        valid = encoder._plan(layouts, crops.device).valid
+        scored = encoder.score(encoded, plan)
+        budgets = encoder.budget(scored, plan)
+        encoder.select(encoded, scored, budgets, plan).tokens.sum().backward()
+        valid = plan.valid
         reached = features.grad[..., 0] > 0
         contextual = budgets.budgets * 10 // 64 > 0
         assert contextual.any()
@@ -387,7 +388,7 @@ def test_captured_is_what_is_needed(model, monkeypatch, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_relevance_model_is_asked_by_those_that_read(model, policy):
-    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer())
+    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
     with hero.attach(model, tiny_processor(), policy=policy, relevance=relevance) as handle:
         assert handle.encoder.needs_text == (policy in ("hero", "hero+"))
     if policy not in ("hero", "hero+"):
@@ -462,7 +463,8 @@ def test_regions_cover_the_thumbnail():
     for _ in range(100):
         layouts = draw_layouts(draw)
         scores = torch.rand(sum(layout.crops for layout in layouts), layouts[0].patches)
-        sums, first = scoring.region_sums(scores, layouts), 0
+        places, regions = scoring.places_of(layouts), scoring.regions_of(layouts)
+        sums, first = scoring.region_sums(scores, places, regions), 0
         for layout in layouts:
             own = sums[first : first + layout.crops]
             assert own[0] == 0
@@ -480,7 +482,8 @@ def test_resized_thumbnails_are_interpolated():
         layouts = draw_layouts(draw)
         side = layouts[0].side
         scores = torch.rand(sum(layout.crops for layout in layouts), side * side)
-        resized, first = scoring.resized_thumbnails(scores, layouts), 0
+        places, resize = scoring.places_of(layouts), scoring.resize_of(layouts)
+        resized, first = scoring.resized_thumbnails(scores, places, resize), 0
         for layout in layouts:
             own = resized[first : first + layout.crops]
             assert torch.equal(own[0], scores[first])
@@ -501,12 +504,18 @@ def test_tile_softmax(more):
     for _ in range(30):
         layouts = draw_layouts(draw)
         values = torch.randn(sum(layout.crops for layout in layouts)) * 20
-        shares, first = scoring.tile_softmax(values, layouts, more), 0
+        shares, first = scoring.tile_softmax(values, scoring.places_of(layouts), more), 0
         for layout in layouts:
             own = slice(first + 1, first + layout.crops)
             wanted = values[own].softmax(0) + more / layout.tiles
             torch.testing.assert_close(shares[own], wanted, rtol=1e-5, atol=1e-6)
             first += layout.crops
+
+
+SEEN_IN_THE_THUMBNAIL = (
+    (scoring.region_sums, scoring.regions_of),
+    (scoring.resized_thumbnails, scoring.resize_of),
+)
 
 
 def test_regions_follow_the_thumbnail():
@@ -518,13 +527,17 @@ def test_regions_follow_the_thumbnail():
         draw.setstate(state)
         last = draw_layouts(draw, "last")[:1]
         scores = torch.rand(first[0].crops, first[0].patches)
-        for function in (scoring.region_sums, scoring.resized_thumbnails):
-            assert torch.equal(function(scores.roll(-1, 0), last), function(scores, first).roll(-1, 0))
-    alone = Geometry(56, 14, ()).layout((30, 40))
-    scores = torch.rand(1, 16)
-    assert scoring.region_sums(scores, [alone]).tolist() == [0.0]
-    assert torch.equal(scoring.resized_thumbnails(scores, [alone]), scores)
-    assert scoring.tile_softmax(torch.zeros(1), [alone], 1.0).isfinite().all()
+        for function, constant in SEEN_IN_THE_THUMBNAIL:
+            one, other = (
+                function(values, scoring.places_of(layouts), constant(layouts))
+                for values, layouts in ((scores.roll(-1, 0), last), (scores, first))
+            )
+            assert torch.equal(one, other.roll(-1, 0))
+    alone = [Geometry(56, 14, ()).layout((30, 40))]
+    scores, places = torch.rand(1, 16), scoring.places_of(alone)
+    assert scoring.region_sums(scores, places, scoring.regions_of(alone)).tolist() == [0.0]
+    assert torch.equal(scoring.resized_thumbnails(scores, places, scoring.resize_of(alone)), scores)
+    assert scoring.tile_softmax(torch.zeros(1), places, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -567,20 +580,21 @@ def test_relevance_of_patches(model, monkeypatch, shared):
     clip, tokenizer = tiny_clip(), tiny_tokenizer()
     if shared:
         clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
-    monkeypatch.setattr(encoders, "policy_of", lambda name: _ByPatch())
+    for module in (encoders, plans):
+        monkeypatch.setattr(module, "policy_of", lambda name: _ByPatch())
     inputs = batch(tiny_processor(), "two sizes")
     texts = ["what is in this picture ?", "describe"]
-    relevance = hero.ClipRelevance(clip, tokenizer)
-    encoders.plan.cache_clear()
+    relevance = hero.ClipRelevance(clip, tokenizer, second_pass=True)
+    plans.plan_of.cache_clear()
     with hero.attach(model, tokenizer=tokenizer, relevance=relevance, keep_ratio=0.4) as handle:
         assert handle.encoder.needs_text and handle.encoder._shared == shared
         assert handle.encoder._captured == (2, 3)
         with torch.no_grad():
-            crops, layouts = handle.encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-            encoded = handle.encoder.encode(crops, layouts)
+            crops, plan = handle.encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+            encoded = handle.encoder.encode(crops, plan)
             selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], texts)
             stock = model.model.vision_tower(crops, output_hidden_states=True).hidden_states
-    encoders.plan.cache_clear()
+    plans.plan_of.cache_clear()
     clip.config.vision_config.patch_size = 28
     with pytest.raises(ValueError, match=r"^relevance: expected a CLIP model of 4 × 4 patches"):
         hero.attach(model, tokenizer=tokenizer, relevance=relevance)
@@ -592,14 +606,14 @@ def test_relevance_of_patches(model, monkeypatch, shared):
         hidden = clip.vision_model(pixel_values=crops).last_hidden_state[:, 1:]
         patches = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(hidden)), dim=-1)
         first = 0
-        for text, layout in zip(texts, layouts, strict=True):
+        for text, layout in zip(texts, plan.layouts, strict=True):
             ids = [2, *tokenizer(text, add_special_tokens=False)["input_ids"], 3]
             output = clip.get_text_features(input_ids=torch.tensor([ids]))
             question = F.normalize(getattr(output, "pooler_output", output)[0], dim=-1)
             own = slice(first, first + layout.crops)
             torch.testing.assert_close(selection.scores[own], patches[own] @ question, rtol=0, atol=1e-5)
             first += layout.crops
-    assert selection.lengths == [layout.kept_tokens(hero.HeroConfig(0.4)) for layout in layouts]
+    assert selection.lengths == [layout.kept_tokens(hero.HeroConfig(0.4)) for layout in plan.layouts]
 
 
 def test_a_policy_without_scores_ranks_by_itself(monkeypatch, model):
@@ -613,9 +627,10 @@ def test_a_policy_without_scores_ranks_by_itself(monkeypatch, model):
             assert seen.scores is None and seen.maps == {} and SCORES not in seen.maps
             return Scored(seen.valid.float(), (equal_shares(seen.valid),))
 
-    monkeypatch.setattr(encoders, "policy_of", lambda name: Flat())
-    encoders.plan.cache_clear()
+    for module in (encoders, plans):
+        monkeypatch.setattr(module, "policy_of", lambda name: Flat())
+    plans.plan_of.cache_clear()
     selection = encode(model, hero.HeroConfig(0.25), batch(tiny_processor(), "one image"))
-    encoders.plan.cache_clear()
+    plans.plan_of.cache_clear()
     first = selection.index[selection.index < 16].tolist()
     assert [place for place in first if place >= 0] == [0, 1, 2, 3]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -156,7 +155,7 @@ def _rows(
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     wanted, queries = (hidden, normed) if cls is None else (hidden[cls], normed[cls])
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+    captured = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, eager_attention_forward
     )
     lengths = [block.crops * block.length for block in blocks]
@@ -170,14 +169,14 @@ def _rows(
         strict=True,
     ):
         shape = (block.crops, -1, attention.num_heads, attention.head_dim)
-        with contextlib.nullcontext() if block.scored else capture.collect((), {}):
-            output, _ = attend(
-                attention,
-                *(part.view(shape).transpose(1, 2) for part in parts),
-                None,
-                scaling=attention.scale,
-                dropout=attention.dropout if attention.training else 0.0,
-            )
+        attend = captured if block.scored else capture.uncaptured
+        output, _ = attend(
+            attention,
+            *(part.view(shape).transpose(1, 2) for part in parts),
+            None,
+            scaling=attention.scale,
+            dropout=attention.dropout if attention.training else 0.0,
+        )
         outputs.append(output.flatten(0, 1).flatten(1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     wanted = wanted + attention.out_proj(output)

@@ -24,6 +24,7 @@ from hero_kernels import Finalized, TileBudgets, TileSignal
 from ..config import POLICIES, HeroConfig
 from ..layout import ImageLayout
 from ..models import Encoded
+from ..scoring import Places
 
 __all__ = ["Map", "Needs", "Policy", "Replacement", "Scored", "Seen", "equal_shares", "policy_of"]
 
@@ -83,12 +84,14 @@ class Seen:
         valid: ``[T, P]`` bool.
         cls: ``[T, C]`` the encoder's last layer at CLS, if a signal needs it.
         layouts: the images of the batch.
+        places: where its crops belong.
         config: the configuration.
         relevance: gives the cosines ``[T]`` of tile and question when called; ``None`` without a
             relevance model.
         patch_relevance: gives the cosines ``[T, P]`` of patch and question when called; ``None`` without
             a relevance model.
         maps: every map by name, ``"scores"`` among them, as :func:`hero_kernels.finalize_scores` returns it.
+        constants: what :meth:`Policy.constants` made of the layouts, on the device.
     """
 
     scores: Tensor | None
@@ -97,10 +100,12 @@ class Seen:
     valid: Tensor
     cls: Tensor | None
     layouts: Sequence[ImageLayout]
+    places: Places
     config: HeroConfig
     relevance: Callable[[], Tensor] | None
     patch_relevance: Callable[[], Tensor] | None = None
     maps: Mapping[str, Finalized] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,10 @@ class Policy(ABC):
             ValueError: the configuration asks for relevance where there is no relevance model.
         """
         return Needs()
+
+    def constants(self, layouts: Sequence[ImageLayout]) -> Mapping[str, Tensor | tuple[Tensor, ...]]:
+        """Tensors, or named tuples of them, that follow from layouts alone, on the CPU: made once."""
+        return {}
 
     @abstractmethod
     def score(self, seen: Seen) -> Scored:

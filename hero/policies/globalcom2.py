@@ -35,11 +35,14 @@ class GlobalCom2(Policy):
     def maps(self, config, depth, feature_layer):
         return {SCORES: Map.mean([feature_layer], [feature_layer], ranked=False)}
 
+    def constants(self, layouts):
+        return {"regions": scoring.regions_of(layouts), "resize": scoring.resize_of(layouts)}
+
     def score(self, seen):
-        sums = scoring.region_sums(seen.scores, seen.layouts)
-        excess = scoring.tile_softmax(sums / TEMPERATURE, seen.layouts, -1.0)
+        sums = scoring.region_sums(seen.scores, seen.places, seen.constants["regions"])
+        excess = scoring.tile_softmax(sums / TEMPERATURE, seen.places, -1.0)
         signal = TileSignal(seen.valid.sum(1) * (1.0 + excess), 1.0)
-        resized = scoring.resized_thumbnails(seen.scores, seen.layouts)
+        resized = scoring.resized_thumbnails(seen.scores, seen.places, seen.constants["resize"])
         return Scored(0.5 * seen.scores + 0.5 * resized, (signal,))
 
 

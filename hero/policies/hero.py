@@ -46,7 +46,7 @@ class Hero(Policy):
         if weights.density:
             signals.append(TileSignal(seen.valid.float().mean(1), weights.density))
         if weights.saliency:
-            cosine = scoring.saliency(seen.cls, seen.layouts)
+            cosine = scoring.saliency(seen.cls, seen.places)
             signals.append(TileSignal(cosine, weights.saliency, config.temperature_cls))
         if weights.relevance:
             signals.append(TileSignal(seen.relevance(), weights.relevance, config.temperature_clip))

@@ -35,7 +35,7 @@ class HeroPlus(Policy):
         share = scoring.concentration(seen.entropy, seen.valid)
         if seen.relevance is not None:
             cosine = seen.relevance() / seen.config.temperature_clip
-            share = share * scoring.tile_softmax(cosine, seen.layouts, BETA)
+            share = share * scoring.tile_softmax(cosine, seen.places, BETA)
         return Scored(seen.scores, (TileSignal(share, 1.0),), seen.ranks)
 
 

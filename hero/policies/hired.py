@@ -34,8 +34,11 @@ class HiRED(Policy):
             "regions": Map.mean([0], [], ranked=False),
         }
 
+    def constants(self, layouts):
+        return {"regions": scoring.regions_of(layouts)}
+
     def score(self, seen):
-        sums = scoring.region_sums(seen.maps["regions"].scores, seen.layouts)
+        sums = scoring.region_sums(seen.maps["regions"].scores, seen.places, seen.constants["regions"])
         return Scored(seen.scores, (TileSignal(sums, 1.0),), seen.ranks)
 
 

@@ -1,0 +1,220 @@
+"""What the vision stage launches, waits for and allocates, counted without a GPU.
+
+The ``meta`` device stands in for one: a value cannot be read there, and what is copied to it from the host
+is seen. What a GPU has to add, its own count of launches and ``set_sync_debug_mode``, is marked gpu.
+"""
+
+import pytest
+import torch
+from independent import tiny_clip, tiny_tokenizer
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import hero
+from hero.config import POLICIES
+from hero_kernels.testing import OperationCounter
+
+ONE = [(112, 112)]  # 5 crops
+BATCHES = {
+    "8 images": ONE * 8,
+    "ragged": [(112, 168), (56, 56), (40, 112), (300, 20)],
+    "40 crops and one": [*ONE * 8, (20, 20)],
+}
+ALL = {**{policy: {"policy": policy} for policy in POLICIES}, "fused": {"attention": "fused"}}
+WIDTH = 96
+
+
+def tower(layers: int = 4, width: int = 64, size: int = 56, **options) -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=width // 16,
+        intermediate_size=2 * width,
+        image_size=size,
+        patch_size=14,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CLIPVisionModel(config).eval().requires_grad_(False)
+
+
+def encoder_of(device="cpu", *, relevance=None, vision_tower=None, **options) -> hero.HeroVisionEncoder:
+    vision_tower = (vision_tower or tower()).to(device)
+    width = vision_tower.config.hidden_size
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        projector = nn.Sequential(nn.Linear(width, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(device)
+    return hero.HeroVisionEncoder(
+        vision_tower,
+        projector.requires_grad_(False),
+        hero.HeroConfig(keep_ratio=0.3, **options),
+        image_newline=torch.ones(WIDTH, device=device),
+        relevance=relevance,
+    )
+
+
+def pixels(encoder, sizes, device="cpu"):
+    crops = sum(layout.crops for layout in encoder.geometry.layouts(sizes))
+    size = encoder.geometry.crop_size
+    return torch.randn(crops, 3, size, size, generator=torch.Generator().manual_seed(2)).to(device)
+
+
+def count(encoder, sizes, device, *text) -> OperationCounter:
+    """Operations of a call with the plan made; a counter that makes operations count as one saw it made."""
+    images = pixels(encoder, sizes, device)
+    with torch.no_grad():
+        with OperationCounter():
+            encoder(images, sizes, *text)
+        with OperationCounter() as counter:
+            encoder(images, sizes, *text)
+    return counter
+
+
+def test_the_counter_counts():
+    """It sees a launch, a wait, a copy; and neither views nor allocations."""
+    values = torch.rand(4, 4)
+    with OperationCounter() as counter:
+        assert (values[1:].mT + 1).shape == (4, 3)
+        values.new_empty(3)
+    assert counter.operations == ["add"] and not counter.waits
+    for wait in (
+        lambda: float(values.sum()),
+        lambda: values[values > 0.5],
+        lambda: values.nonzero(),
+        lambda: bool((values > 2).any()),
+        lambda: values.to("meta"),
+        lambda: torch.tensor([1.0], device="meta"),
+        lambda: torch.empty(4, 4, device="meta").copy_(values),
+        lambda: torch.arange(3).repeat_interleave(torch.tensor([1, 2, 3])),
+    ):
+        with OperationCounter() as counter:
+            wait()
+        assert counter.waits, counter.operations
+    with OperationCounter() as counter:
+        values.to("meta", non_blocking=True)
+    assert counter.operations and not counter.waits
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_nothing_waits_and_launches_do_not_grow(case):
+    """Neither with the number of tiles nor of images, whatever their grids."""
+    encoder = encoder_of("meta", **ALL[case])
+    one = count(encoder, ONE, "meta")
+    assert one.waits == [] and {"segmented_topk_gather", "tile_budgets"} <= set(one.operations)
+    for sizes in BATCHES.values():
+        many = count(encoder, sizes, "meta")
+        assert many.waits == [] and sorted(many.operations) == sorted(one.operations)
+
+
+@pytest.mark.parametrize("layouts", [1, 8])
+def test_a_new_layout_is_planned_without_waiting(layouts):
+    """The first batch of its sizes: more copies to the device, none that is waited for."""
+    encoder = encoder_of("meta")
+    sizes = [(112, 100 + number) for number in range(layouts)]
+    images = pixels(encoder, sizes, "meta")
+    hero.plan.plan_of.cache_clear()
+    with OperationCounter() as counter, torch.no_grad():
+        encoder(images, sizes)
+    assert counter.waits == []
+
+
+def test_padded_pixels_are_packed_in_one_operation():
+    encoder = encoder_of("meta")
+    counts = []
+    for images in (2, 8):
+        sizes = ONE * (images - 1) + [(20, 20)]
+        padded = torch.empty(images, 5, 3, 56, 56, device="meta")
+        with torch.no_grad():
+            for _ in range(2):
+                with OperationCounter() as counter:
+                    encoder(padded, sizes)
+        assert counter.waits == []
+        counts.append(len(counter.operations))
+    assert counts[0] == counts[1] == len(count(encoder, ONE, "meta").operations) + 1
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared weights", "second pass"])
+def test_relevance_does_not_wait(shared):
+    clip = tiny_clip()
+    own = tower(
+        clip.config.vision_config.num_hidden_layers,
+        clip.config.vision_config.hidden_size,
+        clip.config.vision_config.image_size,
+    )
+    relevance = hero.ClipRelevance(clip, tiny_tokenizer(), second_pass=not shared)
+    encoder = encoder_of(relevance=relevance, vision_tower=clip.vision_model if shared else own)
+    assert encoder._shared == shared
+    clip.to("meta")
+    encoder.to("meta")
+    words = "what is in this picture ?"
+    two = count(encoder, ONE * 2, "meta", words)  # the text of one takes fewer copies
+    assert two.waits == []
+    for sizes in BATCHES.values():
+        many = count(encoder, sizes, "meta", [f"{words} {number}" for number in range(len(sizes))])
+        assert many.waits == [] and sorted(many.operations) == sorted(two.operations)
+    without = count(encoder_of("meta", vision_tower=tower()), ONE, "meta")
+    assert len(two.operations) > len(without.operations)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_operations_on_the_cpu_do_not_grow(case):
+    encoder = encoder_of(**ALL[case])
+    one = count(encoder, ONE, "cpu")
+    for sizes in BATCHES.values():
+        many = count(encoder, sizes, "cpu")
+        assert many.waits == [] and sorted(many.operations) == sorted(one.operations)
+
+
+SMALL_BATCHES = {"one image": ONE, "another": [(112, 168)], "ragged": BATCHES["ragged"]}
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_the_encoder_compiles_whole(case):
+    """One graph a layout, ``fullgraph=True``, and the same results."""
+    torch._dynamo.reset()
+    encoder = encoder_of(**ALL[case])
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    for sizes in (*SMALL_BATCHES.values(), ONE):
+        images = pixels(encoder, sizes)
+        with torch.no_grad():
+            plain, same = encoder(images, sizes), compiled(images, sizes)
+        for name in ("tokens", "index", "budgets", "shares", "scores", "cu_seqlens"):
+            assert torch.equal(getattr(plain, name), getattr(same, name)), name
+        assert (same.lengths, same.layout, same.policy) == (plain.lengths, plain.layout, plain.policy)
+    assert len(graphs) == len(SMALL_BATCHES)
+    with pytest.raises((TypeError, torch._dynamo.exc.Unsupported), match="expected pairs of integers"):
+        compiled(images, torch.tensor(ONE))
+
+
+def test_the_encoder_compiles_with_embedded_questions():
+    torch._dynamo.reset()
+    clip = tiny_clip()
+    relevance = hero.ClipRelevance(clip, tiny_tokenizer())
+    encoder = encoder_of(relevance=relevance, vision_tower=clip.vision_model)
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    sizes = BATCHES["ragged"]
+    images, words = pixels(encoder, sizes), [f"w{number}" for number in range(len(sizes))]
+    with torch.no_grad():
+        plain = encoder(images, sizes, words)
+        same = compiled(images, sizes, relevance.text_embeddings(words))
+    assert torch.equal(plain.index, same.index) and torch.equal(plain.tokens, same.tokens)
+
+
+@pytest.mark.slow
+def test_the_encoder_compiles_with_inductor():
+    torch._dynamo.reset()
+    encoder = encoder_of()
+    compiled = torch.compile(encoder, fullgraph=True)
+    images = pixels(encoder, BATCHES["ragged"])
+    with torch.no_grad():
+        plain, same = encoder(images, BATCHES["ragged"]), compiled(images, BATCHES["ragged"])
+    torch.testing.assert_close(same.scores, plain.scores, rtol=1e-4, atol=1e-6)
+    assert torch.equal(same.index, plain.index)
+    torch.testing.assert_close(same.tokens, plain.tokens, rtol=1e-4, atol=1e-5)
