@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import hero_kernels as hk
 
-from . import capture
+from . import capture as capturing
 from .config import POLICIES, HeroConfig
+from .graphs import Graphs
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
 from .packing import Cut
@@ -150,6 +151,10 @@ class HeroVisionEncoder(nn.Module):
         image_newline: ``[D]`` embedding that closes each row of the stitched grid; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question.
         feature_layer: the hidden state(s) the model uses; several are concatenated.
+        capture: replay the stages from CUDA graphs, recorded when a batch of sizes is first seen: for a few
+            sizes that come again and again. The :attr:`graphs` of the last 8 are kept; where something on the
+            tower changes other than the place, type and values of its weights, ``graphs.clear()`` them.
+            Needs a GPU, no gradients, and ``allocation="exact"``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name; a tower that
@@ -166,6 +171,7 @@ class HeroVisionEncoder(nn.Module):
         image_newline: Tensor | None = None,
         relevance: ClipRelevance | None = None,
         feature_layer: int | Sequence[int] = -2,
+        capture: bool = False,
     ):
         super().__init__()
         config = HeroConfig() if config is None else config
@@ -213,6 +219,13 @@ class HeroVisionEncoder(nn.Module):
                 f"relevance: expected a CLIP model of {geometry.side} × {geometry.side} patches a crop for "
                 f"policy {config.policy!r}, got one of {relevance.side} × {relevance.side}"
             )
+        if not isinstance(capture, bool):
+            raise TypeError(f"capture: expected a bool, got {capture!r}")
+        if capture and config.allocation != "exact":
+            raise ValueError(
+                f"capture: expected False with allocation={config.allocation!r}, whose counts are waited for"
+            )
+        self.graphs = Graphs() if capture else None
         self.vision_tower = vision_tower
         self.projector = projector
         self.config = config
@@ -239,7 +252,7 @@ class HeroVisionEncoder(nn.Module):
             )
         self._dropping = _dropping(config, maps, needs)
         self._check_dropping(self.feature_layer)
-        capture.install(
+        capturing.install(
             self._modules_captured(),
             received=not self._tower.has_cls,
             second_softmax=needs.second_softmax,
@@ -284,7 +297,9 @@ class HeroVisionEncoder(nn.Module):
 
     def remove(self) -> None:
         """Stop capturing: the tower is exactly as it was before."""
-        capture.remove(self._modules_captured())
+        if self.graphs is not None:
+            self.graphs.clear()
+        capturing.remove(self._modules_captured())
 
     def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, Plan]:
         """Check the input and plan the batch.
@@ -349,10 +364,10 @@ class HeroVisionEncoder(nn.Module):
         """
         needs, received = self._needs, not self._tower.has_cls
         collectors = {
-            name: capture.Collector(weights, second_softmax=needs.second_softmax, received=received)
+            name: capturing.Collector(weights, second_softmax=needs.second_softmax, received=received)
             for name, weights in batch.maps.items()
         }
-        keys = [capture.KeyCollector(self._last_layer)] if needs.keys else []
+        keys = [capturing.KeyCollector(self._last_layer)] if needs.keys else []
         layer = (
             self.feature_layer if feature_layer is None else _check_feature_layer(feature_layer, self.depth)
         )
@@ -364,7 +379,7 @@ class HeroVisionEncoder(nn.Module):
             self._check_dropping(layer)
             after, weights = self._dropping
             cut = Cut(after, batch.packing, batch.valid, collectors, weights, SCORES, modules)
-        with capture.collect([*collectors.values(), *keys], modules):
+        with capturing.collect([*collectors.values(), *keys], modules):
             features, cls, pooled, output = self._tower.run(
                 self.vision_tower,
                 pixel_values,
@@ -524,27 +539,75 @@ class HeroVisionEncoder(nn.Module):
 
     def run(
         self, pixel_values: Tensor, image_sizes, text: str | Sequence[str] | Tensor | None = None, **kwargs
-    ) -> tuple[Selection, Encoded]:
-        """:meth:`forward`, and what :meth:`encode` returned; keyword arguments go to it."""
+    ) -> tuple[Selection, object | None]:
+        """:meth:`forward`, and what the tower returned; keyword arguments go to :meth:`encode`."""
         crops, batch = self.prepare(pixel_values, image_sizes)
         question = self.ask(batch, text)
-        encoded = self.encode(crops, batch, **kwargs)
-        scored = self.score(encoded, batch, question)
-        budgets = self.budget(scored, batch)
-        gathered = self.select(encoded, scored, budgets, batch)
-        cu_seqlens = batch.on(gathered.index.device).cu_seqlens
-        if gathered.lengths != batch.segments.lengths:  # "floor": as many as the images have it
-            lengths = torch.tensor((0, *gathered.lengths)).cumsum(0, dtype=torch.int32)
-            cu_seqlens = to_device(lengths, gathered.index.device)
+        output, lengths = None, batch.segments.lengths
+        if self.graphs is not None:
+            tensors = self._replay(crops, batch, question, **kwargs)
+        else:
+            encoded = self.encode(crops, batch, **kwargs)
+            tensors, lengths = self._choose(encoded, batch, question)
+            output = encoded.output
+        tokens, index, budgets, shares, scores = tensors
+        cu_seqlens = batch.on(index.device).cu_seqlens
+        if lengths != batch.segments.lengths:  # "floor": as many as the images have it
+            cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), index.device)
         selection = Selection(
-            tokens=self.project(gathered),
-            lengths=list(gathered.lengths),
+            tokens=tokens,
+            lengths=list(lengths),
             cu_seqlens=cu_seqlens,
-            index=gathered.index,
-            budgets=budgets.budgets,
-            shares=budgets.shares,
-            scores=scored.scores,
+            index=index,
+            budgets=budgets,
+            shares=shares,
+            scores=scores,
             layout=batch.layouts,
             policy=self.config.policy,
         )
-        return selection, encoded
+        return selection, output
+
+    def _choose(
+        self, encoded: Encoded, batch: Plan, question: Callable[[], Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """All stages after :meth:`encode`: the tensors of a selection, and the images' lengths."""
+        scored = self.score(encoded, batch, question)
+        budgets = self.budget(scored, batch)
+        gathered = self.select(encoded, scored, budgets, batch)
+        tensors = (self.project(gathered), gathered.index, budgets.budgets, budgets.shares, scored.scores)
+        return tensors, gathered.lengths
+
+    def _replay(
+        self,
+        crops: Tensor,
+        batch: Plan,
+        question: Callable[[], Tensor] | None,
+        feature_layer: int | Sequence[int] | None = None,
+        **kwargs,
+    ) -> list[Tensor]:
+        """The tensors of a selection, by graphs: one, or two with the question embedded between them."""
+        asked = {name: value for name, value in kwargs.items() if value is not None}
+        if asked:
+            raise ValueError(f"capture: expected nothing asked of the vision tower, got {asked}")
+        layer = (
+            feature_layer if feature_layer is None or isinstance(feature_layer, int) else (*feature_layer,)
+        )
+
+        def encode(_, crops: Tensor) -> Encoded:
+            return self.encode(crops, batch, feature_layer=layer)
+
+        def choose(encoded: Encoded, embeddings: Tensor) -> tuple[Tensor, ...]:
+            return self._choose(encoded, batch, lambda: embeddings)[0]
+
+        steps, inputs = [encode, choose], [lambda: crops]
+        if question is None:
+            steps = [lambda _, crops: self._choose(encode(None, crops), batch, None)[0]]
+        else:
+            inputs.append(lambda: question().to(crops.device))
+        implementation = self.vision_tower.config._attn_implementation
+        device = crops.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (batch.layouts, crops.device, crops.dtype, layer, question is None, implementation, autocast)
+        modules = [self] if self.relevance is None else [self, self.relevance.clip_model]
+        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+        return self.graphs.run(key, steps, inputs, weights, batch)

@@ -146,13 +146,13 @@ class Handle:
     def _encode(self, pixel_values, image_sizes, text, **kwargs) -> tuple[Selection, object]:
         if self.encoder.projector is not self._adapter.projector(self.model):
             raise RuntimeError("the model's projector was replaced after attach: attach again")
-        selection, encoded = self.encoder.run(pixel_values, image_sizes, text, **kwargs)
+        selection, output = self.encoder.run(pixel_values, image_sizes, text, **kwargs)
         self._last.value = dataclasses.replace(
             selection,
             tokens=None,
             **{name: getattr(selection, name).detach() for name in ("index", "budgets", "shares", "scores")},
         )
-        return selection, encoded.output
+        return selection, output
 
     def prepare(self, inputs: dict) -> tuple[dict, _Call | None]:
         """Fit a prompt to what is kept, and find the question of each image.
@@ -319,6 +319,7 @@ def attach(
     config: HeroConfig | None = None,
     relevance: ClipRelevance | None = None,
     tokenizer=None,
+    capture: bool = False,
     **options,
 ) -> Handle:
     """Make a model keep only the visual tokens worth keeping, until ``handle.remove()``.
@@ -334,6 +335,7 @@ def attach(
         options: fields of :class:`hero.HeroConfig`, such as ``keep_ratio=0.2``.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question in the prompt.
         tokenizer: the language model's, to read the question; the processor's where ``None``.
+        capture: encode by CUDA graphs, as :class:`hero.HeroVisionEncoder` has it.
 
     Returns:
         a handle; ``with hero.attach(...):`` removes it at the end of the block.
@@ -377,6 +379,7 @@ def attach(
         image_newline=parts.image_newline,
         relevance=relevance,
         feature_layer=parts.feature_layer,
+        capture=capture,
     )
     handle = Handle(model, processor, encoder, tokenizer, parts.image_token_id)
     patches = [*adapter.model_patches(model), Patch(model, "generate", _generate)]

@@ -107,6 +107,33 @@ class ClipRelevance:
 
     def text_embeddings(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings ``[n, E]`` fp32 of texts of any length."""
+        return self._embed(self._tokens(texts))
+
+    def start(self, texts: Sequence[str]) -> Callable[[], Tensor]:
+        """:meth:`text_embeddings` in two halves: texts are read now and embedded when the result is called.
+
+        On a GPU that happens on a stream of its own, which waits for nothing that was launched between the
+        two: what keeps the device busy meanwhile goes on beside it. The embeddings are for the stream that is
+        current when the result is called.
+        """
+        tokens = self._tokens(texts)
+        if self.device.type != "cuda":
+            return lambda: self._embed(tokens)
+        before = torch.cuda.current_stream(self.device).record_event()
+
+        def join() -> Tensor:
+            current, own = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+            own.wait_event(before)
+            with torch.cuda.stream(own):
+                embeddings = self._embed(tokens)
+            current.wait_stream(own)
+            embeddings.record_stream(current)
+            return embeddings
+
+        return join
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """On the CPU, windows ``[W, longest]`` of tokens, the text and the number of words of each; texts."""
         length = self.clip_model.config.text_config.max_position_embeddings
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         windows, owners = [], []
@@ -120,38 +147,18 @@ class ClipRelevance:
         longest = max(map(len, windows))
         # Filled up with the end token: attention is causal and the first end is read, so no mask is needed.
         tokens = torch.tensor([window + [end] * (longest - len(window)) for window in windows])
-        words = [max(len(window) - 2, 1) for window in windows]
-        tokens, owners, words = (
-            to_device(values, self.device) for values in (tokens, torch.tensor(owners), torch.tensor(words))
-        )
+        words = torch.tensor([max(len(window) - 2, 1) for window in windows])
+        return tokens, torch.tensor(owners), words, len(texts)
+
+    def _embed(self, tokens: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+        """Embeddings of what :meth:`_tokens` returned: means over windows, by words."""
+        windows, owners, words = (to_device(values, self.device) for values in tokens[:3])
         with torch.no_grad():
-            features = _pooled(self.clip_model.get_text_features(input_ids=tokens)).float()
+            features = _pooled(self.clip_model.get_text_features(input_ids=windows)).float()
         features = F.normalize(features, dim=-1)
-        sums = features.new_zeros((len(texts), features.shape[-1]))
+        sums = features.new_zeros((tokens[3], features.shape[-1]))
         sums.index_add_(0, owners, features * words[:, None])
         return F.normalize(sums, dim=-1)
-
-    def start(self, texts: Sequence[str]) -> Callable[[], Tensor]:
-        """Begin :meth:`text_embeddings`, on a GPU on a stream of its own, beside what is launched meanwhile.
-
-        Returns:
-            what gives the embeddings, to be used on the stream on which it is called.
-        """
-        if self.device.type != "cuda":
-            embeddings = self.text_embeddings(texts)
-            return lambda: embeddings
-        own = torch.cuda.Stream(self.device)
-        own.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(own):
-            embeddings = self.text_embeddings(texts)
-
-        def join() -> Tensor:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(own)
-            embeddings.record_stream(current)
-            return embeddings
-
-        return join
 
     def image_embeddings(self, pixel_values: Tensor | None, pooled: Tensor | None) -> Tensor:
         """Unit embeddings ``[T, E]`` fp32 of crops.

@@ -16,6 +16,13 @@ else:
 
     from cases import WAYS
 
+    from hero_kernels._env import SWITCHES
+
+    def pytest_runtest_setup(item):
+        """Skip tests marked gpu where there is none."""
+        if item.get_closest_marker("gpu") and (SWITCHES.interpret or not torch.cuda.is_available()):
+            pytest.skip("needs a GPU, and kernels compiled for it")
+
     @pytest.fixture(params=WAYS, ids=lambda way: way.name)
     def way(request):
         """Each way of running an operation; those that cannot be gone here are skipped, and say why."""

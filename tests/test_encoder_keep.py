@@ -19,6 +19,7 @@ from independent import (
     tiny_processor,
     tiny_tokenizer,
 )
+from test_graphs import assert_same, captured
 from test_launches import count
 from test_launches import encoder_of as encoder_of_launches
 from test_launches import pixels as pixels_of_launches
@@ -451,6 +452,21 @@ def test_the_encoder_compiles_whole():
             assert torch.equal(getattr(plain, name), getattr(same, name)), name
         assert same.lengths == plain.lengths
     assert len(graphs) == 2
+
+
+def test_graphs_replay_the_same():
+    encoder = encoder_of_launches(**FEW)
+    batches = [
+        (pixels_of_launches(encoder, sizes) * scale, sizes)
+        for scale in (1, 2)
+        for sizes in ([(112, 112)], [(112, 168), (56, 56), (300, 20)])
+    ]
+    with torch.no_grad():
+        plain = [encoder(*one) for one in batches]
+        encoder = captured(encoder, "cpu")
+        for one, selection in zip(batches, plain, strict=True):
+            assert_same(encoder(*one), selection)
+    assert encoder.graphs.made == 2
 
 
 def test_layers_run_on_the_rows_that_are_left(model, inputs):

@@ -218,3 +218,79 @@ def test_the_encoder_compiles_with_inductor():
     torch.testing.assert_close(same.scores, plain.scores, rtol=1e-4, atol=1e-6)
     assert torch.equal(same.index, plain.index)
     torch.testing.assert_close(same.tokens, plain.tokens, rtol=1e-4, atol=1e-5)
+
+
+# What only a GPU can tell.
+
+
+def on_gpu(sizes, **options):
+    """A tower of some width in bf16, and its input: (encoder, pixels)."""
+    encoder = encoder_of("cuda", vision_tower=tower(6, 256), **options).to(torch.bfloat16)
+    return encoder, pixels(encoder, sizes, "cuda").to(torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ALL)
+def test_a_gpu_is_not_waited_for(case):
+    for sizes in (ONE, *BATCHES.values()):
+        encoder, images = on_gpu(sizes, **ALL[case])
+        with torch.no_grad():
+            encoder(images, sizes)  # compiles kernels
+            hero.plan.plan_of.cache_clear()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(2):  # once planning, once planned
+                    encoder(images, sizes)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_waited_for_with_a_question():
+    clip = tiny_clip().to("cuda")
+    relevance = hero.ClipRelevance(clip, tiny_tokenizer())
+    encoder = encoder_of("cuda", relevance=relevance, vision_tower=clip.vision_model)
+    sizes = BATCHES["ragged"]
+    images, words = pixels(encoder, sizes, "cuda"), [f"w{number}" for number in range(len(sizes))]
+    with torch.no_grad():
+        plain = encoder(images, sizes, relevance.text_embeddings(words))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            beside = encoder(images, sizes, words)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(plain.index, beside.index) and torch.equal(plain.tokens, beside.tokens)
+
+
+@pytest.mark.gpu
+def test_launches_of_a_gpu_do_not_grow():
+    from torch.profiler import ProfilerActivity, profile
+
+    counts = []
+    for sizes in (ONE * 2, ONE * 8, ONE * 16):
+        encoder, images = on_gpu(sizes)
+        with torch.no_grad():
+            encoder(images, sizes)
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                encoder(images, sizes)
+                torch.cuda.synchronize()
+        counts.append(
+            sum(
+                event.name.startswith("cuLaunch") or "LaunchKernel" in event.name
+                for event in profiler.events()
+            )
+        )
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
+@pytest.mark.gpu
+def test_the_encoder_compiles_whole_on_a_gpu():
+    torch._dynamo.reset()
+    sizes = BATCHES["ragged"]
+    encoder, images = on_gpu(sizes)
+    encoder, images = encoder.float(), images.float()
+    compiled = torch.compile(encoder, fullgraph=True)
+    with torch.no_grad():
+        plain, same = encoder(images, sizes), compiled(images, sizes)
+    torch.testing.assert_close(same.scores, plain.scores, rtol=1e-3, atol=1e-5)
+    assert same.lengths == plain.lengths

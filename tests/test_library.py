@@ -9,7 +9,6 @@ from oracles import generator
 
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _library, reference
-from hero_kernels._env import SWITCHES
 from hero_kernels.testing import assert_accurate, offset, same_bits, tensors_in
 
 OPERATORS = torch.ops.hero_kernels
@@ -20,9 +19,6 @@ NAMES = {
 }
 SEGMENTS = Segments((Segment(3, 0, 2, 2, 5, (0, 3)), Segment(2, 1, 1, 2, 3, (1, 2), True)), 3)
 T, P = SEGMENTS.crops, SEGMENTS.patches
-on_gpu = pytest.mark.skipif(
-    SWITCHES.interpret or not torch.cuda.is_available(), reason="needs a GPU, and kernels compiled for it"
-)
 
 
 def inputs(device="cpu", seed=0):
@@ -318,7 +314,6 @@ def test_no_gradient_runs_through_scores():
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_graph_replay_with_other_inputs():
     """Captured once, replayed on new contents of the same memory: nothing was read on the host."""
     memory = inputs("cuda")
@@ -339,7 +334,6 @@ def test_graph_replay_with_other_inputs():
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("form", ["eager", "compiled"])
 def test_no_synchronisation(form):
     torch._dynamo.reset()
@@ -356,7 +350,6 @@ def test_no_synchronisation(form):
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_compiled_on_a_gpu():
     torch._dynamo.reset()
     compiled = torch.compile(vision, fullgraph=True)
@@ -365,7 +358,6 @@ def test_compiled_on_a_gpu():
 
 
 @pytest.mark.gpu
-@on_gpu
 def test_floor_waits_for_its_lengths_and_no_more():
     """``floor`` reads the budgets back once; the lengths are those of the twin."""
     given, cpu = inputs("cuda"), inputs()
