@@ -45,7 +45,6 @@ TIMED: dict[str, dict[str, object]] = {
     "0.5": {"encoder_keep": 0.5},
     "0.4": {"encoder_keep": 0.4},
     "0.2": {"encoder_keep": 0.2},
-    "early 0.5": {"encoder_keep": 0.5, **EARLY},
     "early 0.2": {"encoder_keep": 0.2, **EARLY},
 }
 POLICIES: dict[str, dict[str, object]] = {

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import independent
 import pytest
@@ -31,6 +33,10 @@ from hero.mini import scenes
 from hero.packing import packing_of
 from hero.plan import plan_of
 from hero_kernels.testing import same_bits
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
+    sys.path.insert(0, str(ROOT))
 
 LAYERS = {"tile_layers": (1, 2), "thumbnail_layers": (4, 5)}
 # Grids of several shapes; in the last, half of the outer tiles is padding.
@@ -313,6 +319,18 @@ def test_only_what_went_on_is_kept(model, inputs):
         assert torch.equal(encoded.valid.sum(1, dtype=torch.int32), plan.caps)
         assert not (encoded.valid & ~plan.valid).any() and (budgets.budgets <= plan.caps).all()
         assert (plan.caps < plan.valid_counts).any()
+
+
+def test_another_score_chooses_among_what_went_on(model, inputs):
+    """A stage put in the place of ours cannot keep patches that are no more."""
+    with encoding(model, keep_ratio=0.3, encoder_keep=0.4) as encoder:
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, plan)
+        scored = dataclasses.replace(encoder.score(encoded, plan), scores=-encoded.scores, ranks=None)
+        gathered = encoder.select(encoded, scored, encoder.budget(scored, plan), plan)
+        kept = gathered.index[gathered.index >= 0].long()
+        assert encoded.valid.flatten()[kept].all() and gathered.tokens[gathered.index >= 0].any(1).all()
+        assert list(gathered.lengths) == [layout.kept_tokens(encoder.config) for layout in plan.layouts]
 
 
 def test_images_without_thumbnail(model, inputs):
@@ -632,3 +650,72 @@ def test_mini_model_answers():
         assert torch.equal(chosen[None].index, chosen[1.0].index)
         assert chosen[0.5].lengths == chosen[None].lengths
         assert chosen[0.5].budgets[1:].max() <= 18
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------
+
+
+def test_benchmark_and_its_tables():
+    """On tiny shapes and few questions: what is measured is consistent, and the page shows it."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    from bench import encoder_keep, quality, report
+
+    timed = encoder_keep.measure_time(encoder_keep.SMALL, 2, "wall", lambda line: None)
+    rows = {name: one["patches"] for name, one in timed["variants"].items()}
+    assert rows == {"none": 16, "1": 16, "0.99": 15, "0.5": 8, "0.4": 6, "0.2": 3, "early 0.2": 3}
+    layers = {name: one["layer"] for name, one in timed["variants"].items()}
+    assert {layers[name] for name in ("none", "0.2")} == {3} and layers["early 0.2"] == 1
+    assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 for one in timed["variants"].values())
+
+    answers = encoder_keep.measure_answers(8, 0, progress=False)
+    runner = quality.Runner([quality.FULL, quality.Variant("hero", {}, "own")], (0.2,))
+    cells = quality.measure(runner, 8)
+    right = {(row["policy"], row["encoder_keep"]): row["right"] for row in answers["rows"]}
+    assert right["hero", None] == quality.bits(cells["hero", 0.2].right)
+    assert len(right) == 4 * 4
+    for row in answers["rows"]:
+        cell = row["groups"]["all"]
+        assert cell["accuracy"]["mean"] == quality.unbits(row["right"], 8).mean()
+        if row["encoder_keep"] is None:
+            assert cell["to_none"]["mean"] == 0.0
+
+    record = {
+        "benchmark": "encoder_keep",
+        "small": True,
+        "command": "python -m bench.encoder_keep",
+        "date": "2000-01-01",
+        "commit": {"hash": "0" * 40, "dirty": False},
+        "versions": {"torch": torch.__version__},
+        "machine": {"cpu": "cpu", "cores": 1, "system": "Linux"},
+        "dtype": "float32",
+        "load_average": [0.0, 0.0],
+        "time": timed,
+        "answers": answers,
+    }
+    page = report.replace(
+        "<!-- encoder_keep begin -->\n<!-- encoder_keep end -->", "encoder_keep", report.encoder_keep(record)
+    )
+    assert "a test of the script" in page and "| early 0.2 | 1 | 3 |" in page
+    assert page.count("| hero+ |") == 4 and "| all tokens |" in page
+
+
+def test_keep_ratios_share_a_tower_that_drops_nothing(monkeypatch):
+    """With ``encoder_keep``, what the tower makes of a batch depends on the keep ratio too."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    from bench import quality
+
+    runs = []
+    encode = hero.HeroVisionEncoder.encode
+
+    def spy(self, *arguments, **options):
+        runs.append(self.config.keep_ratio)
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(hero.HeroVisionEncoder, "encode", spy)
+    for encoder_keep, wanted in ((None, 1), (0.5, 2)):
+        runs.clear()
+        variant = quality.Variant("uniform", {"policy": "uniform", "encoder_keep": encoder_keep})
+        quality.Runner([variant], (0.5, 0.2)).run(range(2))
+        assert len(runs) == wanted
