@@ -57,7 +57,9 @@ def _pretrained(argument: str, cls, name: str, **kwargs):
         ) from error
 
 
-def _load(name: str | None, clip: str | None) -> _Loaded:
+def _load(name: str | None = None, clip: str | None = None, second_pass: bool = False) -> _Loaded:
+    if clip is None and second_pass:
+        raise ValueError("--second-pass: expected a --clip model beside it, got none")
     if name is None:
         if clip is not None:
             raise ValueError(
@@ -77,7 +79,8 @@ def _load(name: str | None, clip: str | None) -> _Loaded:
     relevance = None
     if clip is not None:
         clip_model = _pretrained("--clip", CLIPModel, clip).to(device).eval()
-        relevance = ClipRelevance(clip_model, _pretrained("--clip", AutoTokenizer, clip))
+        tokenizer = _pretrained("--clip", AutoTokenizer, clip)
+        relevance = ClipRelevance(clip_model, tokenizer, second_pass=second_pass)
     return _Loaded(model, processor, relevance, is_mini=False)
 
 
@@ -211,13 +214,13 @@ def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: s
 
 
 def _run_ask(args: argparse.Namespace) -> None:
-    _ask(_load(args.model, args.clip), args, args.image, args.question, Path(args.save))
+    _ask(_load(args.model, args.clip, args.second_pass), args, args.image, args.question, Path(args.save))
 
 
 def _run_demo(args: argparse.Namespace) -> None:
     from . import mini
 
-    loaded = _load(None, None)
+    loaded = _load()
     for number, demo in enumerate(mini.demo_questions(), 1):
         image, here = demo.image, Path.cwd()
         if image.is_relative_to(here):
@@ -231,7 +234,7 @@ def _run_show(args: argparse.Namespace) -> None:
 
     from . import visualize
 
-    loaded = _load(args.model, args.clip)
+    loaded = _load(args.model, args.clip, args.second_pass)
     question = args.question or ""
     image, save = _open(args.image), Path(args.save)
     relevance = loaded.relevance if question else None
@@ -322,6 +325,11 @@ def _parser() -> argparse.ArgumentParser:
             "--clip",
             metavar="DIR_OR_HUB_ID",
             help="CLIP model that weighs tiles by the question (with --model)",
+        )
+        sub.add_argument(
+            "--second-pass",
+            action="store_true",
+            help="run the --clip model's vision encoder too, where its weights are not the --model's",
         )
         sub.add_argument(
             "--save", default="out/hero.png", metavar="PNG", help="picture (default %(default)s)"

@@ -20,6 +20,7 @@ __all__ = [
     "Places",
     "Resize",
     "concentration",
+    "density_of",
     "places_of",
     "region_sums",
     "regions_of",
@@ -65,6 +66,18 @@ def places_of(layouts: Sequence[ImageLayout]) -> Places:
     return Places(*numbers, is_tile.double())
 
 
+def density_of(layouts: Sequence[ImageLayout]) -> Tensor:
+    """``[T]`` fp32: the share of each tile's patches that are not padding; 1 for thumbnails."""
+    densities = []
+    for layout in layouts:
+        own = [1.0] * layout.crops
+        own[layout.first_tile : layout.first_tile + layout.tiles] = (
+            count / layout.patches for count in layout.valid_counts
+        )
+        densities += own
+    return torch.tensor(densities)
+
+
 def saliency(cls: Tensor, places: Places) -> Tensor:
     """Cosine of each crop's CLS feature with the CLS feature of its image's thumbnail.
 
@@ -76,8 +89,8 @@ def saliency(cls: Tensor, places: Places) -> Tensor:
     Returns:
         ``[T]`` fp32.
     """
-    cls = cls.float()
-    return F.cosine_similarity(cls, cls[places.thumbnails], dim=-1)
+    unit = F.normalize(cls.float(), dim=-1)
+    return (unit * unit[places.thumbnails]).sum(-1)
 
 
 def concentration(entropy: Tensor, valid: Tensor) -> Tensor:

@@ -275,6 +275,24 @@ CLIP_RELEVANCE = {
 }
 
 
+def test_a_second_pass_is_asked_for(model, processor):
+    """A CLIP model of other vision weights than the tower's is refused, where it would be looked at."""
+    relevance = ClipRelevance(tiny_clip(), tiny_tokenizer())
+    with untouched(model, processor), refusal(ValueError, "relevance"):
+        hero.attach(model, processor, relevance=relevance)
+    hero.attach(model, processor, relevance=relevance, policy="uniform").remove()
+    own = tiny_clip()
+    own.vision_model.load_state_dict(model.model.vision_tower.state_dict())
+    hero.attach(model, processor, relevance=ClipRelevance(own, tiny_tokenizer())).remove()
+    own.vision_model.to(torch.bfloat16)  # the same weights, rounded
+    hero.attach(model, processor, relevance=ClipRelevance(own, tiny_tokenizer())).remove()
+    own.vision_model.post_layernorm.weight.data[0] += 1
+    with untouched(model, processor), refusal(ValueError, "relevance"):
+        hero.attach(model, processor, relevance=ClipRelevance(own, tiny_tokenizer()))
+    with refusal(TypeError, "second_pass"):
+        ClipRelevance(own, tiny_tokenizer(), second_pass="yes")
+
+
 @pytest.mark.parametrize(("clip", "tokenizer", "kind", "name"), table(CLIP_RELEVANCE))
 def test_clip_relevance_refuses(clip, tokenizer, kind, name):
     with refusal(kind, name):

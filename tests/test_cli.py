@@ -93,6 +93,7 @@ def test_env(capsys):
             "--model: expected a folder .* got 'nowhere'",
         ),
         (("ask", str(DEMO[0].image), "what", "--clip", "some"), "--clip: expected a --model beside it"),
+        (("ask", str(DEMO[0].image), "what", "--second-pass"), "--second-pass: expected a --clip model"),
     ],
 )
 def test_errors_are_one_line(capsys, argv, message):

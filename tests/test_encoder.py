@@ -158,6 +158,7 @@ def test_images_without_thumbnail_use_entropy():
         places=scoring.places_of([layout]),
         config=hero.HeroConfig(),
         relevance=None,
+        constants=policies.policy_of("hero").constants([layout]),
     )
     density, concentration = policies.policy_of("hero").score(seen).signals
     assert (density.weight, concentration.weight) == (pytest.approx(0.2), pytest.approx(0.8))

@@ -6,13 +6,13 @@ is seen. What a GPU has to add, its own count of launches and ``set_sync_debug_m
 
 import pytest
 import torch
-from independent import tiny_clip, tiny_tokenizer
+from independent import tiny_clip, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 import hero
 from hero.config import POLICIES
-from hero_kernels.testing import OperationCounter
+from hero_kernels.testing import OperationCounter, peak_bytes
 
 ONE = [(112, 112)]  # 5 crops
 BATCHES = {
@@ -218,6 +218,66 @@ def test_the_encoder_compiles_with_inductor():
     torch.testing.assert_close(same.scores, plain.scores, rtol=1e-4, atol=1e-6)
     assert torch.equal(same.index, plain.index)
     torch.testing.assert_close(same.tokens, plain.tokens, rtol=1e-4, atol=1e-5)
+
+
+CROP, HEADS, TOKENS, LAYERS = 336, 4, 577, 4  # real numbers of tokens, at a fraction of the width
+
+
+@pytest.fixture(scope="module")
+def stage():
+    """A model whose vision stage has real proportions: many tokens, a language model 4 times as wide."""
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=CROP,
+        patch_size=14,
+    )
+    text = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4)
+    text.vocab_size, text.num_key_value_heads = 100, 4
+    return tiny_model(vision_config=vision, text_config=text, image_grid_pinpoints=[[2 * CROP, 2 * CROP]])
+
+
+def peaks(model, images, device="cpu") -> dict[str, int]:
+    """The most bytes held in the vision stage: stock, hero at R = 0.2, and stock with attention maps."""
+    values = torch.randn(images, 5, 3, CROP, CROP, device=device)
+    sizes = [[2 * CROP, 2 * CROP]] * images
+    tower = model.model.vision_tower
+    held = peak_bytes if device == "cpu" else peak_of_gpu
+
+    def call():
+        return model.model.get_image_features(values, torch.tensor(sizes)).pooler_output
+
+    with torch.no_grad():
+        result = {"stock": held(call)}
+        with hero.attach(model, keep_ratio=0.2):
+            result["hero"] = held(call)
+        tower.set_attn_implementation("eager")
+        result["maps"] = held(lambda: tower(values.flatten(0, 1), output_attentions=True))
+        tower.set_attn_implementation("sdpa")
+    return result
+
+
+def peak_of_gpu(function) -> int:
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_of_the_vision_stage(stage, device):
+    """Never above stock's; at 40 crops far below one layer's attention maps, and no more a crop than at 5."""
+    stage.to(device)
+    few, many = peaks(stage, 1, device), peaks(stage, 8, device)
+    one_layer = 40 * HEADS * TOKENS**2 * 4
+    assert few["hero"] <= few["stock"] and many["hero"] <= many["stock"]
+    assert many["hero"] < one_layer / 2 and many["maps"] > LAYERS * one_layer
+    assert many["hero"] <= 8.1 * few["hero"]
 
 
 # What only a GPU can tell.

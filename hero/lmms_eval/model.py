@@ -70,6 +70,7 @@ class HeroLlavaNext(LlavaHf):
         self,
         pretrained: str = "llava-hf/llava-v1.6-vicuna-7b-hf",
         relevance: str | None = None,
+        second_pass: bool = False,
         batch_size: int = 1,
         dtype: str | torch.dtype = "auto",
         chat_template: str | None = None,
@@ -77,9 +78,11 @@ class HeroLlavaNext(LlavaHf):
     ) -> None:
         unknown = sorted(set(arguments) - {*_FIELDS, *_LOADING})
         if unknown:
-            known = ", ".join(dict.fromkeys(["relevance", *_FIELDS, *_LOADING]))
+            known = ", ".join(dict.fromkeys(["relevance", "second_pass", *_FIELDS, *_LOADING]))
             raise ValueError(f"{', '.join(unknown)}: expected model arguments among {known}")
         relevance = None if relevance in (None, "none") else relevance
+        if not isinstance(second_pass, bool):
+            raise ValueError(f"second_pass: expected True or False, got {second_pass!r}")
         config = _config({name: arguments.pop(name) for name in _FIELDS if name in arguments})
         config.signal_weights(with_relevance=relevance is not None)
         if isinstance(batch_size, bool) or not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -121,7 +124,8 @@ class HeroLlavaNext(LlavaHf):
         elif relevance is not None:
             tower = self.model.model.vision_tower
             clip_model = CLIPModel.from_pretrained(relevance, dtype=tower.dtype).to(tower.device).eval()
-            clip = hero.ClipRelevance(clip_model, AutoTokenizer.from_pretrained(relevance))
+            tokenizer = AutoTokenizer.from_pretrained(relevance)
+            clip = hero.ClipRelevance(clip_model, tokenizer, second_pass=second_pass)
         self.handle = hero.attach(self.model, processor, config=config, relevance=clip)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:

@@ -37,6 +37,9 @@ class Hero(Policy):
             second_softmax=config.second_softmax,
         )
 
+    def constants(self, layouts):
+        return {"density": scoring.density_of(layouts)}
+
     def score(self, seen):
         config = seen.config
         weights = config.signal_weights(with_relevance=seen.relevance is not None)
@@ -44,7 +47,7 @@ class Hero(Policy):
             weights = weights._replace(saliency=0.0, entropy=weights.entropy + weights.saliency)
         signals = []
         if weights.density:
-            signals.append(TileSignal(seen.valid.float().mean(1), weights.density))
+            signals.append(TileSignal(seen.constants["density"], weights.density))
         if weights.saliency:
             cosine = scoring.saliency(seen.cls, seen.places)
             signals.append(TileSignal(cosine, weights.saliency, config.temperature_cls))
