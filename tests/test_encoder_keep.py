@@ -561,8 +561,11 @@ def test_refused_features(inputs):
 def test_refused_for_more_outputs(model, inputs, wanted, encoder_keep):
     """Also where nothing is dropped: whether a call is right must not hang on the picture."""
     message = rf"^encoder_keep: expected None .*, got {wanted}=True"
-    with hero.attach(model, encoder_keep=encoder_keep, **LAYERS), pytest.raises(ValueError, match=message):
-        model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"], **{wanted: True})
+    with hero.attach(model, encoder_keep=encoder_keep, **LAYERS):
+        features = model.model.get_image_features
+        features(inputs["pixel_values"], inputs["image_sizes"], **{wanted: False})
+        with pytest.raises(ValueError, match=message):
+            features(inputs["pixel_values"], inputs["image_sizes"], **{wanted: True})
 
 
 def _nothing(*args):

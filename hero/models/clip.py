@@ -32,6 +32,7 @@ class ClipTower(Tower):
         layers = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if cut is not None:
+            kwargs = {name: value for name, value in kwargs.items() if value is not False}
             _check_cut(tower, cut, kwargs)
         if kwargs or not _is_plain(tower):
             states, output = self._run_whole(tower, pixel_values, layers, **kwargs)
