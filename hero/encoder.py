@@ -609,5 +609,8 @@ class HeroVisionEncoder(nn.Module):
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (batch.layouts, crops.device, crops.dtype, layer, question is None, implementation, autocast)
         modules = [self] if self.relevance is None else [self, self.relevance.clip_model]
-        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+
+        def weights() -> list[Tensor]:
+            return [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
+
         return self.graphs.run(key, steps, inputs, weights, batch)

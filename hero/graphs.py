@@ -83,7 +83,7 @@ class Graphs:
         key: Hashable,
         steps: Sequence[Step],
         inputs: Sequence[Callable[[], Tensor]],
-        weights: Sequence[Tensor],
+        weights: Callable[[], Sequence[Tensor]],
         held: object,
     ) -> list[Tensor]:
         """What the last step returns, from graphs; recorded on the first call with a key.
@@ -93,7 +93,8 @@ class Graphs:
             steps: each takes what the one before returned, ``None`` first, and its input; the last returns
                 tensors.
             inputs: gives the input of each step, called right before the step is launched.
-            weights: that the steps read: where one was moved or converted since, the graph is made anew.
+            weights: gives those that the steps read: where one was moved or converted since, the graph is
+                made anew.
             held: owns other memory that the steps read.
 
         Raises:
@@ -109,7 +110,7 @@ class Graphs:
             recorded = self._recorded.get(key)
             if recorded is None or recorded.is_stale():
                 values = [value, *(give() for give in inputs[1:])]
-                recorded = self._recorded[key] = self._make(steps, values, weights, held)
+                recorded = self._recorded[key] = self._make(steps, values, weights(), held)
                 while len(self._recorded) > self.limit:
                     self._recorded.popitem(last=False)
             self._recorded.move_to_end(key)
@@ -138,5 +139,6 @@ class Graphs:
         replays, state = [], None
         for step, static in zip(steps, inputs, strict=True):
             replay, state = self.record(step, state, static, self._pools.get(device))
+            replay()  # recording runs nothing, and the next step reads what this one writes
             replays.append(replay)
         return _Recorded(inputs, replays, state, held, [(weight, weight.data_ptr()) for weight in weights])
