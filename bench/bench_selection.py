@@ -103,7 +103,8 @@ def check_budgets(segments: hk.Segments, inputs: SimpleNamespace, result: hk.Til
     for first, image in zip(segments.first_crops, segments.images):
         tiles = slice(first + image.first_tile, first + image.first_tile + image.tiles)
         expected[first + image.thumbnail] = min(image.thumbnail_tokens, counts[first + image.thumbnail])
-        expected[tiles] = reference._apportion(image.tile_tokens, weights[tiles], counts[tiles])
+        row = (torch.tensor([numbers]) for numbers in ([image.tile_tokens], weights[tiles], counts[tiles]))
+        expected[tiles] = reference._apportion(*row)[0].tolist()
     same("budgets", result.budgets, torch.tensor(expected, device=result.budgets.device))
 
 

@@ -379,7 +379,7 @@ RENDERERS: dict[str, Callable[[Mapping], list[str]]] = {
     "kernels": kernels,
 }
 MISSING = {"kernels": "Not measured: no GPU was available so far."}
-ELSEWHERE = ("compiled", "quality")  # records on other pages
+ELSEWHERE = ("compare", "compiled", "quality")  # records without a table on this page
 
 
 def replace(page: str, name: str, lines: Sequence[str]) -> str:

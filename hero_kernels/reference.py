@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from .segments import Finalized, Gathered, Segment, Segments, TileBudgets, TileSignal
+from .segments import LARGEST, Finalized, Gathered, Lanes, Segments, TileBudgets, TileSignal
 
 __all__ = [
     "attention_with_cls",
@@ -147,10 +146,11 @@ def received_attention(
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name.
     """
-    rows = query.new_zeros(key.shape[:3], dtype=torch.float32)
-    for crop in range(key.shape[0]):  # one crop at a time: N × N maps of a whole batch would not fit
-        logits = torch.einsum("hmd,hnd->hmn", query[crop].float(), key[crop].float()) * scale
-        rows[crop] = logits.softmax(-1).mean(1)
+    rows = []
+    for q, k in zip(query.unbind(1), key.unbind(1), strict=True):  # the N × N maps of all heads would not fit
+        logits = torch.einsum("tmd,tnd->tmn", q.float(), k.float()) * scale
+        rows.append(logits.softmax(-1).mean(1))
+    rows = torch.stack(rows, dim=1)
     return _accumulate(rows, weight, out, per_head)
 
 
@@ -184,57 +184,65 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
     return Finalized(scores, entropy, ranks)
 
 
-def _shares(signals: Sequence[TileSignal], tiles: slice) -> Tensor:
-    """Weighted mean of the normalised signals over the tiles of one image: [K] fp32, sum 1 (§2)."""
-    count = tiles.stop - tiles.start
+def _part(signal: TileSignal, lanes: Lanes) -> Tensor:
+    """A signal normalised to sum 1 over the tiles of each image: ``[B, L]`` fp32, 0 elsewhere (§2)."""
+    values = signal.values.float()[lanes.crop]
+    if signal.temperature is None:
+        values = values.clamp_min(0.0).masked_fill(lanes.no_tile, 0.0)
+        return values / values.sum(1, keepdim=True)
+    values = values.masked_fill(lanes.no_tile, -torch.inf)
+    return ((values - values.amax(1, keepdim=True)) / signal.temperature).softmax(1)
+
+
+def _shares(signals: Sequence[TileSignal], lanes: Lanes) -> Tensor:
+    """Weighted mean of the normalised signals of each tile, 0 elsewhere: ``[B, L]`` fp32 (§2)."""
     total_weight = sum(signal.weight for signal in signals)
-    shares = signals[0].values.new_zeros(count, dtype=torch.float32)
-    for signal in signals:
-        values = signal.values[tiles].float()
-        if signal.temperature is not None:
-            part = ((values - values.max()) / signal.temperature).softmax(0)
-        else:
-            values = values.clamp_min(0.0)
-            part = values / values.sum()
-        if not 0.5 < part.sum() < 1.5:  # nothing to divide, or beyond fp32
-            part = torch.full_like(values, 1.0 / count)
-        shares = shares + (signal.weight / total_weight) * part
-    return shares
+    parts = torch.stack([_part(signal, lanes) for signal in signals])
+    whole = parts.sum(2, keepdim=True)  # NaN where there is nothing to divide, or it is beyond fp32
+    parts = torch.where((whole - 1.0).abs() < 0.5, parts, lanes.equal)
+    return sum((signal.weight / total_weight) * part for signal, part in zip(signals, parts, strict=True))
 
 
-def _apportion(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """Largest remainder with caps, in integers: sums to ``min(total, sum(caps))`` (§3).
+def _apportion(total: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
+    """Largest remainder with caps, in int64: rows sum to ``min(total, Σ caps)`` (§3).
 
-    Tiles whose quota reaches their cap are fixed at it and leave, until none does. The others get the
-    floor of their quota, and the rest goes one by one to the largest remainders, ties to the lower tile.
+    Where tiles with weight cannot take all, they are full, and the others share what is left equally.
+
+    Water rises in all tiles at once, in each as fast as its weight. When it reaches the cap of tile j, tile i
+    holds ``min(cap_j · weight_i / weight_j, cap_i)``: tile j is full if all together hold no more than there
+    is. The others get the floor of their quota of what full tiles leave, and the rest goes one by one to the
+    largest remainders, ties to the lower tile.
+
+    Args:
+        total: ``[B, 1]``, below 2³¹.
+        weights: ``[B, K]``, in sum at most about 2²⁴; K < 2³¹, so that no product or sum reaches 2⁶³.
+        caps: ``[B, K]``, below 2³¹; 0 where there is no tile.
     """
-    budgets = [0] * len(caps)
-    left = min(total, sum(caps))
-    active = [tile for tile, cap in enumerate(caps) if cap > 0]
-    while True:
-        equal = not any(weights[tile] for tile in active)
-        weight = {tile: 1 if equal else weights[tile] for tile in active}
-        whole = sum(weight.values())
-        full = [tile for tile in active if left * weight[tile] >= caps[tile] * whole]
-        if not full:
-            break
-        for tile in full:
-            budgets[tile] = caps[tile]
-        left -= sum(caps[tile] for tile in full)
-        active = [tile for tile in active if tile not in full]
-    remainder = {}
-    for tile in active:
-        budgets[tile], remainder[tile] = divmod(left * weight[tile], whole)
-    left -= sum(budgets[tile] for tile in active)
-    for tile in sorted(active, key=lambda tile: (-remainder[tile], tile))[:left]:
-        budgets[tile] += 1
-    return budgets
+    left = torch.minimum(total, caps.sum(1, keepdim=True))
+    weighted = caps.masked_fill(weights == 0, 0)
+    spills = left >= weighted.sum(1, keepdim=True)
+    budgets = weighted * spills
+    left = left - budgets.sum(1, keepdim=True)
+    weights = torch.where(spills, weights == 0, weights)
+
+    reached = caps[:, :, None] * weights[:, None, :]  # times weight_j: [B, j, i]
+    held = torch.minimum(reached, reached.mT).sum(2)
+    full = (weights > 0) & (left * weights >= held)
+    filled = caps.masked_fill(~full, 0)
+    budgets = budgets + filled
+    left = left - filled.sum(1, keepdim=True)
+
+    weights = weights.masked_fill(full, 0)
+    product, whole = left * weights, weights.sum(1, keepdim=True).clamp_min(1)
+    quota = product // whole
+    left = left - quota.sum(1, keepdim=True)
+    place = (product % whole).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return budgets + quota + (place < left)
 
 
-def _apportion_floor(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
+def _apportion_floor(total: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
     """The released rule: the floor of each quota, at most the cap; leftovers are lost (§3)."""
-    whole = sum(weights) or 1
-    return [min(total * weight // whole, cap) for weight, cap in zip(weights, caps, strict=True)]
+    return torch.minimum(total * weights // weights.sum(1, keepdim=True).clamp_min(1), caps)
 
 
 def tile_budgets(
@@ -265,26 +273,17 @@ def tile_budgets(
         TypeError, ValueError: an argument of another type, shape or device, by name; a signal that is not
             finite.
     """
-    device = valid_counts.device
     rule = _apportion if allocation == "exact" else _apportion_floor
-    shares = torch.zeros(segments.crops, dtype=torch.float32, device=device)
-    caps = valid_counts.tolist()
-    budgets = [0] * segments.crops
-    for first, image in zip(segments.first_crops, segments.images, strict=False):
-        if image.thumbnail >= 0:
-            crop = first + image.thumbnail
-            budgets[crop] = min(image.thumbnail_tokens, caps[crop])
-        if image.tiles:
-            start = first + image.first_tile
-            shares[start : start + image.tiles] = _shares(signals, slice(start, start + image.tiles))
-    weights = (shares.double() * FIXED_POINT + 0.5).floor().to(torch.int32)  # fp32 could not add the half
-    whole_numbers = weights.tolist()
-    for first, image in zip(segments.first_crops, segments.images, strict=False):
-        if image.tiles:
-            start = first + image.first_tile
-            tiles = slice(start, start + image.tiles)
-            budgets[tiles] = rule(image.tile_tokens, whole_numbers[tiles], caps[tiles])
-    return TileBudgets(torch.tensor(budgets, dtype=torch.int32, device=device), shares, weights)
+    lanes = segments.lanes(valid_counts.device)
+    shares = _shares(signals, lanes)[:, : lanes.most]
+    weights = (shares.double() * FIXED_POINT + 0.5).floor().long()  # fp32 could not add the half
+    counts = valid_counts.long().clamp_max(LARGEST)[lanes.crop[:, : lanes.most]]
+    caps = counts.masked_fill(lanes.no_tile[:, : lanes.most], 0)
+    budgets = rule(lanes.tile_tokens, weights, caps)
+    thumbnails = torch.minimum(lanes.thumbnail_tokens, counts)
+    budgets = torch.where(lanes.thumbnail_tokens < 0, budgets, thumbnails)
+    rows = (budgets.to(torch.int32), shares, weights.to(torch.int32))
+    return TileBudgets(*(row.flatten().index_select(0, lanes.place) for row in rows))
 
 
 def _ranks(scores: Tensor, valid: Tensor | None) -> Tensor:
@@ -325,27 +324,18 @@ def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None)
     return _top(_ranks(scores, valid), budgets, valid)
 
 
-def _packed_index(keep: Tensor, image: Segment, first: int, side: int) -> Tensor:
-    """Source of every packed row of one image: ``crop · P + patch``, −1 for a newline (§5)."""
-    source = torch.arange(keep.numel(), device=keep.device).view_as(keep) + first * keep.shape[1]
-    newline = source.new_full((1,), -1)
-    thumbnail = source.new_empty(0)
-    if image.thumbnail >= 0:
-        thumbnail = source[image.thumbnail][keep[image.thumbnail]]
-        if image.thumbnail_newline:
-            thumbnail = torch.cat([thumbnail, newline])
-    if not image.tiles:
-        return thumbnail
-    tiles = slice(image.first_tile, image.first_tile + image.tiles)
-    stitch = {"gw": image.grid_width, "y": side}
-    source = rearrange(source[tiles], "(gh gw) (y x) -> (gh y) (gw x)", **stitch)
-    keep = rearrange(keep[tiles], "(gh gw) (y x) -> (gh y) (gw x)", **stitch)
-    row = torch.arange(source.shape[0], device=source.device)
-    begin, end = image.newline_rows
-    source = torch.cat([source, newline.expand(source.shape[0], 1)], dim=1)
-    keep = torch.cat([keep, ((row >= begin) & (row < end))[:, None]], dim=1)
-    stitched = source[keep]
-    return torch.cat([thumbnail, stitched] if image.thumbnail <= 0 else [stitched, thumbnail])
+def _lengths(keep: Tensor, segments: Segments) -> tuple[int, ...]:
+    """Rows of each image, read by the host at once."""
+    kept = keep.new_zeros(len(segments.images), dtype=torch.int64)
+    kept = kept.index_add_(0, segments.lanes(keep.device).image, keep.sum(1))
+    return tuple(rows + image.newlines for rows, image in zip(kept.tolist(), segments.images, strict=True))
+
+
+def _packed_index(keep: Tensor, segments: Segments, length: int) -> Tensor:
+    """``[length]`` int64, source of every packed row: ``crop · P + patch``, −1 for a newline (§5)."""
+    order = segments.order(keep.device)
+    stays = keep.flatten().index_select(0, order.clamp_min(0)) | (order < 0)
+    return order.index_select(0, torch.nonzero_static(stays, size=length)[:, 0])
 
 
 def segmented_topk_gather(
@@ -388,20 +378,20 @@ def segmented_topk_gather(
         TypeError, ValueError: an argument of another type, shape or device, by name; both or none of
             ``budgets`` and ``signals``; NaN in ``features`` or ``scores`` (on the CPU).
     """
+    # Where nothing can fall short of what the segments promise, nothing needs to be counted.
+    promised = allocation == "exact" and budgets is None and valid is None and valid_counts is None
     if budgets is None:
-        if valid is None:
-            counts = torch.full((segments.crops,), segments.patches, dtype=torch.int32, device=scores.device)
-        else:
-            counts = valid.sum(1, dtype=torch.int32)
-        budgets = tile_budgets(signals, counts, segments, allocation=allocation)
+        if valid_counts is None and valid is None:
+            valid_counts = torch.full((segments.crops,), segments.patches, device=scores.device)
+        elif valid_counts is None:
+            valid_counts = valid.sum(1)
+        budgets = tile_budgets(signals, valid_counts, segments, allocation=allocation)
     keep = _top(_ranks(scores, valid) if ranks is None else ranks, budgets.budgets, valid)
-    rows = [
-        _packed_index(keep[first : first + image.crops], image, first, segments.side)
-        for first, image in zip(segments.first_crops, segments.images, strict=False)
-    ]
-    index = torch.cat(rows)
+    lengths = segments.lengths if promised else _lengths(keep, segments)
+    index = _packed_index(keep, segments, sum(lengths))
     # Chosen before the gather: one advanced index on a strided view, without copying the view.
     crop, patch = index.clamp_min(0) // segments.patches, index.clamp_min(0) % segments.patches
     tokens = features[crop, patch]
-    tokens = tokens.masked_fill((index < 0)[:, None], 0.0)
-    return Gathered(tokens, index.to(torch.int32), tuple(len(row) for row in rows), budgets)
+    newlines = torch.nonzero_static(index < 0, size=sum(image.newlines for image in segments.images))
+    tokens = tokens.index_fill_(0, newlines[:, 0], 0.0)  # in place: these rows alone are written
+    return Gathered(tokens, index.to(torch.int32), lengths, budgets)

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ._checks import check_choice, describe
@@ -22,6 +23,8 @@ __all__ = ["ALLOCATIONS", "Finalized", "Gathered", "Segment", "Segments", "TileB
 
 ALLOCATIONS = ("exact", "floor")
 MAX_SIGNALS = 4
+LARGEST = (1 << 31) - 1  # of a count: products with weights then fit into int64
+LANES = 64  # see Lanes
 NUMBERS = (
     "crops",
     "thumbnail",
@@ -103,6 +106,8 @@ class Segments:
                 raise ValueError(f"{name}: expected grid_width to divide {image.tiles} tiles, got {image}")
             if min(image.thumbnail_tokens, image.tile_tokens) < 0:
                 raise ValueError(f"{name}: expected token counts >= 0, got {image}")
+            if max(image.thumbnail_tokens, image.tile_tokens) > LARGEST:
+                raise ValueError(f"{name}: expected token counts below 2³¹, got {image}")
             if image.thumbnail_newline and image.thumbnail < 0:
                 raise ValueError(f"{name}: expected a thumbnail before its newline, got {image}")
             begin, end = image.newline_rows
@@ -111,9 +116,11 @@ class Segments:
         if self.crops * self.patches >= 1 << 31:
             raise ValueError(f"images: expected crops · patches below 2³¹, got {self.crops} · {self.patches}")
         object.__setattr__(self, "_tables", {})
+        object.__setattr__(self, "_lanes", {})
+        object.__setattr__(self, "_orders", {})
 
     def __getstate__(self) -> dict[str, object]:
-        return {"images": self.images, "side": self.side, "_tables": {}}
+        return {"images": self.images, "side": self.side, "_tables": {}, "_lanes": {}, "_orders": {}}
 
     @property
     def patches(self) -> int:
@@ -152,11 +159,31 @@ class Segments:
                 (first, begin, length, *image[:5], *image.newline_rows, image.thumbnail_newline)
                 for first, begin, length, image in rows
             ]
-            table = torch.tensor(numbers, dtype=torch.int32)
-            if device.type == "cuda":
-                table = table.pin_memory()  # or the host would wait for the copy
-            self._tables[device] = table = table.to(device, non_blocking=True)
+            self._tables[device] = table = _sent(torch.tensor(numbers, dtype=torch.int32), device)
         return table
+
+    def lanes(self, device: torch.device) -> Lanes:
+        """The images as rows of lanes, a crop each, on a device; kept with this object."""
+        lanes = self._lanes.get(device)
+        if lanes is None:
+            with torch.inference_mode(False):  # what is kept may serve a call that has gradients
+                lanes = _lanes(self, device)
+            self._lanes[device] = lanes
+        return lanes
+
+    def order(self, device: torch.device) -> Tensor:
+        """``[N]`` int64: ``crop · P + patch`` of all patches in the order of the packed sequence (§5).
+
+        Newlines are −1. A selection drops patches from it, and keeps the order. Kept with this object.
+        """
+        order = self._orders.get(device)
+        if order is None:
+            with torch.inference_mode(False):
+                pairs = zip(self.images, self.first_crops, strict=False)
+                parts = [_order(image, first, self.side) for image, first in pairs]
+                order = _sent(torch.cat(parts), device)
+            self._orders[device] = order
+        return order
 
     def warm(self, device: torch.device) -> None:
         """Compute now what is computed once: compiled code can look that up, but not compute it."""
@@ -183,6 +210,80 @@ class Segments:
         """Raise ``ValueError`` unless argument ``name`` has one row a crop."""
         if crops != self.crops:
             raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, for which the host does not wait."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+class Lanes(NamedTuple):
+    """The images of a batch as rows of lanes, a crop a lane, so that all can be computed at once.
+
+    A row has LANES lanes, or a multiple of them where an image of the batch has more crops: the order in
+    which a row is summed must not depend on the other images.
+
+    Attributes:
+        crop: ``[B, L]`` int64, the crop of each lane; 0 where there is none.
+        no_tile: ``[B, L]`` bool, thumbnails and lanes without a crop.
+        equal: ``[B, L]`` fp32, equal parts of the tiles of an image.
+        thumbnail_tokens: ``[B, most]`` int64, at the thumbnail; −1 elsewhere.
+        tile_tokens: ``[B, 1]`` int64.
+        image: ``[T]`` int64, the row of each crop.
+        place: ``[T]`` int64, where each crop is among the first ``most`` lanes, flattened.
+        most: crops of the largest image; no lane beyond has one.
+    """
+
+    crop: Tensor
+    no_tile: Tensor
+    equal: Tensor
+    thumbnail_tokens: Tensor
+    tile_tokens: Tensor
+    image: Tensor
+    place: Tensor
+    most: int
+
+
+def _lanes(segments: Segments, device: torch.device) -> Lanes:
+    images = segments.images
+    crops, thumbnail, thumbnail_tokens, tile_tokens, tiles = (
+        torch.tensor([getattr(image, name) for image in images])[:, None]
+        for name in ("crops", "thumbnail", "thumbnail_tokens", "tile_tokens", "tiles")
+    )
+    first, most = torch.tensor(segments.first_crops[:-1])[:, None], int(crops.max())
+    lane = torch.arange(-(-most // LANES) * LANES)
+    inside, is_thumbnail = lane < crops, lane == thumbnail
+    is_tile = inside & ~is_thumbnail
+    tensors = (
+        torch.where(inside, first + lane, 0),
+        ~is_tile,
+        is_tile / tiles.clamp_min(1),
+        torch.where(is_thumbnail, thumbnail_tokens, -1)[:, :most],
+        tile_tokens,
+        inside.nonzero()[:, 0],
+        inside[:, :most].flatten().nonzero()[:, 0],
+    )
+    return Lanes(*(_sent(tensor, device) for tensor in tensors), most)
+
+
+def _order(image: Segment, first: int, side: int) -> Tensor:
+    """:meth:`Segments.order` of one image, whose first crop is ``first``."""
+    source = torch.arange(first * side**2, (first + image.crops) * side**2).view(image.crops, -1)
+    newline = torch.tensor([-1])
+    stitched = rearrange(
+        source[image.first_tile : image.first_tile + image.tiles],
+        "(gh gw) (y x) -> (gh y) (gw x)",
+        gw=image.grid_width,
+        y=side,
+    )
+    begin, end = image.newline_rows
+    rows = stitched[begin:end]
+    rows = torch.cat([rows, newline.expand(len(rows), 1)], dim=1)
+    tiles = [stitched[:begin].flatten(), rows.flatten(), stitched[end:].flatten()]
+    thumbnail = []
+    if image.thumbnail >= 0:
+        thumbnail = [source[image.thumbnail], newline[: int(image.thumbnail_newline)]]
+    return torch.cat([*thumbnail, *tiles] if image.thumbnail <= 0 else [*tiles, *thumbnail])
 
 
 @lru_cache(maxsize=256)

@@ -152,6 +152,29 @@ def oracle_exact(total, weights, caps):
     return budgets, tied
 
 
+def oracle_rounds(total, weights, caps):
+    """The same by rounds of plain integers, as docs/method.md has it: quicker, and for any weights."""
+    budgets, left = [0] * len(caps), min(total, sum(caps))
+    active = [tile for tile, cap in enumerate(caps) if cap]
+    while True:
+        weight = {tile: weights[tile] if any(weights[i] for i in active) else 1 for tile in active}
+        whole = sum(weight.values())
+        full = [tile for tile in active if left * weight[tile] >= caps[tile] * whole]
+        if not full:
+            break
+        for tile in full:
+            budgets[tile] = caps[tile]
+            left -= caps[tile]
+        active = [tile for tile in active if tile not in full]
+    remainder = {}
+    for tile in active:
+        budgets[tile], remainder[tile] = divmod(left * weight[tile], whole)
+    left -= sum(budgets[tile] for tile in active)
+    for tile in sorted(active, key=lambda tile: (-remainder[tile], tile))[:left]:
+        budgets[tile] += 1
+    return budgets
+
+
 def oracle_floor(total, weights, caps):
     whole = sum(weights)
     return [min(math.floor(Fraction(total * weight, whole)), cap) for weight, cap in zip(weights, caps)]

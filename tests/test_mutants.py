@@ -62,6 +62,7 @@ CHECKS = {
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
     "budgets": selection("tile_budgets", "K from 0 to 40", "exact"),
     "caps": selection("tile_budgets", "everything kept", "exact"),
+    "filled": selection("tile_budgets", "stitched 2 × 3, padding rows", "exact"),
     "floor": selection("tile_budgets", "stitched 2 × 3, padding rows", "floor"),
     "topk": selection("segmented_topk", "ragged"),
     "gather": selection("segmented_topk_gather", "thumbnail last, newline", "signals"),
@@ -148,23 +149,29 @@ TWINS = [
     Mutant(
         "remainder ties reversed",
         "reference",
-        "(-remainder[tile], tile)",
-        "(-remainder[tile], -tile)",
+        "(product % whole)",
+        "(product % whole * 64 + torch.arange(product.shape[1]))",
         "budgets",
         False,
     ),
     Mutant(
-        "cap off by one", "reference", "budgets[tile] = caps[tile]", "budgets[tile] = caps[tile] - 1", "caps"
+        "cap off by one",
+        "reference",
+        "budgets = weighted * spills",
+        "budgets = (weighted - 1).clamp_min(0) * spills",
+        "caps",
     ),
+    Mutant("cap not seen", "reference", "torch.minimum(reached, reached.mT)", "reached", "filled"),
+    Mutant("left as before", "reference", "left = left - filled", "left = left - 0 * filled", "filled"),
     Mutant("shares rounded down", "reference", "FIXED_POINT + 0.5", "FIXED_POINT", "budgets"),
     Mutant(
         "floor without cap",
         "reference",
-        "min(total * weight // whole, cap)",
-        "total * weight // whole",
+        "torch.minimum(total * weights // weights.sum(1, keepdim=True).clamp_min(1), caps)",
+        "total * weights // weights.sum(1, keepdim=True).clamp_min(1)",
         "floor",
     ),
-    Mutant("lowest first", "reference", "descending=True", "descending=False", "topk"),
+    Mutant("lowest first", "reference", "keys.argsort(dim=1, descending=True", "keys.argsort(dim=1", "topk"),
     Mutant(
         "ties to the higher index",
         "reference",
@@ -193,17 +200,27 @@ TWINS = [
     Mutant(
         "mean over keys", "reference", "logits.softmax(-1).mean(1)", "logits.softmax(-2).mean(1)", "received"
     ),
-    Mutant("a newline too many", "reference", "(row < end)", "(row <= end)", "gather, padding", False),
     Mutant(
-        "thumbnail always first", "reference", "if image.thumbnail <= 0 else", "if image.crops else", "gather"
+        "a newline too many",
+        "segments",
+        "rows = stitched[begin:end]",
+        "rows = stitched[begin : (end := end + 1)]",
+        "gather, padding",
+        False,
+    ),
+    Mutant(
+        "thumbnail always first", "segments", "if image.thumbnail <= 0 else", "if image.crops else", "gather"
+    ),
+    Mutant(
+        "newline rows not empty", "reference", "tokens = tokens.index_fill_", "tokens.index_fill", "gather"
     ),
 ]
 MUTANTS = KERNELS if SWITCHES.interpret else TWINS
 
 
 def path_of(folder: Path, mutant: Mutant) -> Path:
-    name = f"{mutant.file}.py" if mutant.file == "reference" else f"kernels/{mutant.file}.py"
-    return folder / PACKAGE.name / name
+    file = folder / PACKAGE.name / f"{mutant.file}.py"
+    return file if file.exists() else file.parent / "kernels" / file.name
 
 
 def outcome(folder: Path, names) -> int:

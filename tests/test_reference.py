@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
     draw_attention,
+    first_difference,
     generator,
     oracle_cls,
     oracle_exact,
@@ -24,13 +25,14 @@ from oracles import (
     oracle_order,
     oracle_output,
     oracle_received,
+    oracle_rounds,
     oracle_shares,
     oracle_weights,
 )
 
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal
-from hero_kernels.testing import VIEWS
+from hero_kernels.testing import VIEWS, OperationCounter, same_bits
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -450,6 +452,55 @@ def test_budgets_by_hand(weights, caps, total, exact, floor):
     assert one_image(weights, caps, total, "floor").budgets.tolist() == floor
 
 
+LARGEST = 2**31 - 1
+
+
+def draw_tiles(draw):
+    """``(total, weights, caps)`` of an image: ties, zeros, weights and counts up to what is allowed."""
+    count = draw.choice([0, 1, 2, 3, 4, 5, 9, 17, 40])
+    kind = draw.choice(
+        [[0], [1], [0, 1], [1, 2, 3], range(10), [0, 1, 10**6], [2**22, 2**22 + 1], [0, 1, 2**24]]
+    )
+    top = max(2**24 // max(count, 1), 1)  # weights are shares of 2²⁴
+    weights = [min(draw.choice(kind), top) for _ in range(count)]
+    if count and draw.random() < 0.2:
+        weights = [0] * count
+        weights[draw.randrange(count)] = 2**24
+    caps = draw.choice([[0], [36], [0, 36], range(5), range(577), [0, 1, 576], [0, 1, LARGEST, LARGEST - 1]])
+    caps = [draw.choice(caps) for _ in range(count)]
+    whole = sum(caps)
+    total = draw.choice([0, 1, whole - 1, whole, whole + 9, draw.randint(0, whole), draw.randint(0, count)])
+    return min(max(total, 0), LARGEST), weights, caps
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_apportionment_of_batches(seed):
+    """Thirty thousand images in all, up to 50 a batch, whatever their neighbours."""
+    draw, tied = random.Random(seed), 0
+    for _ in range(90):
+        images = [draw_tiles(draw) for _ in range(draw.choice([1, 2, 50]))]
+        width = max(len(caps) for _, _, caps in images) + draw.choice([0, 3])
+        total = torch.tensor([[total] for total, _, _ in images])
+        weights, caps = (
+            torch.tensor([image[part] + [0] * (width - len(image[part])) for image in images]).long()
+            for part in (1, 2)
+        )
+        exact, floor = (
+            rule(total, weights, caps).tolist()
+            for rule in (hk.reference._apportion, hk.reference._apportion_floor)
+        )
+        for image, budgets, floors in zip(images, exact, floor):
+            count = len(image[2])
+            assert budgets[:count] == oracle_rounds(*image)
+            assert floors[:count] == (oracle_floor(*image) if any(image[1]) else [0] * count)
+            assert not any(budgets[count:] + floors[count:])
+            if count < 10:
+                expected, tie = oracle_exact(*image)
+                assert budgets[:count] == expected
+                tied += tie
+    assert tied > 20
+
+
 SIGNAL = st.tuples(st.sampled_from([0.0, 0.1, 0.8, 3.0]), st.sampled_from([None, 0.02, 0.1, 1.0]))
 IMAGES = st.lists(
     st.tuples(
@@ -612,6 +663,71 @@ def test_gather(batch, masked, allocation):
     assert again.lengths == result.lengths and again.budgets is budgets
 
 
+def draw_layout(draw):
+    """A batch of any layout, some of its tiles all padding."""
+    side, images = draw.choice([1, 2, 3]), []
+    for _ in range(draw.choice([1, 2, 3, 6])):
+        gh, gw = draw.choice([(0, 1), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3), (1, 5), (6, 1), (4, 5)])
+        thumbnail = draw.choice([-1, 0, gh * gw] if gh else [0])
+        begin, end = sorted(draw.randint(0, gh * side) for _ in range(2))
+        wanted = draw.choice([0, draw.randint(0, gh * gw * side**2 + 2), gh * gw * side**2])
+        images.append(
+            Segment(
+                *(gh * gw + (thumbnail >= 0), thumbnail, gw, draw.randint(0, side**2 + 1), wanted),
+                *((begin, end), thumbnail >= 0 and draw.random() < 0.5),
+            )
+        )
+    return Segments(tuple(images), side)
+
+
+@pytest.mark.parametrize("allocation", ["exact", "floor"])
+@pytest.mark.parametrize("seed", range(8))
+def test_gather_of_any_layout(seed, allocation):
+    """Two thousand batches against loops, token by token."""
+    draw, random_numbers = random.Random(repr((seed, allocation))), generator(seed, allocation)
+    promised = 0
+    for _ in range(125):
+        segments = draw_layout(draw)
+        shape = (segments.crops, segments.patches)
+        scores = torch.randint(0, 5, shape, generator=random_numbers) / 4
+        features = torch.randn(*shape, 2, generator=random_numbers)
+        valid = torch.rand(shape, generator=random_numbers) < draw.choice([0.3, 0.9])
+        valid[torch.rand(segments.crops, generator=random_numbers) < 0.2] = False
+        masks = {"valid": valid} if draw.random() < 0.6 else {}
+        signals = [
+            TileSignal(
+                torch.randint(-1, draw.choice([1, 3]), shape[:1], generator=random_numbers).float(),
+                *draw.choice([(1.0, None), (0.4, 0.1)]),
+            )
+            for _ in range(draw.choice([1, 2]))
+        ]
+        result = hk.segmented_topk_gather(
+            features, scores, segments, signals=signals, allocation=allocation, **masks
+        )
+        mask = masks.get("valid", torch.ones_like(valid))
+        budgets = hk.tile_budgets(signals, mask.sum(1), segments, allocation=allocation)
+        assert all(same_bits(got, want) for got, want in zip(result.budgets, budgets))
+        weights, expected = budgets.weights.tolist(), budgets.budgets.tolist()
+        rule = {"exact": oracle_rounds, "floor": oracle_floor}[allocation]
+        caps = mask.sum(1).tolist()
+        for image, first in zip(segments.images, segments.first_crops):
+            tiles = slice(first + image.first_tile, first + image.first_tile + image.tiles)
+            if image.thumbnail >= 0:
+                expected[first + image.thumbnail] = min(image.thumbnail_tokens, caps[first + image.thumbnail])
+            if image.tiles:
+                expected[tiles] = rule(image.tile_tokens, weights[tiles], caps[tiles])
+        assert first_difference(budgets.budgets.tolist(), expected) is None
+        keep = [oracle_keep(*crop) for crop in zip(scores.tolist(), expected, mask.tolist())]
+        sequences = oracle_index(keep, segments)
+        index = list(chain(*sequences))
+        assert result.lengths == tuple(len(sequence) for sequence in sequences)
+        assert first_difference(result.index.tolist(), index) is None
+        rows = features.flatten(0, 1)[index].masked_fill((result.index < 0)[:, None], 0.0)
+        assert same_bits(result.tokens, rows)
+        promised += result.lengths == segments.lengths
+    assert 30 < promised < 125 or allocation == "floor"
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("scores_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gather_of_views_and_dtypes(dtype, scores_dtype):
@@ -650,6 +766,82 @@ def test_image_does_not_depend_on_its_batch(masked):
         assert torch.equal(torch.where(alone.index < 0, -1, alone.index + first * 16), index)
         for got, want in zip(alone.budgets, together.budgets):
             assert torch.equal(got, want[part])
+
+
+@pytest.mark.parametrize("most", [8, 63, 64, 100, 300])
+def test_shares_do_not_depend_on_the_batch(most):
+    """Bit by bit, even beside an image of more crops than a row of lanes has."""
+    draw = random.Random(most)
+    for turn in range(30):
+        tiles = [draw.choice([1, 2, 3, 4, 5, 7, 9, 16, 17, 40, 63]) for _ in range(draw.choice([1, 2, 9]))]
+        images = [
+            Segment(k + (t >= 0), t, 1, 1, k) for k in [*tiles, most] for t in [draw.choice([-1, 0, k])]
+        ]
+        draw.shuffle(images)
+        segments = Segments(tuple(images), 4)
+        values = torch.rand(2, segments.crops, generator=generator(most, turn)) * draw.choice(
+            [1.0, 1e-3, 9.0]
+        )
+        counts = torch.randint(0, 17, (segments.crops,), generator=generator(most, turn))
+        signals = [TileSignal(values[0], 0.3, None), TileSignal(values[1], 0.7, draw.choice([0.05, 1.0]))]
+        together = hk.tile_budgets(signals, counts, segments)
+        for image, first in zip(segments.images, segments.first_crops):
+            part = slice(first, first + image.crops)
+            own = [signal._replace(values=signal.values[part]) for signal in signals]
+            alone = hk.tile_budgets(own, counts[part], Segments((image,), 4))
+            assert all(same_bits(got, want[part]) for got, want in zip(alone, together))
+
+
+def operations(batch, device, **options):
+    """What the twins launch for a batch: its budgets, and the whole of the selection."""
+    segments, features, scores, valid, signals = (
+        [signal._replace(values=signal.values.to(device)) for signal in part]
+        if isinstance(part, list)
+        else part
+        if isinstance(part, Segments)
+        else part.to(device)
+        for part in draw_batch(batch, 0.7, "operations")
+    )
+    given = {"valid": valid} if options.pop("masked") else {}
+    counts = valid.sum(1)
+    for _ in range(2):  # the first keeps what follows from the segments
+        with OperationCounter() as budgeting:
+            hk.reference.tile_budgets(signals, counts, segments)
+        with OperationCounter() as gathering:
+            hk.reference.segmented_topk_gather(
+                features, scores, segments, signals=signals, **given, **options
+            )
+    assert len(budgeting.operations) > 20 and len(gathering.operations) > 30
+    return budgeting, gathering
+
+
+@pytest.mark.parametrize("allocation", ["exact", "floor"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_operations_do_not_grow_with_tiles_or_images(masked, allocation):
+    batches = [*BATCHES.values(), BATCHES["ragged"] * 5]
+    counts = [operations(batch, "cpu", masked=masked, allocation=allocation) for batch in batches]
+    copied = {"clone", "_unsafe_view"}  # a slice of several rows; that of one is contiguous as it is
+    for part in zip(*counts):
+        assert len({tuple(name for name in one.operations if name not in copied) for one in part}) == 1
+
+
+def test_nothing_waits_where_the_lengths_are_known():
+    """The ``meta`` device has no values that could be read."""
+    for counter in operations(BATCHES["ragged"], "meta", masked=False):
+        assert not counter.waits
+
+
+def test_what_is_kept_with_the_segments_serves_training():
+    """Though it was made where no gradients are."""
+    segments, features, scores, valid, signals = draw_batch(BATCHES["ragged"], 0.7, "kept")
+    with torch.inference_mode():
+        first = hk.segmented_topk_gather(features, scores, segments, valid=valid, signals=signals)
+    features = features.requires_grad_()
+    again = hk.segmented_topk_gather(features, scores, segments, valid=valid, signals=signals)
+    again.tokens.sum().backward()
+    kept = torch.zeros(features.shape[:2]).flatten()
+    kept[first.index[first.index >= 0].long()] = 1.0
+    assert torch.equal(features.grad, kept.view(features.shape[:2])[..., None].expand_as(features))
 
 
 def test_budgets_beyond_the_valid_patches_are_clamped():
@@ -947,6 +1139,8 @@ def test_some_of_the_rows(name, tensor):
         ({"crops": 5, "thumbnail": -1, "grid_width": 2}, 4),
         ({"crops": 5, "thumbnail_tokens": -1}, 4),
         ({"crops": 5, "tile_tokens": -1}, 4),
+        ({"crops": 5, "thumbnail_tokens": 2**31}, 4),
+        ({"crops": 5, "tile_tokens": 2**31}, 4),
         ({"crops": 5, "grid_width": 2, "newline_rows": (0, 9)}, 4),
         ({"crops": 5, "grid_width": 2, "newline_rows": (-1, 8)}, 4),
         ({"crops": 5, "grid_width": 2, "newline_rows": (5, 4)}, 4),
