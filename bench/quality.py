@@ -232,21 +232,21 @@ def _put_oracle(encoder: hero.HeroVisionEncoder, questions: Sequence[Asked]) -> 
     score, budget = encoder.score, encoder.budget
     held = []
 
-    def oracle_score(encoded, layouts, text=None):
-        scored = score(encoded, layouts, text)
-        layout = layouts[0]
+    def oracle_score(encoded, batch, text=None):
+        scored = score(encoded, batch, text)
+        layout = batch.layouts[0]
         tiles = slice(layout.first_tile, layout.first_tile + layout.tiles)
         patch = encoder.geometry.patch_size
         overlap = torch.stack([overlaps(question.boxes, layout, patch) for question in questions])
-        scores = scored.scores.view(len(layouts), layout.crops, layout.patches).clone()
+        scores = scored.scores.view(len(batch.layouts), layout.crops, layout.patches).clone()
         keep = oracle_keep(scores[:, tiles], overlap, layout.budget(encoder.config)[1])
         scores[:, tiles] = keep.to(scores)
         held[:] = [tiles, keep.sum(-1)]
         return dataclasses.replace(scored, scores=scores.flatten(0, 1), ranks=None)
 
-    def oracle_budget(scored, layouts):
-        budgets = budget(scored, layouts)
-        counts = budgets.budgets.view(len(layouts), -1).clone()
+    def oracle_budget(scored, batch):
+        budgets = budget(scored, batch)
+        counts = budgets.budgets.view(len(batch.layouts), -1).clone()
         counts[:, held[0]] = held[1].to(counts)
         return budgets._replace(budgets=counts.flatten())
 
@@ -424,7 +424,7 @@ class Runner:
             ratios = (1.0,) if variant.options is None else take_turns(self.keep, turn)
             for ratio in ratios:
                 with self.attached(variant, ratio, questions, others) as handle:
-                    if handle is not None:
+                    if handle is not None and handle.config.encoder_keep is None:
                         watch.share_tower(handle.encoder)
                     with watch.running():
                         answers = self.answers(inputs)

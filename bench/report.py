@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import end_to_end_page, quality_page
-from .page import code, small, table
+from .page import code, ratio, small, table
 from .record import ROOT
 
 __all__ = ["main", "render", "render_quality", "replace"]
@@ -144,6 +144,71 @@ def dispatch(record: Mapping) -> list[str]:
     ]
 
 
+def _seconds(times: Mapping[str, float]) -> str:
+    return f"{times['median']:.3f} ({times['min']:.3f})"
+
+
+def _points(gap: Mapping) -> str:
+    low, high = (f"{100 * value:+.1f}" for value in gap["interval"])
+    return f"{100 * gap['mean']:+.1f} ({low} to {high})".replace("-", "−")
+
+
+def encoder_keep(record: Mapping) -> list[str]:
+    """The tables of ``bench.encoder_keep``."""
+    timed, answers, machine = record["time"], record["answers"], record["machine"]
+    clock = {"wall": "wall-clock time", "cpu": "processor time"}[timed["clock"]]
+    load = " and ".join(f"{value:.1f}" for value in record["load_average"])
+    vit, patches = timed["shape"]["vision"], timed["variants"]["none"]["patches"]
+    lines = [
+        *small(record),
+        f"- `{record['command']}`, {record['date']}, {timed['rounds']} rounds, {clock}",
+        f"- {machine['cpu']}, {timed['threads']} of {machine['cores']} cores, {machine['system']}, "
+        f"{record['dtype']}; load average before and after {load}",
+        code(record),
+        "",
+        f"**Time of the tower**, {vit['layers']} layers, {vit['hidden']} wide, {timed['crops']} crops of "
+        f"{patches} patches, R = {answers['keep_ratio']:g}. Seconds are median (minimum); ratios are the "
+        "median of the ratios within rounds (95 % bootstrap interval).",
+        "",
+    ]
+    rows = [
+        [
+            name,
+            f"{one['layer']}",
+            f"{one['patches']}",
+            _seconds(one["summary"]),
+            "1" if name == "none" else ratio(one["to_none"]),
+        ]
+        for name, one in timed["variants"].items()
+    ]
+    head = ["`encoder_keep`", "last layer on all patches", "patches of a tile then", "seconds", "to none"]
+    lines += [*table(head, rows), ""]
+    kinds = answers["kinds"]
+    groups = [group for group in kinds if group in answers["full"]]
+    lines += [
+        f"**Answers of the mini model**, R = {answers['keep_ratio']:g}, {answers['questions']} questions, "
+        f"split {answers['split']}, weights {answers['weights']}. Accuracy in per cent, and the paired "
+        "difference in points to the same policy without `encoder_keep` (95 % bootstrap interval).",
+        "",
+    ]
+    rows = [["all tokens", "", *(f"{100 * answers['full'][group]['mean']:.1f}" for group in groups)]]
+    for row in answers["rows"]:
+        share, cells = row["encoder_keep"], row["groups"]
+        rows.append(
+            [
+                row["policy"],
+                "none" if share is None else f"{share:g}",
+                *(
+                    f"{100 * cells[group]['accuracy']['mean']:.1f}"
+                    + ("" if share is None else f", {_points(cells[group]['to_none'])}")
+                    for group in groups
+                ),
+            ]
+        )
+    heads = [f"{group}, {kinds[group]} questions" for group in groups]
+    return [*lines, *table(["policy", "`encoder_keep`", *heads], rows)]
+
+
 def _each(renderer: Callable[[Mapping], list[str]]) -> Callable[[Sequence[Mapping]], list[str]]:
     """The tables of several records, one after another."""
 
@@ -181,6 +246,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Map
     ),
     "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), _each(end_to_end_page.tables)),
     "dispatch": ("dispatch", lambda record: True, _each(dispatch)),
+    "encoder_keep": ("encoder_keep", lambda record: True, _each(encoder_keep)),
     "kernels": ("kernels", lambda record: True, _each(kernels)),
 }
 NO_GPU = "Not measured: no GPU was available so far."

@@ -17,14 +17,14 @@ import contextlib
 import contextvars
 import copy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 import hero_kernels as hk
 
-__all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remove"]
+__all__ = ["Collector", "KeyCollector", "collect", "fetch", "install", "installed", "remove", "uncaptured"]
 
 NAME = "hero_capture"
 _STATE = "_hero_capture"
@@ -55,6 +55,7 @@ class Collector:
         self.received = received
         self.seen: set[int] = set()
         self.rows: Tensor | None = None  # [T, H, P] fp32
+        self.whole: tuple[Tensor, Tensor] | None = None  # rows of all crops, and which of them go on
 
     def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Add the rows of one layer; query and key are ``[T, H, N, D]``, query at least at CLS."""
@@ -108,15 +109,38 @@ class Collector:
         elif added is None:
             self.rows += rows.to(self.rows.device)
 
+    def narrow(self, crops: Tensor, weights: Mapping[int, float]) -> None:
+        """From here on, some of the crops are all that this collector sees.
+
+        Args:
+            crops: ``[G]`` int64, these.
+            weights: of the layers to come.
+
+        Raises:
+            RuntimeError: the encoder ran without passing the captured layers before.
+        """
+        self._check(set(self.weights) - set(weights))
+        self.whole = self.rows, crops
+        self.rows = self.rows.index_select(0, crops)
+        self.weights = weights
+        if not len(crops):
+            self.seen.update(weights)  # with nothing left to see
+
+    def _check(self, layers: Iterable[int]) -> None:
+        missing = sorted(set(layers) - self.seen)
+        if missing:
+            raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
+
     def result(self) -> Tensor:
         """The rows ``[T, H, P]`` fp32, for :func:`hero_kernels.finalize_scores`.
 
         Raises:
             RuntimeError: the encoder ran without passing the captured layers.
         """
-        missing = sorted(set(self.weights) - self.seen)
-        if missing:
-            raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
+        self._check(self.weights)
+        if self.whole is not None:
+            rows, crops = self.whole
+            self.rows, self.whole = rows.index_copy_(0, crops, self.rows), None
         return self.rows
 
 
@@ -195,14 +219,25 @@ class _State:
         self.keys: Tensor | None = None
 
 
+def _base(module: nn.Module, config: object):
+    """The attention function that a configuration names."""
+    name = config._attn_implementation
+    if name in (None, "eager"):
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return _interface()[name]
+
+
+def uncaptured(module, query, key, value, attention_mask, **kwargs):
+    """Attention of a module, captured or not, that no collector sees."""
+    state = module.__dict__.get(_STATE)
+    config, view = (module.config, module) if state is None else (state.config, state.view)
+    return _base(module, config)(view, query, key, value, attention_mask, **kwargs)
+
+
 def _attention(module, query, key, value, attention_mask, **kwargs):
     """The registered attention function: the user's implementation, and scores for the collector."""
     state = module.__dict__[_STATE]
-    name = state.config._attn_implementation
-    if name in (None, "eager"):
-        base = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        base = _interface()[name]
+    base = _base(module, state.config)
     compiling = torch.compiler.is_compiling()
     collectors = () if compiling else _collectors.get()
     scale = kwargs.get("scaling")
@@ -285,6 +320,13 @@ def remove(modules: Mapping[int, nn.Module]) -> None:
         module.config = module.__dict__.pop(_STATE).config
 
 
+def fetch(collectors: Iterable[Collector | KeyCollector], modules: Mapping[int, nn.Module]) -> None:
+    """Have collectors take what a compiled pass left on the modules so far."""
+    for collector in collectors:
+        for module in modules.values():
+            collector.fetch(module.__dict__[_STATE])
+
+
 @contextlib.contextmanager
 def collect(
     collectors: Collector | Sequence[Collector | KeyCollector], modules: Mapping[int, nn.Module]
@@ -294,9 +336,7 @@ def collect(
     token = None if torch.compiler.is_compiling() else _collectors.set(collectors)
     try:
         yield
-        for module in modules.values():
-            for collector in collectors:
-                collector.fetch(module.__dict__[_STATE])
+        fetch(collectors, modules)
     finally:
         if token is not None:
             _collectors.reset(token)

@@ -135,6 +135,10 @@ class HeroConfig:
             computes its CLS rows beside it; ``"fused"`` runs attention that yields the rows, for encoders
             with CLS, without attention mask or dropout.
         second_softmax: a second softmax over the patches of each head, as the released code has it.
+        encoder_keep: share of each tile's patches, in (0, 1] and not below ``keep_ratio``, that go on through
+            the encoder after the last layer that scores tiles; the others are dropped there, and no tile can
+            keep more. ``None`` drops none. It saves time, and changes what is kept and its features
+            (docs/method.md, 7). For ``"hero"``, ``"hero+"`` and ``"uniform"``.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, by name.
@@ -152,6 +156,7 @@ class HeroConfig:
     allocation: str = "exact"
     attention: str = "native"
     second_softmax: bool = False
+    encoder_keep: float | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -196,6 +201,15 @@ class HeroConfig:
         _choice("attention", self.attention, ATTENTIONS)
         if not isinstance(self.second_softmax, bool):
             raise _error(TypeError, "second_softmax", "a bool", self.second_softmax)
+        if self.encoder_keep is not None:
+            expected = "a number in (0, 1], or None"
+            share = _real("encoder_keep", expected, self.encoder_keep)
+            if not 0.0 < share <= 1.0:
+                raise _error(ValueError, "encoder_keep", expected, self.encoder_keep)
+            if self.keep_ratio is not None and share < self.keep_ratio:
+                expected = f"at least keep_ratio {self.keep_ratio:g}, or None"
+                raise _error(ValueError, "encoder_keep", expected, self.encoder_keep)
+            put("encoder_keep", share)
 
     def signal_weights(self, with_relevance: bool) -> SignalWeights:
         """Weights of the tile signals, summing to 1.

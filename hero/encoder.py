@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from .config import POLICIES, HeroConfig
 from .graphs import Graphs
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
+from .packing import Cut
 from .plan import Plan, plan_of, to_device
-from .policies import SCORES, Scored, Seen, policy_of
+from .policies import SCORES, Map, Needs, Scored, Seen, policy_of
 from .relevance import ClipRelevance
 
 __all__ = ["HeroVisionEncoder", "Selection"]
@@ -73,10 +75,53 @@ def _check_feature_layer(value: object, depth: int) -> int | tuple[int, ...]:
     return value if isinstance(value, int) else tuple(layers)
 
 
+def _layers_of(feature_layer: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """The layers whose outputs the features are; −1 for the embeddings."""
+    states = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
+    return tuple(state % (depth + 1) - 1 for state in states)
+
+
 def _last_layer(feature_layer: int | tuple[int, ...], depth: int) -> int:
     """The last layer whose output is among the features; the first where they are the embeddings alone."""
-    states = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
-    return max(max(state % (depth + 1) for state in states) - 1, 0)
+    return max(*_layers_of(feature_layer, depth), 0)
+
+
+class _Dropping(NamedTuple):
+    """Where within the encoder patches of tiles are dropped: after the last layer that scores them.
+
+    Attributes:
+        layer: that layer.
+        thumbnail: ``{map: {later layer: weight}}``, what is captured after it.
+    """
+
+    layer: int
+    thumbnail: dict[str, dict[int, float]]
+
+
+def _dropping(config: HeroConfig, maps: Mapping[str, Map], needs: Needs) -> _Dropping | None:
+    """Where a configuration drops patches within the encoder; ``None`` where it does not.
+
+    Raises:
+        ValueError: the policy looks at patches of tiles afterwards, or not at all before.
+    """
+    if config.encoder_keep is None:
+        return None
+    why = None
+    if SCORES not in maps or not all(one.tiles for one in maps.values()):
+        why = "does not choose patches of tiles by their attention alone"
+    elif needs.keys or needs.patch_relevance:
+        why = "looks at all patches in the last layers"
+    if why is not None:
+        raise ValueError(
+            f"encoder_keep: expected None for policy {config.policy!r}, which {why}, "
+            f"got {config.encoder_keep!r}"
+        )
+    layer = max(layer for one in maps.values() for layer in one.tiles)
+    later = {
+        name: {number: weight for number, weight in one.thumbnail.items() if number > layer}
+        for name, one in maps.items()
+    }
+    return _Dropping(layer, later)
 
 
 def _constants(image_sizes) -> tuple[tuple[int, int], ...]:
@@ -201,6 +246,12 @@ class HeroVisionEncoder(nn.Module):
         self._captured = tuple(sorted({*layers, *keys}))
         if config.attention == "fused" and not self._tower.has_cls:
             raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
+        if config.encoder_keep is not None and not self._tower.has_cls:
+            raise ValueError(
+                f"encoder_keep: expected None for an encoder without CLS, got {config.encoder_keep!r}"
+            )
+        self._dropping = _dropping(config, maps, needs)
+        self._check_dropping(self.feature_layer)
         capturing.install(
             self._modules_captured(),
             received=not self._tower.has_cls,
@@ -229,6 +280,16 @@ class HeroVisionEncoder(nn.Module):
         name = f"plan_{device}_{image_sizes}"
         setattr(self._held, name, self._plan(image_sizes, device))
         return name
+
+    def _check_dropping(self, feature_layer: int | Sequence[int]) -> None:
+        """Raise ``ValueError`` where features are of layers before patches are dropped."""
+        first = min(_layers_of(feature_layer, self.depth))
+        if self._dropping is not None and first <= self._dropping.layer:
+            raise ValueError(
+                f"encoder_keep: expected None for policy {self.config.policy!r} with tiles scored up to "
+                f"layer {self._dropping.layer} and features of layer {first}, which must be a later one, "
+                f"got {self.config.encoder_keep!r}"
+            )
 
     def _modules_captured(self) -> dict[int, nn.Module]:
         modules = self._tower.attention_modules(self.vision_tower)
@@ -297,6 +358,9 @@ class HeroVisionEncoder(nn.Module):
         """Run the tower on crops ``[T, 3, S, S]``; patch scores fall out of its attention.
 
         Another ``feature_layer`` changes the features of this call; what is captured stays as it is.
+
+        Raises:
+            ValueError: ``encoder_keep`` is set, but the tower must run whole or features are early.
         """
         needs, received = self._needs, not self._tower.has_cls
         collectors = {
@@ -310,9 +374,20 @@ class HeroVisionEncoder(nn.Module):
         with_patches = needs.patch_relevance and self._shared
         if with_patches:  # the last layer comes along as one more layer of features
             layer = [*((layer,) if isinstance(layer, int) else layer), self.depth]
-        with capturing.collect([*collectors.values(), *keys], self._modules_captured()):
+        modules, cut = self._modules_captured(), None
+        if self._dropping is not None:
+            self._check_dropping(layer)
+            after, weights = self._dropping
+            cut = Cut(after, batch.packing, batch.valid, collectors, weights, SCORES, modules)
+        with capturing.collect([*collectors.values(), *keys], modules):
             features, cls, pooled, output = self._tower.run(
-                self.vision_tower, pixel_values, layer, cls=self.needs_cls, scored=self._captured, **kwargs
+                self.vision_tower,
+                pixel_values,
+                layer,
+                cls=self.needs_cls,
+                scored=self._captured,
+                cut=cut,
+                **kwargs,
             )
         patches = None
         if with_patches:
@@ -334,6 +409,7 @@ class HeroVisionEncoder(nn.Module):
             maps=maps,
             keys=keys[0].result().to(device) if keys else None,
             patches=patches,
+            valid=None if cut is None or cut.packing is None else cut.valid(),
         )
 
     def ask(self, batch: Plan, text: str | Sequence[str] | Tensor | None) -> Callable[[], Tensor] | None:
@@ -412,9 +488,7 @@ class HeroVisionEncoder(nn.Module):
     def budget(self, scored: Scored, batch: Plan) -> hk.TileBudgets:
         """Patches to keep of each crop."""
         batch = batch.on(scored.scores.device)
-        return hk.tile_budgets(
-            scored.signals, batch.valid_counts, batch.segments, allocation=self.config.allocation
-        )
+        return hk.tile_budgets(scored.signals, batch.caps, batch.segments, allocation=self.config.allocation)
 
     def select(self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, batch: Plan) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
@@ -424,11 +498,11 @@ class HeroVisionEncoder(nn.Module):
             encoded.features,
             scored.scores,
             batch.segments,
-            valid=batch.valid,
+            valid=batch.valid if encoded.valid is None else encoded.valid,
             budgets=budgets,
             allocation=self.config.allocation,
             ranks=scored.ranks if replaced is None else replaced.ranks,
-            valid_counts=batch.valid_counts,
+            valid_counts=batch.caps,
         )
         if replaced is None:
             return gathered

@@ -7,6 +7,7 @@ same order, since the number of tokens hangs on their rounding.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -149,6 +150,22 @@ class ImageLayout:
         if config.allocation == "floor" and config.keep_tokens is None:
             return self._quota(config)[1]
         return self.budget(config)[1]
+
+    def encoder_patches(self, config: HeroConfig) -> int:
+        """Patches of each tile that go through the whole encoder (docs/method.md, 7)."""
+        if config.encoder_keep is None:
+            return self.patches
+
+        def room(count: int) -> int:
+            return sum(min(count, valid) for valid in self.valid_counts)
+
+        share = floor_ratio(config.encoder_keep * self.patches)
+        return max(share, bisect_left(range(self.patches), self.budget(config)[1], key=room))
+
+    def tile_caps(self, config: HeroConfig) -> tuple[int, ...]:
+        """The most patches that can be kept of each tile."""
+        count = self.encoder_patches(config)
+        return tuple(min(valid, count) for valid in self.valid_counts)
 
     def kept_tokens(self, config: HeroConfig) -> int:
         """Length of the packed sequence; with ``allocation="floor"`` an upper bound."""

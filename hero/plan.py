@@ -7,7 +7,7 @@ copied from pinned memory, without waiting.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -18,6 +18,7 @@ import hero_kernels as hk
 
 from .config import HeroConfig
 from .layout import ImageLayout
+from .packing import Packing, packing_of
 from .policies import SCORES, policy_of
 from .scoring import Places, places_of
 
@@ -40,6 +41,8 @@ class Plan:
         segments: the same for the operations.
         valid: ``[T, P]`` bool, patches that are not padding.
         valid_counts: ``[T]`` int32.
+        caps: ``[T]`` int32, the most that can be kept of each crop: fewer where the encoder drops patches.
+        packing: what goes on through an encoder that drops patches; ``None`` where none is dropped.
         cu_seqlens: ``[B + 1]`` int32, where each image's kept tokens begin, if sizes alone decide that.
         places: where crops belong.
         maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
@@ -53,6 +56,8 @@ class Plan:
     segments: hk.Segments
     valid: Tensor
     valid_counts: Tensor
+    caps: Tensor
+    packing: Packing | None
     cu_seqlens: Tensor
     places: Places
     maps: Mapping[str, Mapping[int, Tensor]]
@@ -87,6 +92,12 @@ def _segment(layout: ImageLayout, config: HeroConfig) -> hk.Segment:
     )
 
 
+def _caps(layout: ImageLayout, config: HeroConfig) -> list[int]:
+    caps = [layout.patches] * layout.crops
+    caps[layout.first_tile : layout.first_tile + layout.tiles] = layout.tile_caps(config)
+    return caps
+
+
 def _valid(layout: ImageLayout) -> Tensor:
     """``[crops, P]`` bool, patches that are not padding."""
     crops = torch.ones((layout.crops, layout.side, layout.side), dtype=torch.bool)
@@ -119,6 +130,8 @@ def plan_of(
     asked = policy.maps(config, depth, feature_layer)
     segments.warm(device)
 
+    packing = packing_of(layouts, config)
+
     def put(values: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         if isinstance(values, Tensor):
             return to_device(values, device)
@@ -129,6 +142,14 @@ def plan_of(
         segments=segments,
         valid=put(valid),
         valid_counts=put(valid.sum(1, dtype=torch.int32)),
+        caps=put(
+            torch.tensor([cap for layout in layouts for cap in _caps(layout, config)], dtype=torch.int32)
+        ),
+        packing=None
+        if packing is None
+        else replace(
+            packing, **{name: put(value) for name, value in vars(packing).items() if name != "blocks"}
+        ),
         cu_seqlens=put(torch.tensor([*accumulate(segments.lengths, initial=0)], dtype=torch.int32)),
         places=put(places_of(layouts)),
         maps={

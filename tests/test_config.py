@@ -25,6 +25,8 @@ GIVEN = {
     "named": {"weights": SignalWeights(density=1, relevance=2)},
     "alpha": {"alpha": 0},
     "temperatures": {"temperature_cls": 1, "temperature_clip": 1e-3},
+    "within the encoder": {"encoder_keep": 1, "keep_ratio": 0.5},
+    "within the encoder, a count": {"encoder_keep": 0.1, "keep_tokens": 9},
     "released": {"allocation": "floor", "second_softmax": True},
     **{name: {"policy": name} for name in POLICIES},
 }
@@ -42,7 +44,7 @@ def test_defaults():
     config = HeroConfig()
     assert (config.keep_ratio, config.keep_tokens) == (DEFAULT_KEEP_RATIO, None) == (0.2, None)
     assert (config.policy, config.allocation, config.second_softmax) == ("hero", "exact", False)
-    assert (config.weights, config.alpha) == (None, None)
+    assert (config.weights, config.alpha, config.encoder_keep) == (None, None, None)
     # The paper: tiles by low to middle layers, the thumbnail by deep ones, whatever the depth.
     for depth in (6, 12, 24):
         tile = resolve_layers("tile_layers", config.tile_layers, depth)
@@ -73,7 +75,7 @@ def test_equal_configs_have_equal_hashes(given):
 def test_values_are_plain(given):
     """One representation of a value, so that equal configurations compare and print alike."""
     config = HeroConfig(**given)
-    for name in ("keep_ratio", "alpha", "temperature_cls", "temperature_clip"):
+    for name in ("keep_ratio", "alpha", "temperature_cls", "temperature_clip", "encoder_keep"):
         assert type(getattr(config, name)) in (float, type(None))
     assert type(config.keep_tokens) in (int, type(None))
     for layers in (config.tile_layers, config.thumbnail_layers):
@@ -234,6 +236,14 @@ FIELDS = {
         "percent": (20, ValueError),
         "false": (False, TypeError),
     },
+    "encoder_keep": {
+        **NUMBERS,
+        "zero": (0.0, ValueError),
+        "negative": (-0.2, ValueError),
+        "above 1": (1.01, ValueError),
+        "below the default keep_ratio": (0.19, ValueError),
+        "false": (False, TypeError),
+    },
     "keep_tokens": {
         "zero": (0, ValueError),
         "negative": (-5, ValueError),
@@ -310,6 +320,7 @@ def test_integer_beyond_floats(field):
         ({"weights": {"size": 1}}, "{'size': 1}"),
         ({"weights": {"density": "much"}}, "'much'"),
         ({"keep_ratio": 0.2, "keep_tokens": 64}, "0.2 and 64"),
+        ({"keep_ratio": 0.5, "encoder_keep": 0.4}, "0.4"),
     ],
 )
 def test_message_ends_with_what_was_given(fields, value):

@@ -22,6 +22,7 @@ from hero_kernels import Finalized
 
 from ..config import HeroConfig
 from ..layout import Geometry, ImageLayout
+from ..packing import Cut
 
 __all__ = ["Adapter", "Encoded", "Parts", "Patch", "Tower", "adapter_for", "tower_for"]
 
@@ -49,6 +50,8 @@ class Encoded:
             the policy wants it.
         patches: ``[T, P, C]``, the last layer at the patches, if the policy compares them with the question
             and CLIP has the tower's weights.
+        valid: ``[T, P]`` bool, the patches that may be kept; ``None`` where the tower dropped none, for all
+            that are not padding.
     """
 
     features: Tensor
@@ -62,6 +65,7 @@ class Encoded:
     maps: Mapping[str, Finalized] = field(default_factory=dict)
     keys: Tensor | None = None
     patches: Tensor | None = None
+    valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Tower(ABC):
         *,
         cls: bool = True,
         scored: Sequence[int] = (),
+        cut: Cut | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, object | None]:
         """Encode crops: (features, cls, pooled, output) as in :class:`Encoded`.
@@ -115,7 +120,11 @@ class Tower(ABC):
         Args:
             cls: whether cls and pooled are needed.
             scored: the layers whose attention is captured: they must run.
+            cut: where patches are dropped on the way; their features are zero.
             kwargs: what a caller asks of the tower beyond; then it runs whole.
+
+        Raises:
+            ValueError: a cut in a tower that must run whole.
         """
 
 
