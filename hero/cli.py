@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -247,6 +250,74 @@ def _run_show(args: argparse.Namespace) -> None:
     print(f"{kept} of {full} visual tokens kept, picture in {save}")
 
 
+def _run_bench(args: argparse.Namespace) -> None:
+    """Times with all tokens and at several keep ratios, in turns, so that a slow moment hits all alike."""
+    import torch
+
+    from . import attach
+
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: expected a number >= 1, got {args.rounds}")
+    loaded = _load(args.model, args.clip, args.second_pass)
+    model, image = loaded.model, _open(args.image)
+    relevance = loaded.relevance if args.question is not None else None
+    question = "what is in this picture" if args.question is None else args.question
+
+    def wait() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def once(ratio: float | None) -> tuple[int, float, float]:
+        """Visual tokens, seconds of the vision stage and to the first token; attaching is not timed."""
+        config = None if ratio is None else HeroConfig(ratio, policy=args.policy, alpha=args.alpha)
+        with contextlib.ExitStack() as stack:
+            if config is not None:
+                given = {"relevance": relevance, "capture": args.capture}
+                handle = stack.enter_context(attach(model, loaded.processor, config=config, **given))
+            inputs = _inputs(loaded, image, question)
+            pixels, sizes = inputs["pixel_values"], inputs["image_sizes"].tolist()
+            if config is None:
+                sizes = torch.tensor(sizes)
+                encode = functools.partial(model.model.get_image_features, pixels, sizes)
+            else:
+                encode = functools.partial(handle.encoder, pixels, sizes, _text(handle, loaded, question))
+            generate = functools.partial(model.generate, **inputs, max_new_tokens=1, do_sample=False)
+            seconds = []
+            for function in (encode, generate):
+                function()  # warm up
+                begin = wait()
+                function()
+                seconds.append(wait() - begin)
+        return int((inputs["input_ids"] == model.config.image_token_id).sum()), *seconds
+
+    found: dict[float | None, list[tuple[int, float, float]]] = {
+        None: [],
+        **{ratio: [] for ratio in args.keep},
+    }
+    with torch.inference_mode():
+        for turn in range(args.rounds):
+            for ratio in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                found[ratio].append(once(ratio))
+    medians = {
+        ratio: [statistics.median(column) for column in zip(*rounds, strict=True)]
+        for ratio, rounds in found.items()
+    }
+    print(f"{args.image}, {args.rounds} rounds, medians, ratios to all tokens")
+    print(f"  {'':<12} {'visual tokens':>13} {'vision stage':>20} {'first token':>20}")
+    for ratio, (tokens, *seconds) in medians.items():
+        name = "all tokens" if ratio is None else f"keep {ratio:g}"
+        times = (
+            f"{_milliseconds(value)} ({value / whole:.2f})"
+            for value, whole in zip(seconds, medians[None][1:], strict=True)
+        )
+        print(f"  {name:<12} {tokens:>13.0f} " + " ".join(f"{text:>20}" for text in times))
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in text.split(","))
+
+
 def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
@@ -298,6 +369,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def policy_options(sub: argparse.ArgumentParser) -> None:
+        policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items())
+        sub.add_argument("--policy", choices=tuple(POLICIES), default="hero", help=policies)
+        sub.add_argument("--alpha", type=float, help="weight of saliency against relevance, 0 to 1")
+
     def selection_options(sub: argparse.ArgumentParser) -> None:
         keep = sub.add_mutually_exclusive_group()
         keep.add_argument(
@@ -308,9 +384,7 @@ def _parser() -> argparse.ArgumentParser:
             help="keep ratio (default %(default)s)",
         )
         keep.add_argument("--tokens", type=int, metavar="N", help="keep N patch tokens of each image instead")
-        policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items())
-        sub.add_argument("--policy", choices=tuple(POLICIES), default="hero", help=policies)
-        sub.add_argument("--alpha", type=float, help="weight of saliency against relevance, 0 to 1")
+        policy_options(sub)
         sub.add_argument(
             "--max-new-tokens",
             type=int,
@@ -331,6 +405,8 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="run the --clip model's vision encoder too, where its weights are not the --model's",
         )
+
+    def picture_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--save", default="out/hero.png", metavar="PNG", help="picture (default %(default)s)"
         )
@@ -343,12 +419,28 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("image")
     ask.add_argument("question")
     model_options(ask)
+    picture_options(ask)
     selection_options(ask)
     show = command("show", _run_show, "draw which tokens are kept, without generating")
     show.add_argument("image")
     show.add_argument("question", nargs="?", help="weigh tiles by this question")
     model_options(show)
+    picture_options(show)
     selection_options(show)
+    bench = command("bench", _run_bench, "time the vision stage and the first token at several keep ratios")
+    bench.add_argument("image")
+    bench.add_argument("question", nargs="?", help="weigh tiles by this question")
+    model_options(bench)
+    policy_options(bench)
+    bench.add_argument(
+        "--keep",
+        type=_ratios,
+        default=(1.0, 0.5, 0.2, 0.1),
+        metavar="R,R",
+        help="keep ratios (default 1,0.5,0.2,0.1)",
+    )
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="default %(default)s")
+    bench.add_argument("--capture", action="store_true", help="encode by CUDA graphs")
     demo = command("demo", _run_demo, "ask the bundled model about a bundled scene, offline")
     demo.add_argument("--out", default="out", metavar="DIR", help="where pictures go (default %(default)s)")
     selection_options(demo)

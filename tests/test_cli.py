@@ -56,6 +56,18 @@ def test_model_from_a_folder(capsys, tmp_path):
     assert re.search(r"kept tokens +89 visual tokens", out)
 
 
+def test_bench(capsys):
+    """Every keep ratio once a round, against all tokens; times are the machine's, counts are ours."""
+    image = str(DEMO[0].image)
+    out = run(capsys, "bench", image, DEMO[0].question, "--keep", "1,0.2", "--rounds", "2")
+    lines = re.findall(
+        r"^  (all tokens|keep [\d.]+) +(\d+) +[\d.]+ m?s \(([\d.]+)\) +[\d.]+ m?s \(([\d.]+)\)$", out, re.M
+    )
+    assert [line[:2] for line in lines] == [("all tokens", "378"), ("keep 1", "378"), ("keep 0.2", "89")]
+    assert lines[0][2:] == ("1.00", "1.00")
+    assert image in out and "2 rounds" in out
+
+
 def test_show(capsys, tmp_path):
     picture = tmp_path / "out.png"
     for question in ((), (DEMO[0].question,)):
@@ -94,6 +106,11 @@ def test_env(capsys):
         ),
         (("ask", str(DEMO[0].image), "what", "--clip", "some"), "--clip: expected a --model beside it"),
         (("ask", str(DEMO[0].image), "what", "--second-pass"), "--second-pass: expected a --clip model"),
+        (("bench", str(DEMO[0].image), "--rounds", "0"), "--rounds: expected a number >= 1"),
+        (
+            ("bench", str(DEMO[0].image), "--keep", "0.2,2"),
+            "keep_ratio: expected a number in",
+        ),
     ],
 )
 def test_errors_are_one_line(capsys, argv, message):
