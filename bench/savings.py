@@ -2,8 +2,8 @@
 
 The vision stage of LLaVA-NeXT-7B at real sizes, CLIP-ViT-L/14-336 and the projector 1024 → 4096 → 4096, with
 random weights, in fp32; one picture of 2 × 2 tiles, for batches eight. Both ways of a case run in turns,
-their results compared before anything is timed. What is saved is also told as a share of the vision tower's own
-time, timed in the same rounds.
+their results compared before anything is timed. What is saved is also told as a share of the vision tower's
+own time, timed in the same rounds.
 
 ``python -m bench.savings --out bench/results/savings.json``; then ``python -m bench.report``.
 """
