@@ -108,9 +108,9 @@ class Step:
 def plan(batches: Sequence[int], gpu: bool, slow: bool = False) -> list[Step]:
     """The steps, the most important first.
 
-    On a GPU rounds are short, so each comparison has rounds and a stock model of its own; on a CPU all variants
-    share them. Where a call takes ten seconds (``slow``), R = 0.5 is left out, and so is the first token of
-    relevance and of the released method, which the vision stage and the prefill say enough about.
+    On a GPU rounds are short, so each comparison has rounds and a stock model of its own; on a CPU all
+    variants share them. Where a call takes ten seconds (``slow``), R = 0.5 is left out, and so is the first
+    token of relevance and of the released method, about which vision stage and prefill say enough.
     """
     every = tuple(name for name, variant in VARIANTS.items() if not variant.graph)
     times = ("vision", "ttft", "prefill")

@@ -41,7 +41,7 @@ from bench.measure import Unavailable, Variant, Wrong, measure  # noqa: E402
 from bench.released import Released, eager  # noqa: E402
 
 ROUNDS = 2
-ONE_THREAD = ("--threads", 1, "--rounds", ROUNDS)
+ONE_THREAD = ("--device", "cpu", "--threads", 1, "--rounds", ROUNDS)
 
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -145,6 +145,46 @@ def test_released_budgets_follow_the_tiles(subject):
         shares = released.share(released.encode(crops), crops, layouts, None)
     budgets = released.budget(shares, layouts)
     assert len(set(budgets[0][1:])) > 1 and sum(budgets[0][1:]) < int(0.37 * 4 * 16)
+
+
+# --- models ----------------------------------------------------------------------------------------------
+
+
+def test_the_7b_shape_is_that_of_llava_next():
+    """Layer by layer, without memory for it; and CLIP's text side has the published sizes."""
+    model = models.build_model(models.SHAPES["7b"], "meta", torch.bfloat16)
+    weights = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    count = {
+        "vision_tower": 303_507_456,
+        "multi_modal_projector": 1024 * 4096 + 4096 + 4096 * 4096 + 4096,
+        "language_model": 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 32064 * 4096 + 4096,
+    }
+    for part, expected in count.items():
+        found = sum(one.numel() for name, one in model.named_parameters() if f".{part}." in name)
+        assert found == expected, part
+    assert weights["lm_head.weight"] == (32064, 4096)
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+    assert models.SHAPES["7b"].clip_text == (12, 768, 12, 3072)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [("small", ["what is in", "picture ?"]), ("mini", ["what colour has the digit 5", "what digit is on"])],
+)
+def test_relevance_is_of_the_models_own_tower(name, texts):
+    """No second pass: CLIP's image half holds the tower's parameters; its text half tells questions apart."""
+    subject = models.build(name, torch.device("cpu"), torch.float32)
+    tower = subject.model.model.vision_tower
+    assert subject.relevance.shares_weights(tower)
+    theirs = dict(subject.relevance.clip_model.vision_model.named_parameters())
+    assert all(theirs[key] is one for key, one in tower.named_parameters())
+    one, other = subject.relevance.text_embeddings(texts)
+    assert float((one - other).abs().max()) > 1e-3
+    for batch in subject.batches:
+        assert len(batch.images) == len(batch.questions) == len(batch.prompts)
+        assert all(question in prompt for question, prompt in zip(batch.questions, batch.prompts))
+    assert [len(batch.images) for batch in subject.batches] == [1, 2 if name == "small" else 8]
 
 
 # --- end to end ------------------------------------------------------------------------------------------
