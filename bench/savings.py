@@ -24,6 +24,7 @@ from torch import Tensor
 import hero
 import hero_kernels as hk
 from hero.models import clip as clip_tower
+from hero.packing import Block
 from hero.plan import plan_of
 
 from . import models
@@ -83,6 +84,8 @@ def cases(shape: models.Shape) -> tuple[Callable[[], object], list[Case]]:
     gathered = encoder.select(encoded, scored, budgets, plan)
     layer = tower.encoder.layers[-1]
     hidden = tower(crops, output_hidden_states=True).hidden_states[-2]
+    length = hidden.shape[1]
+    blocks = (Block(len(hidden), length, True),)
     projector = model.model.multi_modal_projector
     kept = gathered.index[gathered.index >= 0].long()
 
@@ -164,7 +167,7 @@ def cases(shape: models.Shape) -> tuple[Callable[[], object], list[Case]]:
         Case(
             "the last layer for CLS alone",
             lambda: layer(hidden, attention_mask=None)[:, 0],
-            lambda: clip_tower._cls_row(layer, hidden),
+            lambda: clip_tower._rows(layer, hidden.flatten(0, 1), blocks, slice(None, None, length)),
             _close,
         ),
         Case("the projector on kept tokens alone", project_all, project_kept, _close),
