@@ -209,6 +209,57 @@ def encoder_keep(record: Mapping) -> list[str]:
     return [*lines, *table(["policy", "`encoder_keep`", *heads], rows)]
 
 
+def _milliseconds(times: Mapping[str, float]) -> str:
+    return f"{1000 * times['median']:.3g} ({1000 * times['min']:.3g})"
+
+
+def savings(record: Mapping) -> list[str]:
+    """The table of ``bench.savings``."""
+    machine, clock = record["machine"], {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
+    rows = [
+        [
+            one["name"],
+            _milliseconds(one["without"]),
+            _milliseconds(one["saving"]),
+            ratio(one["ratio"]),
+            "" if one["of_tower"] is None else f"{100 * one['of_tower']:.2f} %",
+        ]
+        for one in record["cases"]
+    ]
+    return [
+        *small(record),
+        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds, {clock}",
+        f"- {machine['cpu']}, {record['threads']} of {machine['cores']} cores, {machine['system']}, float32; "
+        f"the tower takes {record['tower']['median']:.2f} s ({record['tower']['min']:.2f})",
+        code(record),
+        "",
+        *table(["", "without, ms", "with, ms", "with / without", "saved, of the tower's time"], rows),
+    ]
+
+
+def compare(record: Mapping) -> list[str]:
+    """The table of ``bench.compare``."""
+    clock = {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
+    base, head = (record["commits"][side][:12] for side in ("base", "head"))
+    rows = [
+        [
+            one["case"],
+            _milliseconds(one["base"]),
+            _milliseconds(one["head"]),
+            ratio(one),
+            "0" if one["difference"] == 0 else f"{one['difference']:.1g}",
+        ]
+        for one in record["results"]
+    ]
+    machine = record["machine"]
+    return [
+        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds a pair of processes, {clock}",
+        f"- {machine['cpu']}, {machine['system']}; commits {base} and {head}",
+        "",
+        *table(["case", "base, ms", "head, ms", "head / base", "largest difference of results"], rows),
+    ]
+
+
 def _each(renderer: Callable[[Mapping], list[str]]) -> Callable[[Sequence[Mapping]], list[str]]:
     """The tables of several records, one after another."""
 
@@ -247,11 +298,13 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Map
     "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), _each(end_to_end_page.tables)),
     "dispatch": ("dispatch", lambda record: True, _each(dispatch)),
     "encoder_keep": ("encoder_keep", lambda record: True, _each(encoder_keep)),
+    "savings": ("savings", lambda record: True, _each(savings)),
+    "compare": ("compare", lambda record: True, _each(compare)),
     "kernels": ("kernels", lambda record: True, _each(kernels)),
 }
 NO_GPU = "Not measured: no GPU was available so far."
 MISSING = {"kernels": NO_GPU, "end_to_end_gpu": NO_GPU}
-ELSEWHERE = ("compare", "compiled", "quality")  # records without a table on this page
+ELSEWHERE = ("compiled", "quality")  # records on other pages
 
 
 def replace(page: str, name: str, lines: Sequence[str]) -> str:

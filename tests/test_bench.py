@@ -36,6 +36,8 @@ from bench import (  # noqa: E402
     kernels,
     models,
     registry,
+    report,
+    savings,
 )
 from bench.measure import Unavailable, Variant, Wrong, measure  # noqa: E402
 from bench.released import Released, eager  # noqa: E402
@@ -818,3 +820,23 @@ def test_the_cases_run_under_pytest_benchmark():
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d+ passed, \d+ skipped", done.stdout)
+
+
+def test_savings_are_of_equal_results(tmp_path, monkeypatch):
+    """Every case is timed both ways, after its results were found equal; a wrong one is not timed."""
+    done = _run("bench.savings", "--small", "--rounds", ROUNDS, "--out", tmp_path / "savings.json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "savings.json").read_text(encoding="utf-8"))
+    for one in record["cases"]:
+        times = record["seconds"][one["name"]]
+        ratios = [a / b for a, b in zip(times["saving"], times["without"], strict=True)]
+        assert len(ratios) == ROUNDS and one["ratio"]["paired"] == pytest.approx(statistics.median(ratios))
+    assert len(record["cases"]) == 7 and "/" not in json.dumps(record["machine"])
+    table = "\n".join(report.savings(record))
+    assert all(one["name"] in table for one in record["cases"]) and "Tiny shapes" in table
+
+    real = savings.cases(models.SHAPES["small"])
+    wrong = real[1][0]._replace(saving=lambda: torch.zeros_like(real[1][0].without()))
+    monkeypatch.setattr(savings, "cases", lambda shape: (real[0], [wrong]))
+    with pytest.raises(RuntimeError, match="expected equal results"):
+        savings.measure(models.SHAPES["small"], 1, "wall", print)
