@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from .page import against, code, loses, ratio, small, spread, svg, svg_text, table
 
-__all__ = ["picture", "tables", "targets"]
+__all__ = ["overview", "picture", "tables", "targets"]
 
 STAGES = ("text", "encode", "capture", "score", "budget", "select", "project", "pack")
 HEADS = {"capture": "of it scores"}
@@ -128,6 +128,33 @@ def targets(records: Sequence[Mapping]) -> list[str]:
     what = f"7. CPU: time to first token, to what the token count predicts: at most {PREDICTED}"
     rows.append((what, _at_most(first, PREDICTED)))
     return table(["target", "measured", ""], [[what, *found] for what, found in rows])
+
+
+def overview(records: Sequence[Mapping]) -> list[str]:
+    """What dropping at R = 0.2 does to each batch that was measured, in a line: for the README."""
+    if not records:
+        return ["Not measured yet."]
+    rows = []
+    for record in sorted(records, key=lambda record: not record["gpu"]):
+        for batch, described in record["batches"].items():
+            found, crops = record["summary"].get(batch), described["crops"]
+            ratios = [
+                _inside(found, "vision", BEST),
+                _inside(found, "ttft", BEST, "to_stock"),
+                _inside(found, "vision", "released"),
+            ]
+            images = "1 image" if batch == "1" else f"{batch} images"
+            cells = ["not measured" if one is None else ratio(one) for one in ratios]
+            rows.append([f"{where(record)}, {images}, {crops} crops", *cells])
+    if not any(record["gpu"] for record in records):
+        rows.append(["GPU", *["not measured"] * 3])
+    head = [
+        "time to the stock model's",
+        "vision stage",
+        "first token",
+        "vision stage of the method as released",
+    ]
+    return table(head, rows)
 
 
 # --- tables ----------------------------------------------------------------------------------------------

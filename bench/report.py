@@ -1,4 +1,4 @@
-"""Rewrite the tables of ``docs`` from the records in ``bench/results``. Standard library only.
+"""Rewrite the tables of ``docs`` and the README from the records in ``bench/results``. Standard library only.
 
 ``python -m bench.report`` puts the tables of each benchmark between its markers, in ``docs/benchmarks.md``
 or, of ``bench.quality``, in ``docs/quality.md``, with a picture beside either, and leaves everything else as
@@ -339,6 +339,11 @@ def render(page: str, records: Sequence[Mapping]) -> str:
     return page
 
 
+def render_readme(page: str, records: Sequence[Mapping]) -> str:
+    """The README with the one table of speed that it states."""
+    return replace(page, "speed", end_to_end_page.overview([one for one in records if _is_real(one)]))
+
+
 def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
     """The page of ``bench.quality``: the tables and the picture of its record, ``None`` without one.
 
@@ -369,7 +374,9 @@ def main(arguments: Sequence[str]) -> int:
     """The command: returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records")
-    parser.add_argument("--page", type=Path, default=PAGE, help="page to rewrite; quality.md lies beside it")
+    parser.add_argument(
+        "--page", type=Path, default=PAGE, help="page; quality.md lies beside it, README.md above"
+    )
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date; write nothing")
     options = parser.parse_args(arguments)
     files = sorted(options.results.glob("*.json"))
@@ -378,6 +385,9 @@ def main(arguments: Sequence[str]) -> int:
     picture = end_to_end_page.picture([one for one in records if _is_real(one)])
     if picture is not None:
         wanted[options.page.with_suffix(".svg")] = picture
+    readme = options.page.resolve().parent.parent / "README.md"
+    if readme.exists():
+        wanted[readme] = render_readme(readme.read_text(encoding="utf-8"), records)
     quality = options.page.with_name("quality.md")
     if quality.exists():
         wanted[quality], picture = render_quality(quality.read_text(encoding="utf-8"), records)
