@@ -138,14 +138,10 @@ def cases(shape: models.Shape) -> tuple[Callable[[], object], list[Case]]:
     many = plan_of(
         encoder.geometry.layouts(images), encoder.config, encoder.depth, plan.device, plan.feature_layer
     )
-    repeated = encoder.encode(crops[:1].expand(len(many.valid), *crops.shape[1:]), many)
-
-    def part(number: int) -> object:
-        own = slice(5 * number, 5 * number + 5)
-        tensors = ("features", "cls", "pooled", "scores", "entropy", "ranks")
-        return replace(repeated, **{name: getattr(repeated, name)[own] for name in tensors})
-
-    parts = [part(number) for number in range(IMAGES)]
+    tensors = {
+        name: getattr(encoded, name) for name in ("features", "cls", "pooled", "scores", "entropy", "ranks")
+    }
+    repeated = replace(encoded, **{name: torch.cat([value] * IMAGES) for name, value in tensors.items()})
 
     def chosen(encoded: object, plan: object) -> Tensor:
         return encoder._choose(encoded, plan, None)[0][0]
@@ -175,7 +171,7 @@ def cases(shape: models.Shape) -> tuple[Callable[[], object], list[Case]]:
         Case("all tokens gathered with their newline rows, not joined", join, gather, _close),
         Case(
             f"{IMAGES} images in one pass after the encoder",
-            lambda: torch.cat([chosen(one, plan) for one in parts]),
+            lambda: torch.cat([chosen(encoded, plan) for _ in range(IMAGES)]),
             lambda: chosen(repeated, many),
             _close,
             of_tower=False,
