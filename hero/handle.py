@@ -30,6 +30,7 @@ class _Call:
 
     text: list[str] | None = None  # the question of each image
     rows: tuple[int, ...] = ()  # the prompt of each image
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) of each image, so that no one reads them again
     # Images encoded ahead, where what is kept decides the length of the prompt.
     encoded: tuple[Selection, object] | None = None
     in_forward: bool = False
@@ -138,6 +139,8 @@ class Handle:
             repeats = len(image_sizes) // len(images)
             return [image for image in images for _ in range(repeats)], output
         text = call.text if call is not None else None
+        if call is not None and len(call.sizes) == len(image_sizes):
+            image_sizes = call.sizes
         selection, output = self._encode(
             pixel_values, image_sizes, text, feature_layer=feature_layer, **kwargs
         )
@@ -191,12 +194,13 @@ class Handle:
             if self.encoder.needs_text:
                 mask = inputs.get("attention_mask")
                 text = questions(ids, mask, self.image_token_id, rows, self.tokenizer)
-            call = _Call(text, tuple(rows))
+            sizes = tuple(layout.image_size for layout in layouts)
+            call = _Call(text, tuple(rows), sizes)
             if self.config.allocation == "floor":
                 # How many are kept depends on the images: encode them first.
                 layer = inputs.get("vision_feature_layer")
                 selection, output = self._encode(pixels, sizes, text, feature_layer=layer)
-                call, kept = _Call(text, tuple(rows), encoded=(selection, output)), selection.lengths
+                call, kept = _Call(text, tuple(rows), sizes, (selection, output)), selection.lengths
         elif self.config.allocation == "floor":
             raise ValueError(
                 "pixel_values: expected the images, since allocation='floor' must see them, got None"

@@ -6,7 +6,7 @@ is seen. What a GPU has to add, its own count of launches and ``set_sync_debug_m
 
 import pytest
 import torch
-from independent import tiny_clip, tiny_model, tiny_tokenizer
+from independent import tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
@@ -155,6 +155,34 @@ def test_relevance_does_not_wait(shared):
         assert many.waits == [] and sorted(many.operations) == sorted(two.operations)
     without = count(encoder_of("meta", vision_tower=tower()), ONE, "meta")
     assert len(two.operations) > len(without.operations)
+
+
+class OnlyLong:
+    """Sizes that may be counted, not read: as if they were on a GPU."""
+
+    def __len__(self):
+        return 2
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name}: read once more")
+
+
+def test_sizes_are_read_once_a_call(monkeypatch):
+    """By the hook before the model's forward; the encoder behind it takes them from there."""
+    model, processor = tiny_model(), tiny_processor()
+    images = [tiny_image(100, 80, 0), tiny_image(60, 170, 1)]
+    with hero.attach(model, processor, keep_ratio=0.3) as handle, torch.no_grad():
+        text = ["USER : <image> describe ASSISTANT :"] * 2
+        inputs = processor(images=images, text=text, padding=True, return_tensors="pt")
+        wanted, selection = model(**inputs).logits, handle.last
+        tokens = handle.image_tokens
+        monkeypatch.setattr(
+            handle, "image_tokens", lambda pixels, sizes, **given: tokens(pixels, OnlyLong(), **given)
+        )
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert torch.equal(handle.last.index, selection.index)
+        with pytest.raises(AssertionError, match="read once more"):
+            model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
 
 
 @pytest.mark.parametrize("case", ALL)
