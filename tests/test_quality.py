@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
     sys.path.insert(0, str(ROOT))
 
-from bench import quality, quality_page, report  # noqa: E402
+from bench import page, quality, quality_page, report  # noqa: E402
 from hero.mini import scenes  # noqa: E402
 
 QUESTIONS = 300
@@ -440,7 +440,7 @@ def test_the_picture_shows_every_variant(record):
 
 
 def test_labels_are_spread_as_little_as_needed():
-    assert quality_page._spread([10, 50, 90], 16, 0, 100) == [10, 50, 90]
-    assert quality_page._spread([52, 48], 10, 0, 100) == pytest.approx([55, 45])
-    assert quality_page._spread([99, 100], 10, 0, 100) == [90, 100]
-    assert quality_page._spread([0, 0, 0], 10, 0, 100) == [0, 10, 20]
+    assert page.spread([10, 50, 90], 16, 0, 100) == [10, 50, 90]
+    assert page.spread([52, 48], 10, 0, 100) == pytest.approx([55, 45])
+    assert page.spread([99, 100], 10, 0, 100) == [90, 100]
+    assert page.spread([0, 0, 0], 10, 0, 100) == [0, 10, 20]
