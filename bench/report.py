@@ -210,7 +210,8 @@ def encoder_keep(record: Mapping) -> list[str]:
 
 
 def _milliseconds(times: Mapping[str, float]) -> str:
-    return f"{1000 * times['median']:.3g} ({1000 * times['min']:.3g})"
+    values = (1000 * times[name] for name in ("median", "min"))
+    return "{} ({})".format(*(f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values))
 
 
 def savings(record: Mapping) -> list[str]:
