@@ -138,8 +138,8 @@ class HeroVisionEncoder(nn.Module):
     """A vision encoder that returns only the visual tokens worth keeping (docs/method.md).
 
     Wraps a tower as it is: its attention implementation, dtype, devices and hooks stay the user's. The
-    stages are methods, each replaceable, in this order: :meth:`prepare`, :meth:`encode`, :meth:`score`,
-    :meth:`budget`, :meth:`select`, :meth:`project`.
+    stages are methods, each replaceable, in this order: :meth:`prepare`, :meth:`ask`, :meth:`encode`,
+    :meth:`score`, :meth:`budget`, :meth:`select`, :meth:`project`.
 
     Args:
         vision_tower: a transformers ``CLIPVisionModel``. Its chosen attention modules are captured
