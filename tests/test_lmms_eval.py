@@ -224,6 +224,16 @@ def test_relevance_is_read_from_a_clip_checkpoint(tmp_path):
     assert read.handle.config.signal_weights(with_relevance=True).relevance > 0
 
 
+def test_a_clip_model_of_other_weights_needs_a_second_pass(tmp_path):
+    loaded = mini.load()
+    loaded.relevance.clip_model.vision_model.post_layernorm.weight.data.mul_(2.0)
+    loaded.relevance.clip_model.save_pretrained(tmp_path)
+    loaded.relevance.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^relevance: expected a CLIP model with the vision weights"):
+        build(f"{MINI},relevance={tmp_path}")
+    assert build(f"{MINI},relevance={tmp_path},second_pass=True").handle.encoder.relevance.second_pass
+
+
 def test_chat_template_is_read_from_a_file(tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text("<image> {{ messages[0]['content'][1]['text'] }}", encoding="utf-8")
@@ -250,6 +260,7 @@ def test_chat_template_is_read_from_a_file(tmp_path):
         ("batch_size=0", "batch_size"),
         ("pretrained=not-here", "pretrained"),
         ("relevance=not-here", "relevance"),
+        ("second_pass=maybe", "second_pass"),
         (f"relevance={mini.WEIGHTS / '..'}", "relevance"),
         ("chat_template=not-here", "chat_template"),
     ],
