@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import hero_kernels as hk
+from hero_kernels.segments import to_device
 
 from . import capture as capturing
 from .config import POLICIES, HeroConfig
@@ -19,7 +20,7 @@ from .graphs import Graphs
 from .layout import Geometry, ImageLayout, grid_pinpoints
 from .models import Encoded, tower_for
 from .packing import Cut
-from .plan import Plan, plan_of, to_device
+from .plan import Plan, plan_of
 from .policies import SCORES, Map, Needs, Scored, Seen, policy_of
 from .relevance import ClipRelevance
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import hero_kernels as hk
+from hero_kernels.segments import to_device
 
 from .config import HeroConfig
 from .layout import ImageLayout
@@ -22,14 +23,7 @@ from .packing import Packing, packing_of
 from .policies import SCORES, policy_of
 from .scoring import Places, places_of
 
-__all__ = ["Plan", "plan_of", "to_device"]
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; no one waits for the copy."""
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+__all__ = ["Plan", "plan_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +34,6 @@ class Plan:
         layouts: the images.
         segments: the same for the operations.
         valid: ``[T, P]`` bool, patches that are not padding.
-        valid_counts: ``[T]`` int32.
         caps: ``[T]`` int32, the most that can be kept of each crop: fewer where the encoder drops patches.
         packing: what goes on through an encoder that drops patches; ``None`` where none is dropped.
         cu_seqlens: ``[B + 1]`` int32, where each image's kept tokens begin, if sizes alone decide that.
@@ -55,7 +48,6 @@ class Plan:
     layouts: tuple[ImageLayout, ...]
     segments: hk.Segments
     valid: Tensor
-    valid_counts: Tensor
     caps: Tensor
     packing: Packing | None
     cu_seqlens: Tensor
@@ -109,6 +101,7 @@ def _valid(layout: ImageLayout) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a plan made in a call without gradients serves those that have them
 def plan_of(
     layouts: tuple[ImageLayout, ...],
     config: HeroConfig,
@@ -141,7 +134,6 @@ def plan_of(
         layouts=layouts,
         segments=segments,
         valid=put(valid),
-        valid_counts=put(valid.sum(1, dtype=torch.int32)),
         caps=put(
             torch.tensor([cap for layout in layouts for cap in _caps(layout, config)], dtype=torch.int32)
         ),

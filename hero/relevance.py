@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plan import to_device
+from hero_kernels.segments import to_device
 
 __all__ = ["ClipRelevance", "question_of"]
 

@@ -8,10 +8,11 @@ LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -151,39 +152,18 @@ class Segments:
 
         Copied to the device once and kept with this object: it must outlive CUDA graphs captured with it.
         """
-        table = self._tables.get(device)
-        if table is None:
-            begins = accumulate(self.lengths, initial=0)
-            rows = zip(self.first_crops, begins, self.lengths, self.images, strict=False)
-            numbers = [
-                (first, begin, length, *image[:5], *image.newline_rows, image.thumbnail_newline)
-                for first, begin, length, image in rows
-            ]
-            self._tables[device] = table = _sent(torch.tensor(numbers, dtype=torch.int32), device)
-        return table
+        return _kept(self._tables, device, lambda: to_device(_table(self), device))
 
     def lanes(self, device: torch.device) -> Lanes:
         """The images as rows of lanes, a crop each, on a device; kept with this object."""
-        lanes = self._lanes.get(device)
-        if lanes is None:
-            with torch.inference_mode(False):  # what is kept may serve a call that has gradients
-                lanes = _lanes(self, device)
-            self._lanes[device] = lanes
-        return lanes
+        return _kept(self._lanes, device, lambda: _lanes(self, device))
 
     def order(self, device: torch.device) -> Tensor:
         """``[N]`` int64: ``crop · P + patch`` of all patches in the order of the packed sequence (§5).
 
         Newlines are −1. A selection drops patches from it, and keeps the order. Kept with this object.
         """
-        order = self._orders.get(device)
-        if order is None:
-            with torch.inference_mode(False):
-                pairs = zip(self.images, self.first_crops, strict=False)
-                parts = [_order(image, first, self.side) for image, first in pairs]
-                order = _sent(torch.cat(parts), device)
-            self._orders[device] = order
-        return order
+        return _kept(self._orders, device, lambda: to_device(_order(self), device))
 
     def warm(self, device: torch.device) -> None:
         """Compute now what is computed once: compiled code can look that up, but not compute it."""
@@ -212,9 +192,30 @@ class Segments:
             raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
 
 
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, for which the host does not wait."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; no one waits for the copy."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def _kept(store: dict[torch.device, Any], device: torch.device, make: Callable[[], Any]) -> Any:
+    """What was made for a device before, or is made now."""
+    if device not in store:
+        with torch.inference_mode(False):  # it may serve a call that has gradients
+            store[device] = make()
+    return store[device]
+
+
+def _table(segments: Segments) -> Tensor:
+    """:meth:`Segments.table` on the host."""
+    begins = accumulate(segments.lengths, initial=0)
+    rows = zip(segments.first_crops, begins, segments.lengths, segments.images, strict=False)
+    numbers = [
+        (first, begin, length, *image[:5], *image.newline_rows, image.thumbnail_newline)
+        for first, begin, length, image in rows
+    ]
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
 class Lanes(NamedTuple):
@@ -263,11 +264,17 @@ def _lanes(segments: Segments, device: torch.device) -> Lanes:
         inside.nonzero()[:, 0],
         inside[:, :most].flatten().nonzero()[:, 0],
     )
-    return Lanes(*(_sent(tensor, device) for tensor in tensors), most)
+    return Lanes(*(to_device(tensor, device) for tensor in tensors), most)
 
 
-def _order(image: Segment, first: int, side: int) -> Tensor:
-    """:meth:`Segments.order` of one image, whose first crop is ``first``."""
+def _order(segments: Segments) -> Tensor:
+    """:meth:`Segments.order` on the host."""
+    pairs = zip(segments.images, segments.first_crops, strict=False)
+    return torch.cat([_order_of(image, first, segments.side) for image, first in pairs])
+
+
+def _order_of(image: Segment, first: int, side: int) -> Tensor:
+    """The order of one image, whose first crop is ``first``."""
     source = torch.arange(first * side**2, (first + image.crops) * side**2).view(image.crops, -1)
     newline = torch.tensor([-1])
     stitched = rearrange(
