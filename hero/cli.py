@@ -99,6 +99,14 @@ def _inputs(loaded: _Loaded, image, question: str):
     return inputs.to(loaded.model.device, loaded.model.dtype)
 
 
+def _wait() -> None:
+    """Wait for a GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _best(function: Callable) -> tuple[object, float]:
     """(result, seconds) of the quickest of three calls, or of as many as begin within two seconds."""
     begin, quickest = time.perf_counter(), None
@@ -112,10 +120,14 @@ def _best(function: Callable) -> tuple[object, float]:
     return result, quickest
 
 
+def _visual_tokens(loaded: _Loaded, inputs) -> int:
+    return int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
+
+
 def _answer(loaded: _Loaded, image, question: str, max_new_tokens: int) -> _Answer:
     inputs = _inputs(loaded, image, question)
     length = inputs["input_ids"].shape[1]
-    visual = int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
+    visual = _visual_tokens(loaded, inputs)
 
     def generate(tokens: int) -> list[int]:
         output = loaded.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
@@ -137,8 +149,7 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
     def timed(name: str, stage: Callable, *args):
         def run():
             result = stage(*args)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait()
             return result
 
         result, times[name] = _best(run)
@@ -263,11 +274,6 @@ def _run_bench(args: argparse.Namespace) -> None:
     relevance = loaded.relevance if args.question is not None else None
     question = "what is in this picture" if args.question is None else args.question
 
-    def wait() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def once(ratio: float | None) -> tuple[int, float, float]:
         """Visual tokens, seconds of the vision stage and to the first token; attaching is not timed."""
         config = None if ratio is None else HeroConfig(ratio, policy=args.policy, alpha=args.alpha)
@@ -276,20 +282,20 @@ def _run_bench(args: argparse.Namespace) -> None:
                 given = {"relevance": relevance, "capture": args.capture}
                 handle = stack.enter_context(attach(model, loaded.processor, config=config, **given))
             inputs = _inputs(loaded, image, question)
-            pixels, sizes = inputs["pixel_values"], inputs["image_sizes"].tolist()
-            if config is None:
-                sizes = torch.tensor(sizes)
-                encode = functools.partial(model.model.get_image_features, pixels, sizes)
-            else:
-                encode = functools.partial(handle.encoder, pixels, sizes, _text(handle, loaded, question))
+            images = inputs["pixel_values"], inputs["image_sizes"].cpu()
+            encode = functools.partial(model.model.get_image_features, *images)
+            if config is not None:
+                encode = functools.partial(handle.encoder, *images, _text(handle, loaded, question))
             generate = functools.partial(model.generate, **inputs, max_new_tokens=1, do_sample=False)
             seconds = []
             for function in (encode, generate):
                 function()  # warm up
-                begin = wait()
+                _wait()
+                begin = time.perf_counter()
                 function()
-                seconds.append(wait() - begin)
-        return int((inputs["input_ids"] == model.config.image_token_id).sum()), *seconds
+                _wait()
+                seconds.append(time.perf_counter() - begin)
+        return _visual_tokens(loaded, inputs), *seconds
 
     found: dict[float | None, list[tuple[int, float, float]]] = {
         None: [],
