@@ -27,9 +27,9 @@ import hero
 from hero import mini
 
 from . import models, quality
-from .options import positive
+from .options import add_threads, positive, use_threads
 from .record import environment, write
-from .timing import CLOCKS, compare, quiet_heap, seconds, summary, take_turns
+from .timing import compare, quiet_heap, seconds, summary, take_turns
 
 __all__ = ["EARLY", "TIMED", "main", "measure_answers", "measure_time"]
 
@@ -187,14 +187,10 @@ def main(arguments: Sequence[str]) -> dict:
     parser.add_argument("--rounds", type=positive, default=5, help="measured rounds of time (default 5)")
     parser.add_argument("--questions", type=positive, default=1000, help="default 1000")
     parser.add_argument("--workers", type=positive, default=2, help="processes that answer (default 2)")
-    parser.add_argument("--threads", type=positive, help="threads of torch (default: torch's own)")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="with --threads 1 alone: cpu")
+    add_threads(parser)
     parser.add_argument("--small", action="store_true", help="tiny shapes, to test the script itself")
     options = parser.parse_args(arguments)
-    if options.clock == "cpu" and options.threads != 1:
-        parser.error("--clock cpu: expected --threads 1, since waiting threads count too")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(parser, options)
     shape = SMALL if options.small else models.SHAPES["clip-l"]
     begin, load = time.perf_counter(), [os.getloadavg()[0]]
     timed = measure_time(shape, options.rounds, options.clock, lambda line: print(line, flush=True))

@@ -46,7 +46,7 @@ from hero import capture
 from hero_kernels.testing import OperationCounter, peak_bytes
 
 from .models import PHOTOGRAPH, SHAPES, Subject, build
-from .options import positive
+from .options import add_threads, positive, use_threads
 from .record import accelerator, environment, fingerprint, without_folders, write
 from .released import Released, eager
 from .timing import CLOCKS, Clock, compare, quiet_heap, seconds, summary, take_turns
@@ -778,17 +778,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--rounds", type=positive, help=f"measured rounds (default {GPU_ROUNDS}, {CPU_ROUNDS} on a CPU)"
     )
-    parser.add_argument("--threads", type=positive, help="threads of torch (default: torch's own)")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="with --threads 1 alone: cpu")
+    add_threads(parser)
     parser.add_argument("--commit", help="the commit, where there is no git to ask")
     options = parser.parse_args(arguments)
     clock = Clock(options.seconds)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
-    if options.clock == "cpu" and (options.threads != 1 or gpu):
-        parser.error("--clock cpu: expected --threads 1 on a CPU, since waiting threads count too")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.clock == "cpu" and gpu:
+        parser.error("--clock cpu: expected --device cpu, since a GPU takes none of the processor's time")
+    use_threads(parser, options)
     shape = options.shape or ("7b" if gpu else "clip-l")
     dtype = torch.bfloat16 if gpu and shape != "mini" else torch.float32
     record = {

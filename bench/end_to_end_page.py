@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from .page import against, code, loses, ratio, small, spread, svg, svg_text, table
+from .page import against, clock, code, loses, ratio, small, spread, svg, svg_text, table
 
 __all__ = ["overview", "picture", "tables", "targets"]
 
@@ -177,8 +177,7 @@ def _to_stock(comparison: Mapping | None, name: str) -> str:
 def _source(record: Mapping) -> list[str]:
     """Where a record comes from, line by line."""
     machine, gpu = record["machine"], record["gpu"]
-    clock = {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
-    lines = [*small(record), f"- `{record['command']}`, {record['date']}, {clock}"]
+    lines = [*small(record), f"- `{record['command']}`, {record['date']}, {clock(record)}"]
     if gpu:
         lines.append(f"- {gpu['name']}, driver {gpu['driver']}, {record['dtype']}; host {machine['cpu']}")
     else:

@@ -1,8 +1,29 @@
-"""Kinds of command line arguments that several benchmarks take."""
+"""Command line arguments that several benchmarks take."""
 
 import argparse
 
-__all__ = ["keep_ratios", "positive"]
+import torch
+
+from .timing import CLOCKS
+
+__all__ = ["add_threads", "keep_ratios", "positive", "use_threads"]
+
+
+def add_threads(parser: argparse.ArgumentParser, default: int | None = None) -> None:
+    """``--threads`` and ``--clock``."""
+    shown = default or "torch's own"
+    parser.add_argument(
+        "--threads", type=positive, default=default, help=f"threads of torch (default: {shown})"
+    )
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="with --threads 1 alone: cpu")
+
+
+def use_threads(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Set the threads asked for, if their clock can tell what they take."""
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu: expected --threads 1, since waiting threads count too")
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
 
 def keep_ratios(text: str) -> tuple[float, ...]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["ENOUGH", "against", "code", "loses", "ratio", "small", "spread", "svg", "svg_text", "table"]
+__all__ = [
+    "ENOUGH",
+    "against",
+    "clock",
+    "code",
+    "loses",
+    "ratio",
+    "small",
+    "spread",
+    "svg",
+    "svg_text",
+    "table",
+]
 
 ENOUGH = 5  # pairs: an interval of fewer decides nothing
 FONT = "font-family=\"system-ui, 'Segoe UI', Helvetica, Arial, sans-serif\""
@@ -44,6 +56,11 @@ def code(record: Mapping) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = (commit["hash"] or "unknown")[:12] + (", with uncommitted changes" if commit["dirty"] else "")
     return f"- commit {text}; {versions}"
+
+
+def clock(record: Mapping) -> str:
+    """What times a record holds."""
+    return {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
 
 
 def small(record: Mapping) -> list[str]:

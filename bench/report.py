@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import end_to_end_page, quality_page
-from .page import code, ratio, small, table
+from .page import clock, code, ratio, small, table
 from .record import ROOT
 
 __all__ = ["main", "render", "render_quality", "replace"]
@@ -156,12 +156,11 @@ def _points(gap: Mapping) -> str:
 def encoder_keep(record: Mapping) -> list[str]:
     """The tables of ``bench.encoder_keep``."""
     timed, answers, machine = record["time"], record["answers"], record["machine"]
-    clock = {"wall": "wall-clock time", "cpu": "processor time"}[timed["clock"]]
     load = " and ".join(f"{value:.1f}" for value in record["load_average"])
     vit, patches = timed["shape"]["vision"], timed["variants"]["none"]["patches"]
     lines = [
         *small(record),
-        f"- `{record['command']}`, {record['date']}, {timed['rounds']} rounds, {clock}",
+        f"- `{record['command']}`, {record['date']}, {timed['rounds']} rounds, {clock(timed)}",
         f"- {machine['cpu']}, {timed['threads']} of {machine['cores']} cores, {machine['system']}, "
         f"{record['dtype']}; load average before and after {load}",
         code(record),
@@ -216,7 +215,7 @@ def _milliseconds(times: Mapping[str, float]) -> str:
 
 def savings(record: Mapping) -> list[str]:
     """The table of ``bench.savings``."""
-    machine, clock = record["machine"], {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
+    machine = record["machine"]
     rows = [
         [
             one["name"],
@@ -229,7 +228,7 @@ def savings(record: Mapping) -> list[str]:
     ]
     return [
         *small(record),
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds, {clock}",
+        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds, {clock(record)}",
         f"- {machine['cpu']}, {record['threads']} of {machine['cores']} cores, {machine['system']}, float32; "
         f"the tower takes {record['tower']['median']:.2f} s ({record['tower']['min']:.2f})",
         code(record),
@@ -240,7 +239,6 @@ def savings(record: Mapping) -> list[str]:
 
 def compare(record: Mapping) -> list[str]:
     """The table of ``bench.compare``."""
-    clock = {"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]]
     base, head = (record["commits"][side][:12] for side in ("base", "head"))
     rows = [
         [
@@ -254,7 +252,8 @@ def compare(record: Mapping) -> list[str]:
     ]
     machine = record["machine"]
     return [
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds a pair of processes, {clock}",
+        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds a pair of processes, "
+        f"{clock(record)}",
         f"- {machine['cpu']}, {machine['system']}; commits {base} and {head}",
         "",
         *table(["case", "base, ms", "head, ms", "head / base", "largest difference of results"], rows),

@@ -28,9 +28,9 @@ from hero.packing import Block
 from hero.plan import plan_of
 
 from . import models
-from .options import positive
+from .options import add_threads, positive, use_threads
 from .record import environment, write
-from .timing import CLOCKS, compare, quiet_heap, seconds, summary, take_turns
+from .timing import compare, quiet_heap, seconds, summary, take_turns
 
 __all__ = ["Case", "cases", "main", "measure"]
 
@@ -241,13 +241,10 @@ def main(arguments: Sequence[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench.savings", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=positive, default=7, help="measured rounds (default 7)")
-    parser.add_argument("--threads", type=positive, default=1, help="threads of torch (default 1)")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="with --threads 1 alone: cpu")
+    add_threads(parser, default=1)
     parser.add_argument("--small", action="store_true", help="tiny shapes, to test the script itself")
     options = parser.parse_args(arguments)
-    if options.clock == "cpu" and options.threads != 1:
-        parser.error("--clock cpu: expected --threads 1, since waiting threads count too")
-    torch.set_num_threads(options.threads)
+    use_threads(parser, options)
     shape = models.SHAPES["small" if options.small else "7b"]
     # Of the language model only the width is needed, which the projector has.
     shape = replace(shape, text=(1, *shape.text[1:3], shape.text[1] // 4))
@@ -256,7 +253,7 @@ def main(arguments: Sequence[str]) -> dict:
         "small": options.small,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **environment("bench.savings", arguments, ("torch", "transformers")),
-        "threads": options.threads,
+        "threads": torch.get_num_threads(),
         "keep_ratio": KEEP,
         **measure(shape, options.rounds, options.clock, lambda line: print(line, flush=True)),
     }
