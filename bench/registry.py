@@ -158,13 +158,6 @@ class Shape(NamedTuple):
         """Bytes of the query, the key or the value: T·H·N·D."""
         return self._rows * self.geometry.tokens * self.geometry.width * self.item
 
-    def cls_sums(self) -> Cost:
-        """CLS attention with the log-sum-exp: keys and the CLS query once, ``out`` [T, P] kept in place."""
-        geometry = self.geometry
-        query = self._rows * (geometry.width * self.item + 4)  # and its log-sum-exp
-        out = 2 * self.batch.crops * geometry.patches * 4
-        return Cost(self.activations() + query + out, 2 * self._rows * geometry.tokens * geometry.width)
-
     def cls_rows(self) -> Cost:
         """Self-contained CLS attention: every key and the CLS query once, rows [T, H, P] kept in place."""
         geometry = self.geometry
@@ -172,17 +165,17 @@ class Shape(NamedTuple):
         query = self._rows * geometry.width * self.item
         return Cost(self.activations() + query + rows, 2 * self._rows * geometry.tokens * geometry.width)
 
-    def attention(self, per_head: bool = False) -> Cost:
-        """Attention with CLS scores: query, key, value in, output out, [T, P] or [T, H, P] kept in place."""
+    def attention(self) -> Cost:
+        """Attention with CLS scores: query, key, value in, output out, [T, H, P] kept in place."""
         geometry = self.geometry
-        scores = 2 * (self._rows if per_head else self.batch.crops) * geometry.patches * 4
+        scores = 2 * self._rows * geometry.patches * 4
         flops = 4 * self._rows * geometry.tokens**2 * geometry.width
         return Cost(4 * self.activations() + scores, flops)
 
     def received(self) -> Cost:
-        """Received attention: query and key in, one product of them, ``out`` [T, N] kept in place."""
+        """Received attention: query and key in, one product of them, ``out`` [T, H, N] kept in place."""
         geometry = self.geometry
-        out = 2 * self.batch.crops * geometry.tokens * 4
+        out = 2 * self._rows * geometry.tokens * 4
         return Cost(2 * self.activations() + out, 2 * self._rows * geometry.tokens**2 * geometry.width)
 
     def finalize(self, rank: bool) -> Cost:
