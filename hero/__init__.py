@@ -8,8 +8,8 @@ import importlib
 
 from . import policies
 from ._version import __version__
-from .config import HeroConfig
-from .layout import Geometry, count_tokens
+from .config import HeroConfig, count_tokens
+from .layout import Geometry
 from .policies import SignalWeights
 
 __all__ = [

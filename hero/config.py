@@ -1,16 +1,17 @@
-"""Configuration: how many visual tokens to keep, and by which policy. Standard library only."""
+"""How many visual tokens to keep, by which policy, and their number. Standard library only."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ._checks import check_choice, check_integer, check_real, error
+from .layout import Geometry
 from .policies import Policy, make_policy
 
-__all__ = ["ALLOCATIONS", "DEFAULT_KEEP_RATIO", "HeroConfig"]
+__all__ = ["ALLOCATIONS", "DEFAULT_KEEP_RATIO", "HeroConfig", "count_tokens"]
 
 DEFAULT_KEEP_RATIO = 0.2
 ALLOCATIONS = ("exact", "floor")
@@ -95,6 +96,42 @@ class HeroConfig:
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise error(TypeError, "values", "a mapping of options", values)
         return cls(**values)
+
+
+def count_tokens(
+    config: HeroConfig,
+    image_size: Sequence[int],
+    *,
+    geometry: Geometry | None = None,
+    pinpoints: Sequence[Sequence[int]] | None = None,
+    crop_size: int | None = None,
+    patch_size: int | None = None,
+) -> int:
+    """Visual tokens that an image occupies in the language model, newlines included.
+
+    A pure function of integers, for planning context lengths, memory and cost without a model:
+    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` for every policy but ``"hired"`` and ``"hero+"``
+    (docs/method.md, 3 and 6). With ``allocation="floor"``, whose count depends on the image's content, an
+    upper bound.
+
+    Args:
+        config: what to keep.
+        image_size: (height, width) in pixels.
+        geometry: how the model cuts images; that of LLaVA-NeXT with CLIP-ViT-L/14-336 if ``None``.
+        pinpoints, crop_size, patch_size: fields of the geometry that differ from it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, by name.
+    """
+    if not isinstance(config, HeroConfig):
+        raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
+    if geometry is not None and not isinstance(geometry, Geometry):
+        raise TypeError(f"geometry: expected hero.Geometry, got {geometry!r}")
+    given = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    if geometry is not None and given:
+        raise ValueError(f"geometry: expected it or {', '.join(given)}, got both")
+    return (geometry or Geometry(**given)).layout(image_size).kept_tokens(config)
 
 
 def _plain(value: Any) -> Any:

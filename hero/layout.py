@@ -10,12 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from ._checks import check_integer, error, floor_ratio
-from .config import HeroConfig
 
-__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "grid_pinpoints"]
+__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "Keep", "grid_pinpoints"]
 
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # (rows, columns) of tiles
 
@@ -26,6 +25,19 @@ def grid_pinpoints(crop_size: int) -> tuple[tuple[int, int], ...]:
 
 
 LLAVA_NEXT_PINPOINTS = grid_pinpoints(336)
+
+
+class Keep(Protocol):
+    """How many tokens to keep: the fields of :class:`hero.HeroConfig` that counting reads."""
+
+    @property
+    def keep_ratio(self) -> float | None: ...
+    @property
+    def keep_tokens(self) -> int | None: ...
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def allocation(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class ImageLayout:
         """Length of the stock sequence."""
         return self.patches * (self.thumbnail != "none") + sum(self.valid_counts) + self.newline_count
 
-    def _quota(self, config: HeroConfig) -> tuple[int, int]:
+    def _quota(self, config: Keep) -> tuple[int, int]:
         """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
         ratio, total = config.keep_ratio, config.keep_tokens
         if self.thumbnail == "none":
@@ -125,7 +137,7 @@ class ImageLayout:
             raise error(ValueError, f"policy {config.policy.name!r}", expected, (thumbnail, tiles))
         return thumbnail, tiles
 
-    def budget(self, config: HeroConfig) -> tuple[int, int]:
+    def budget(self, config: Keep) -> tuple[int, int]:
         """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, sections 3 and 6)."""
         thumbnail, tiles = self._quota(config)
         tiles = min(tiles, sum(self.valid_counts))
@@ -133,13 +145,13 @@ class ImageLayout:
             thumbnail = min(self.patches, config.keep_tokens - tiles)
         return thumbnail, tiles
 
-    def tile_quota(self, config: HeroConfig) -> int:
+    def tile_quota(self, config: Keep) -> int:
         """Tile tokens that the allocation rule divides: "floor" divides them before any cap."""
         if config.allocation == "floor" and config.keep_tokens is None:
             return self._quota(config)[1]
         return self.budget(config)[1]
 
-    def kept_tokens(self, config: HeroConfig) -> int:
+    def kept_tokens(self, config: Keep) -> int:
         """Length of the packed sequence; with ``allocation="floor"`` an upper bound."""
         return sum(self.budget(config)) + self.newline_count
 
@@ -253,39 +265,3 @@ def _unpadded(height: int, width: int, rows: int, columns: int) -> tuple[tuple[i
         return (padding, rows - padding), (0, columns)
     padding = (columns - int(round(width * (rows / height), 7))) // 2
     return (0, rows), (padding, columns - padding)
-
-
-def count_tokens(
-    config: HeroConfig,
-    image_size: Sequence[int],
-    *,
-    geometry: Geometry | None = None,
-    pinpoints: Sequence[Sequence[int]] | None = None,
-    crop_size: int | None = None,
-    patch_size: int | None = None,
-) -> int:
-    """Visual tokens that an image occupies in the language model, newlines included.
-
-    A pure function of integers, for planning context lengths, memory and cost without a model:
-    ``floor(R·P) + min(floor(R·K·P), Σ valid) + rows`` for every policy but ``"hired"`` and ``"hero+"``
-    (docs/method.md, 3 and 6). With ``allocation="floor"``, whose count depends on the image's content, an
-    upper bound.
-
-    Args:
-        config: what to keep.
-        image_size: (height, width) in pixels.
-        geometry: how the model cuts images; that of LLaVA-NeXT with CLIP-ViT-L/14-336 if ``None``.
-        pinpoints, crop_size, patch_size: fields of the geometry that differ from it.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range, by name.
-    """
-    if not isinstance(config, HeroConfig):
-        raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
-    if geometry is not None and not isinstance(geometry, Geometry):
-        raise TypeError(f"geometry: expected hero.Geometry, got {geometry!r}")
-    given = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
-    given = {name: value for name, value in given.items() if value is not None}
-    if geometry is not None and given:
-        raise ValueError(f"geometry: expected it or {', '.join(given)}, got both")
-    return (geometry or Geometry(**given)).layout(image_size).kept_tokens(config)
