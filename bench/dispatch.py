@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from unittest import mock
 
 import torch
 
 import hero_kernels as hk
-from hero_kernels import _library, _ops
+from hero_kernels import _dispatch, _launch, _library, ops
 from hero_kernels._env import SWITCHES
 
 from .bench_attention import make_attention
@@ -52,20 +52,17 @@ def calls() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     gather = {"valid": s.valid, "budgets": None, "signals": s.signals, "allocation": "exact"}
     gather |= {"ranks": None, "valid_counts": s.counts}
     arguments = {
-        "cls_attention": ((a.query, a.key, scale), own),
-        "attention_with_cls": ((a.query, a.key, a.value, scale), own),
-        "received_attention": ((a.query, a.key, scale), {**rows, "out": None}),
-        "finalize_scores": ((a.rows,), {"valid": a.valid, "rank": True}),
-        "tile_budgets": ((s.signals, s.counts, segments), {"allocation": "exact"}),
-        "segmented_topk": ((s.scores, s.budgets.budgets, s.valid), {}),
-        "segmented_topk_gather": ((s.features, s.scores, segments), gather),
+        "cls_attention": {"query": a.query, "key": a.key, "scale": scale, **own},
+        "attention_with_cls": {"query": a.query, "key": a.key, "value": a.value, "scale": scale, **own},
+        "received_attention": {"query": a.query, "key": a.key, "scale": scale, **rows, "out": None},
+        "finalize_scores": {"rows": a.rows, "valid": a.valid, "rank": True},
+        "tile_budgets": {"signals": s.signals, "valid_counts": s.counts, "segments": segments}
+        | {"allocation": "exact"},
+        "segmented_topk": {"scores": s.scores, "budgets": s.budgets.budgets, "valid": s.valid},
+        "segmented_topk_gather": {"features": s.features, "scores": s.scores, "segments": segments, **gather},
     }
-
-    def call(function, positional, named):
-        return lambda: function(*positional, **named)
-
     return {
-        name: tuple(call(getattr(module, name), *given) for module in (hk, _library))
+        name: (partial(getattr(hk, name), **given), partial(_library.call, name, device, **given))
         for name, given in arguments.items()
     }
 
@@ -74,15 +71,15 @@ def calls() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
 def ready(name: str, public: Callable[[], object]) -> Iterator[None]:
     """The implementation of an operation returns what it returned once."""
     result = []
-    run = _ops._run
+    run = _dispatch.run
 
     def keep(*arguments, **options):
         result[:] = [run(*arguments, **options)]
         return result[0]
 
-    with mock.patch.object(_ops, "_run", keep):
+    with mock.patch.object(_dispatch, "run", keep):
         public()
-    with mock.patch.object(_ops, "_run", lambda *arguments, **options: result[0]):
+    with mock.patch.object(_dispatch, "run", lambda *arguments, **options: result[0]):
         yield
 
 
@@ -93,13 +90,12 @@ def unlaunched(name: str) -> Iterator[None]:
     Raises:
         ImportError: no Triton here.
     """
-    names = ("common", *_ops._MODULES.values())
-    modules = [importlib.import_module(f"hero_kernels.kernels.{module}") for module in names]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(SWITCHES, "interpret", True))  # CPU tensors reach kernels
-        for module in modules:
-            if hasattr(module, "launch"):
-                stack.enter_context(mock.patch.object(module, "launch", lambda *args, **options: None))
+    if _dispatch.launcher(name) is None:
+        raise ImportError("no Triton")
+    with (
+        mock.patch.object(SWITCHES, "interpret", True),  # CPU tensors reach kernels
+        mock.patch.object(_launch, "launch", lambda *args, **options: None),
+    ):
         yield
 
 
@@ -115,7 +111,7 @@ def measure(rounds: int, repeats: int) -> dict[str, object]:
     """``times_us``: raw, by operation and way; ``us``: their medians, ``None`` where a way is missing."""
     times: dict[str, dict[str, list[float]]] = {}
     reasons: dict[str, str] = {}
-    no_values = mock.patch.object(_ops, "_check_cpu", lambda name, expected, values, fits: None)
+    no_values = mock.patch.object(ops, "_check_cpu", lambda name, expected, values, fits: None)
     with torch.no_grad(), no_values, quiet_heap():
         for name, (public, operator) in calls().items():
             times[name] = {way: [] for way in WAYS}

@@ -1,9 +1,9 @@
-"""How the crops of a ragged batch of images are laid out: host integers, and the results of the operations.
+"""The layout of the crops of a ragged batch of images, and the result types of the operations.
 
-Nothing here reads a device value. An image is a run of consecutive crops of the batch: at most one
-thumbnail, first or last, and tiles in raster order. Tiles are stitched in bands of ``grid_width``
-tiles: a patch row of a band runs through all its tiles before the next row begins, which is how
-LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
+Everything here is host integers; no device value is read. An image is a run of consecutive crops of the
+batch: at most one thumbnail, first or last, and tiles in raster order. Tiles are stitched in bands of
+``grid_width`` tiles: a patch row of a band runs through all its tiles before the next row begins, which is
+how LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ._checks import check_choice, describe
@@ -24,8 +23,7 @@ __all__ = ["ALLOCATIONS", "Finalized", "Gathered", "Segment", "Segments", "TileB
 
 ALLOCATIONS = ("exact", "floor")
 MAX_SIGNALS = 4
-LARGEST = (1 << 31) - 1  # of a count: products with weights then fit into int64
-LANES = 64  # see Lanes
+LARGEST = (1 << 31) - 1  # token count: products with weights then fit into int64
 NUMBERS = (
     "crops",
     "thumbnail",
@@ -81,12 +79,12 @@ class Segments:
     """The images of a batch, in order.
 
     Args:
-        images: one :class:`Segment` an image.
+        images: one :class:`Segment` per image.
         side: patches along one side of a crop; P = side².
 
     Raises:
-        TypeError: ``images`` holds something else than segments.
-        ValueError: a segment contradicts itself.
+        TypeError: ``images`` holds something other than segments.
+        ValueError: the fields of a segment contradict each other.
     """
 
     images: tuple[Segment, ...]
@@ -116,12 +114,11 @@ class Segments:
                 raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
         if self.crops * self.patches >= 1 << 31:
             raise ValueError(f"images: expected crops · patches below 2³¹, got {self.crops} · {self.patches}")
-        object.__setattr__(self, "_tables", {})
-        object.__setattr__(self, "_lanes", {})
-        object.__setattr__(self, "_orders", {})
+        object.__setattr__(self, "_stored", {})
+        object.__setattr__(self, "_bound", None)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"images": self.images, "side": self.side, "_tables": {}, "_lanes": {}, "_orders": {}}
+        return {"images": self.images, "side": self.side, "_stored": {}, "_bound": None}
 
     @property
     def patches(self) -> int:
@@ -140,7 +137,7 @@ class Segments:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """The images as plain integers, ``len(NUMBERS)`` each: what an operator's schema can carry."""
+        """The images as plain integers, ``len(NUMBERS)`` each, for the schema of an operator."""
         return tuple(
             number
             for image in self.images
@@ -148,36 +145,35 @@ class Segments:
         )
 
     def table(self, device: torch.device) -> Tensor:
-        """``[B, len(COLUMNS)]`` int32 on a device, what a kernel reads of each image.
+        """``[B, len(COLUMNS)]`` int32 on a device: the fields of each image that kernels read.
 
-        Copied to the device once and kept with this object: it must outlive CUDA graphs captured with it.
+        Copied to the device once and stored with this object: it must outlive CUDA graphs that read it.
         """
-        return _kept(self._tables, device, lambda: to_device(_table(self), device))
+        if self._bound is not None:
+            return self._bound
+        return self.stored("table", device, lambda: to_device(_table(self), device))
 
-    def lanes(self, device: torch.device) -> Lanes:
-        """The images as rows of lanes, a crop each, on a device; kept with this object."""
-        return _kept(self._lanes, device, lambda: _lanes(self, device))
-
-    def order(self, device: torch.device) -> Tensor:
-        """``[N]`` int64: ``crop · P + patch`` of all patches in the order of the packed sequence (§5).
-
-        Newlines are −1. A selection drops patches from it, and keeps the order. Kept with this object.
-        """
-        return _kept(self._orders, device, lambda: to_device(_order(self), device))
+    def stored(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        """The result of ``make()`` for a device, computed at the first call and stored with this object."""
+        key = name, device
+        if key not in self._stored:
+            with torch.inference_mode(False):  # it may be used later in a call that has gradients
+                self._stored[key] = make()
+        return self._stored[key]
 
     def warm(self, device: torch.device) -> None:
-        """Compute now what is computed once: compiled code can look that up, but not compute it."""
+        """Compute what is computed once: compiled code can read these values, but not compute them."""
         _ = self.table(device), self.numbers, self.lengths, self.first_crops
 
     def bound(self, table: Tensor) -> Segments:
         """The same segments with their table given."""
         same = object.__new__(Segments)
-        same.__dict__.update(self.__dict__, _tables={table.device: table})
+        same.__dict__.update(self.__dict__, _bound=table)
         return same
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Rows that each image promises: its tokens, where there are as many patches, and newlines."""
+        """Packed rows of each image: its tokens, at most as many as patches, and its newlines."""
         patches = self.patches
         return tuple(
             (min(image.thumbnail_tokens, patches) if image.thumbnail >= 0 else 0)
@@ -186,25 +182,12 @@ class Segments:
             for image in self.images
         )
 
-    def check_crops(self, name: str, crops: int) -> None:
-        """Raise ``ValueError`` unless argument ``name`` has one row a crop."""
-        if crops != self.crops:
-            raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
-
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; no one waits for the copy."""
+    """Copy a host tensor to a device, asynchronously."""
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
-
-
-def _kept(store: dict[torch.device, Any], device: torch.device, make: Callable[[], Any]) -> Any:
-    """What was made for a device before, or is made now."""
-    if device not in store:
-        with torch.inference_mode(False):  # it may serve a call that has gradients
-            store[device] = make()
-    return store[device]
 
 
 def _table(segments: Segments) -> Tensor:
@@ -218,81 +201,6 @@ def _table(segments: Segments) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-class Lanes(NamedTuple):
-    """The images of a batch as rows of lanes, a crop a lane, so that all can be computed at once.
-
-    A row has LANES lanes, or a multiple of them where an image of the batch has more crops: the order in
-    which a row is summed must not depend on the other images.
-
-    Attributes:
-        crop: ``[B, L]`` int64, the crop of each lane; 0 where there is none.
-        no_tile: ``[B, L]`` bool, thumbnails and lanes without a crop.
-        equal: ``[B, L]`` fp32, equal parts of the tiles of an image.
-        thumbnail_tokens: ``[B, most]`` int64, at the thumbnail; −1 elsewhere.
-        tile_tokens: ``[B, 1]`` int64.
-        image: ``[T]`` int64, the row of each crop.
-        place: ``[T]`` int64, where each crop is among the first ``most`` lanes, flattened.
-        most: crops of the largest image; no lane beyond has one.
-    """
-
-    crop: Tensor
-    no_tile: Tensor
-    equal: Tensor
-    thumbnail_tokens: Tensor
-    tile_tokens: Tensor
-    image: Tensor
-    place: Tensor
-    most: int
-
-
-def _lanes(segments: Segments, device: torch.device) -> Lanes:
-    images = segments.images
-    crops, thumbnail, thumbnail_tokens, tile_tokens, tiles = (
-        torch.tensor([getattr(image, name) for image in images])[:, None]
-        for name in ("crops", "thumbnail", "thumbnail_tokens", "tile_tokens", "tiles")
-    )
-    first, most = torch.tensor(segments.first_crops[:-1])[:, None], int(crops.max())
-    lane = torch.arange(-(-most // LANES) * LANES)
-    inside, is_thumbnail = lane < crops, lane == thumbnail
-    is_tile = inside & ~is_thumbnail
-    tensors = (
-        torch.where(inside, first + lane, 0),
-        ~is_tile,
-        is_tile / tiles.clamp_min(1),
-        torch.where(is_thumbnail, thumbnail_tokens, -1)[:, :most],
-        tile_tokens,
-        inside.nonzero()[:, 0],
-        inside[:, :most].flatten().nonzero()[:, 0],
-    )
-    return Lanes(*(to_device(tensor, device) for tensor in tensors), most)
-
-
-def _order(segments: Segments) -> Tensor:
-    """:meth:`Segments.order` on the host."""
-    pairs = zip(segments.images, segments.first_crops, strict=False)
-    return torch.cat([_order_of(image, first, segments.side) for image, first in pairs])
-
-
-def _order_of(image: Segment, first: int, side: int) -> Tensor:
-    """The order of one image, whose first crop is ``first``."""
-    source = torch.arange(first * side**2, (first + image.crops) * side**2).view(image.crops, -1)
-    newline = torch.tensor([-1])
-    stitched = rearrange(
-        source[image.first_tile : image.first_tile + image.tiles],
-        "(gh gw) (y x) -> (gh y) (gw x)",
-        gw=image.grid_width,
-        y=side,
-    )
-    begin, end = image.newline_rows
-    rows = stitched[begin:end]
-    rows = torch.cat([rows, newline.expand(len(rows), 1)], dim=1)
-    tiles = [stitched[:begin].flatten(), rows.flatten(), stitched[end:].flatten()]
-    thumbnail = []
-    if image.thumbnail >= 0:
-        thumbnail = [source[image.thumbnail], newline[: int(image.thumbnail_newline)]]
-    return torch.cat([*thumbnail, *tiles] if image.thumbnail <= 0 else [*tiles, *thumbnail])
-
-
 @lru_cache(maxsize=256)
 def segments_of(numbers: tuple[int, ...], side: int) -> Segments:
     """The :class:`Segments` of :attr:`Segments.numbers`."""
@@ -304,12 +212,12 @@ def segments_of(numbers: tuple[int, ...], side: int) -> Segments:
 
 
 class Finalized(NamedTuple):
-    """What :func:`hero_kernels.finalize_scores` returns.
+    """The result of :func:`hero_kernels.finalize_scores`.
 
     Attributes:
         scores: ``[T, P]`` fp32, mean over heads.
         entropy: ``[T]`` fp32, nats, of the scores over the valid patches.
-        ranks: ``[T, P]`` int16, place in the order of selection, or ``None``.
+        ranks: ``[T, P]`` int16, place in selection order, or ``None``.
     """
 
     scores: Tensor
@@ -318,13 +226,13 @@ class Finalized(NamedTuple):
 
 
 class TileSignal(NamedTuple):
-    """One signal that shares the token budget among the tiles of an image.
+    """One signal by which the tokens of an image are divided among its tiles.
 
     Attributes:
         values: ``[T]`` fp32; entries of thumbnails are ignored.
         weight: its weight in the share, >= 0.
         temperature: softmax temperature, or ``None`` to divide by the sum over tiles instead (negative
-            values count as zero). Where the sum is zero, or fp32 overflows, tiles get equal parts.
+            values count as zero). Where the sum is zero or overflows fp32, tiles get equal parts.
     """
 
     values: Tensor
@@ -333,7 +241,7 @@ class TileSignal(NamedTuple):
 
 
 class TileBudgets(NamedTuple):
-    """What :func:`hero_kernels.tile_budgets` returns.
+    """The result of :func:`hero_kernels.tile_budgets`.
 
     Attributes:
         budgets: ``[T]`` int32, patches to keep of each crop.
@@ -347,13 +255,13 @@ class TileBudgets(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What :func:`hero_kernels.segmented_topk_gather` returns.
+    """The result of :func:`hero_kernels.segmented_topk_gather`.
 
     Attributes:
         tokens: ``[total, D]``, kept features packed image by image; newline rows are zero.
         index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline (−2 for an empty row).
         lengths: rows of each image, host integers.
-        budgets: the budgets that were served.
+        budgets: the budgets, given or computed.
     """
 
     tokens: Tensor
