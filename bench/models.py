@@ -261,7 +261,8 @@ def _mini(device: torch.device) -> Subject:
     import numpy as np
 
     from hero import mini
-    from hero.mini import scenes
+
+    from .mini import scenes
 
     model, processor, relevance = mini.load()
     model.requires_grad_(False).to(device)
