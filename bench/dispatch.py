@@ -47,12 +47,12 @@ def calls() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     segments = shape.segments
     a, s = make_attention(shape, device, 0), make_selection(shape, segments, device, 0)
     scale = shape.geometry.scale
-    rows = {"weight": 1.0, "out": a.out, "per_head": False}
+    rows = {"weight": 1.0, "out": a.rows}
     own = {**rows, "second_softmax": False}
     gather = {"valid": s.valid, "budgets": None, "signals": s.signals, "allocation": "exact"}
     gather |= {"ranks": None, "valid_counts": s.counts}
     arguments = {
-        "cls_attention": ((a.query, a.key, scale), {**own, "lse": a.lse}),
+        "cls_attention": ((a.query, a.key, scale), own),
         "attention_with_cls": ((a.query, a.key, a.value, scale), own),
         "received_attention": ((a.query, a.key, scale), {**rows, "out": None}),
         "finalize_scores": ((a.rows,), {"valid": a.valid, "rank": True}),

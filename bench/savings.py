@@ -127,7 +127,7 @@ def cases(shape: models.Shape) -> tuple[Callable[[], object], list[Case]]:
 
     def with_rows() -> tuple[Tensor, Tensor]:
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
-        return output, hk.cls_attention(query, key, attention.scale, per_head=True)
+        return output, hk.cls_attention(query, key, attention.scale)
 
     def same_attention(one: tuple, other: tuple) -> None:
         for left, right in zip(one, other, strict=True):

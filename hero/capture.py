@@ -99,7 +99,6 @@ class Collector:
         return {
             "weight": weight.to(device) if isinstance(weight, Tensor) else weight,
             "out": self.rows if local else None,
-            "per_head": True,
         }
 
     def _take(self, layer: int, rows: Tensor, added: Tensor | None) -> None:
@@ -255,9 +254,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
             )
         if compiling:
             second = state.second_softmax
-            output, state.rows = hk.attention_with_cls(
-                query, key, value, scale, second_softmax=second, per_head=True
-            )
+            output, state.rows = hk.attention_with_cls(query, key, value, scale, second_softmax=second)
         else:
             output = attending.attend(state.layer, query, key, value, scale)
         output = output.transpose(1, 2), None
@@ -265,10 +262,10 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
         attending = None
         output = base(state.view, query, key, value, attention_mask, **kwargs)
         if compiling and state.received:
-            state.rows = hk.received_attention(query, key, scale, per_head=True)
+            state.rows = hk.received_attention(query, key, scale)
         elif compiling:
             second = state.second_softmax
-            state.rows = hk.cls_attention(query, key, scale, second_softmax=second, per_head=True)
+            state.rows = hk.cls_attention(query, key, scale, second_softmax=second)
     for collector in collectors:
         if collector is not attending:
             collector.add(state.layer, query, key, scale)

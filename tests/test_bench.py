@@ -650,7 +650,7 @@ def test_least_bytes_and_operations():
     shape = next(shape for shape in registry.shapes(False) if shape.geometry == registry.CLIP)
     assert shape.batch.crops == 5 and shape.segments.lengths == (115 + 460 + 48,)
     assert shape.activations() == 5 * 16 * 577 * 64 * 2  # 5.9 MB of keys
-    assert shape.cls_sums().bytes == 5908480 + 5 * 16 * (128 + 4) + 2 * 5 * 576 * 4
+    assert shape.cls_rows().bytes == 5908480 + 5 * 16 * 128 + 2 * 5 * 16 * 576 * 4
     assert shape.attention().flops == 4 * 5 * 16 * 577**2 * 64
     moved = (575 + 623) * 1024 * 2  # rows in, rows and newlines out
     assert shape.gather().bytes == moved + 5 * 576 * (4 + 1) + 623 * 4
