@@ -44,8 +44,8 @@ import hero
 from hero import mini
 from hero.config import POLICIES
 from hero.layout import ImageLayout
-from hero.mini import scenes
 
+from .mini import scenes
 from .record import environment, write
 from .timing import keep_ratios, positive, take_turns
 
@@ -800,7 +800,7 @@ def main(arguments: Sequence[str]) -> dict | None:
         metavar="NAME=JSON",
         help="one more variant: fields of hero.HeroConfig",
     )
-    parser.add_argument("--weights", default=mini.WEIGHTS, help="folder that hero.mini.train wrote")
+    parser.add_argument("--weights", default=mini.WEIGHTS, help="folder that bench.mini.train wrote")
     parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
     parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
     parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two records instead")

@@ -27,9 +27,9 @@ from test_launches import encoder_of as encoder_of_launches
 from test_launches import pixels as pixels_of_launches
 
 import hero
+from bench.mini import scenes
 from hero import mini
 from hero.layout import Geometry
-from hero.mini import scenes
 from hero.packing import packing_of
 from hero.plan import plan_of
 from hero_kernels.testing import same_bits

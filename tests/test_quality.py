@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,12 +20,10 @@ from hero.layout import ImageLayout
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
-    sys.path.insert(0, str(ROOT))
+from bench import page, quality, quality_page, report
+from bench.mini import scenes
 
-from bench import page, quality, quality_page, report  # noqa: E402
-from hero.mini import scenes  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 QUESTIONS = 300
 KEEP = (0.2, 0.05)
