@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import hero_kernels as hk
-from hero.layout import floor_ratio
+from hero._checks import floor_ratio
 
 from .timing import Ceilings
 
