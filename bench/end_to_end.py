@@ -91,6 +91,11 @@ VARIANTS = {
 }
 
 
+def measured(gpu: bool) -> list[str]:
+    """Return the variants that run on a device; CUDA graphs need a GPU."""
+    return [name for name, variant in VARIANTS.items() if gpu or not variant.graph]
+
+
 @contextlib.contextmanager
 def timed(
     functions: Sequence[tuple[object, str, str]], now: Callable[[], float]
@@ -183,7 +188,7 @@ class Bench:
     def __init__(self, subject: Subject, device: torch.device, clock: str):
         self.subject, self.device, self.clock = subject, device, clock
         self.model, self.gpu, self._cache = subject.model, device.type == "cuda", None
-        self.variants = [name for name, variant in VARIANTS.items() if self.gpu or not variant.graph]
+        self.variants = measured(self.gpu)
         count = len(subject.batches)
         self.prepared = [Prepared(subject, number, device, self._attached) for number in range(count)]
         rows = max(len(mask) for one in self.prepared for mask in one.masks.values())
@@ -231,6 +236,7 @@ class Bench:
                 yield Ready(vision, lambda: self.generate(**self.embedded(batch, vision())), stages)
         else:
             with self._attached(variant) as handle:
+                handle.encoder.prepare(batch.pixels, batch.sizes)  # makes the plan, which later calls reuse
 
                 def vision() -> list[Tensor]:
                     return handle.encoder(batch.pixels, batch.sizes, text=text).per_image()
