@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _launch, kernels
 from hero_kernels._ops import _launcher
 
-from . import record, report
+from . import records, report
 from .registry import CLIP, INTERNVIT, SIGLIP, Geometry
 
 __all__ = [
@@ -405,12 +405,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         content = {
             "benchmark": "compiled",
-            **record.environment("bench.compiled", arguments, ("torch", "triton")),
+            **records.environment("bench.compiled", arguments, ("torch", "triton")),
             "date": datetime.now(timezone.utc).date().isoformat(),
             "dtype": "bf16",
             "launches": list(facts("bf16")),
         }
-        record.write(options.out, content)
+        records.write(options.out, content)
     if options.page:
         content = json.loads((options.out or options.record).read_text(encoding="utf-8"))
         page = options.page.read_text(encoding="utf-8")

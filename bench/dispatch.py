@@ -31,7 +31,7 @@ from hero_kernels._env import SWITCHES
 
 from .bench_attention import make_attention
 from .bench_selection import make_selection
-from .record import environment, write
+from .records import environment, write
 from .registry import SMALL, SMALL_BATCHES, Shape
 from .timing import positive, quiet_heap, take_turns
 

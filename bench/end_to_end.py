@@ -43,7 +43,7 @@ import hero_kernels
 from hero_kernels.testing import OperationCounter, peak_bytes
 
 from .models import PHOTOGRAPH, SHAPES, Subject, build
-from .record import accelerator, environment, fingerprint, without_folders, write
+from .records import accelerator, environment, fingerprint, without_folders, write
 from .released import Released, eager
 from .timing import (
     CLOCKS,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import record as records
+from . import records
 from .registry import Cost, Shape, floor_us
 from .timing import (
     MOST_SETS,

@@ -25,7 +25,7 @@ from transformers import (
 import hero
 from hero.layout import grid_pinpoints
 
-from .record import ROOT
+from .records import ROOT
 
 PHOTOGRAPH = "bench/data/astronaut.jpg"
 QUESTION = "what is in this picture ?"
