@@ -33,7 +33,6 @@ from .kernels import (
 )
 from .registry import CLIP, Shape, shapes
 
-__all__ = ["cases", "make_attention"]
 
 ROWS = 1e-3  # tolerance of rows computed in fp32
 ROUNDED = 2e-2  # tolerance if logits or maps are rounded to bf16

@@ -24,7 +24,6 @@ from hero_kernels import reference
 from .kernels import Case, Variant, benchmark_variant, close, generate_tests, item_size, same
 from .registry import Shape, shapes
 
-__all__ = ["cases", "make_selection"]
 
 FEW = 8  # sets of inputs if a call touches less than a MB
 SIGNALS = ((0.2, None), (0.4, 0.1), (0.4, 0.05))  # weight and temperature: density, saliency, relevance

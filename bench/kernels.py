@@ -27,39 +27,9 @@ from tqdm import tqdm
 
 from . import record as records
 from .registry import Cost, Shape, floor_us
-from .timing import (
-    MOST_SETS,
-    Ceilings,
-    Clock,
-    ceilings,
-    eager_us,
-    graph_us,
-    l2_bytes,
-    sets_for,
-    single_calls_us,
-)
+from .timing import MOST_SETS, Ceilings, Clock, call_us, ceilings, eager_us, graph_us, l2_bytes, sets_for
 
-__all__ = [
-    "BROKEN",
-    "Case",
-    "Unavailable",
-    "Variant",
-    "Wrong",
-    "all_cases",
-    "benchmark_variant",
-    "checked_crops",
-    "close",
-    "default_device",
-    "generate_tests",
-    "item_size",
-    "main",
-    "measure",
-    "new_record",
-    "same",
-    "sets_of",
-]
-
-CPU_ROUNDS, GPU_ROUNDS = 5, 11
+ROUNDS = 5  # of single calls
 STALL_SECONDS = 120  # for one variant; compiling takes the longest
 BROKEN = 3  # exit status: the device does not respond in this process any more
 PACKAGES = ("torch", "triton", "transformers", "numpy")
@@ -172,9 +142,8 @@ def sets_of(case: Case, device: torch.device) -> list[Any]:
 def _time(variant: Variant, sets: Sequence[Any], device: torch.device) -> dict[str, Any]:
     """Return raw times and how they were measured."""
     if device.type != "cuda" or variant.synchronises:
-        rounds = CPU_ROUNDS if device.type != "cuda" else GPU_ROUNDS
-        times = single_calls_us(variant.call, sets, device, rounds)
-        result = {"timing": "wall", "calls": 1, "times_us": times}
+        times = [call_us(variant.call, [sets[n % len(sets)]], device) for n in range(ROUNDS)]
+        result = {"timing": "wall", "times_us": times}
     else:
         times, inputs, last = graph_us(variant.call, sets)
         if variant.reset is None:  # check the result of the replayed graph too
@@ -276,7 +245,7 @@ def benchmark_variant(benchmark, case: Case, variant: Variant) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.pedantic(call, rounds=CPU_ROUNDS)
+        benchmark.pedantic(call, rounds=ROUNDS)
 
 
 # --- the record ------------------------------------------------------------------------------------------

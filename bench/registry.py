@@ -16,20 +16,6 @@ from hero._checks import floor_ratio
 
 from .timing import Ceilings
 
-__all__ = [
-    "CLIP",
-    "INTERNVIT",
-    "KEEP",
-    "SIGLIP",
-    "SMALL",
-    "SMALL_NO_CLS",
-    "Batch",
-    "Cost",
-    "Geometry",
-    "Shape",
-    "floor_us",
-    "shapes",
-]
 
 KEEP = 0.2
 

@@ -127,23 +127,6 @@ def kernels(record: Mapping) -> list[str]:
     return [*lines, *([f"- {skipped} more: left out, the time of the run was over"] if skipped else [])]
 
 
-def dispatch(record: Mapping) -> list[str]:
-    """The table of ``bench.dispatch``."""
-    machine = record["machine"]
-    rows = []
-    for name, ways in record["us"].items():
-        values = [ways["public"], ways["operator"], ways["launcher"]]
-        rows.append([f"`{name}`", *("not measured" if value is None else f"{value:.1f}" for value in values)])
-    return [
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds of {record['repeats']} calls, "
-        "medians, processor time",
-        f"- {machine['cpu']}, one thread, {machine['system']}",
-        code(record),
-        "",
-        *table(["µs of the host", "checks and routing", "`torch.ops` instead", "with the launcher"], rows),
-    ]
-
-
 def _milliseconds(times: Mapping[str, float]) -> str:
     values = (1000 * times[name] for name in ("median", "min"))
     return "{} ({})".format(*(f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values))
@@ -208,7 +191,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Map
         _each(end_to_end_page.tables),
     ),
     "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), _each(end_to_end_page.tables)),
-    "dispatch": ("dispatch", lambda record: True, _each(dispatch)),
     "compare": ("compare", lambda record: True, _each(compare)),
     "kernels": ("kernels", lambda record: True, _each(kernels)),
 }
