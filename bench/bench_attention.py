@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hero_kernels as hk
 from hero_kernels import reference
@@ -33,7 +34,6 @@ from .kernels import (
 )
 from .registry import CLIP, Shape, shapes
 
-
 ROWS = 1e-3  # tolerance of rows computed in fp32
 ROUNDED = 2e-2  # tolerance if logits or maps are rounded to bf16
 COMPILED_CROPS = (5, 160)  # compiling takes long: only these, and only for CLIP
@@ -42,7 +42,7 @@ RECEIVED_CHUNK = 8  # crops whose maps a peer holds at a time
 
 def make_attention(shape: Shape, device: torch.device, seed: int) -> SimpleNamespace:
     """Make query, key, value, accumulators, and random rows to finalise."""
-    geometry, crops = shape.geometry, shape.batch.crops
+    geometry, crops = shape.geometry, shape.crops
     generator = torch.Generator(device).manual_seed(seed)
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
     size = (crops, geometry.tokens, geometry.heads, geometry.width)
@@ -68,20 +68,12 @@ def reset(inputs: SimpleNamespace) -> None:
 # Peers: PyTorch's attention.
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return the output of flash attention."""
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
-    return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
-
-
-def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return the output of cuDNN's attention."""
-    if query.device.type != "cuda":
+def sdpa(backend: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return the output of one of PyTorch's attention backends."""
+    if backend == "CUDNN_ATTENTION" and query.device.type != "cuda":
         raise Unavailable("cuDNN needs a GPU")
-    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
-    return attention(query, key, value, None, True, scale=scale)[0]
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -117,7 +109,7 @@ def rows_case(shape: Shape, device: torch.device) -> Case:
     scale = shape.geometry.scale
 
     def compiled(x):
-        if device.type != "cuda" or shape.geometry != CLIP or shape.batch.crops not in COMPILED_CROPS:
+        if device.type != "cuda" or shape.geometry != CLIP or shape.crops not in COMPILED_CROPS:
             raise Unavailable("compiled only on a GPU, for CLIP at T = 5 and 160, to save time")
         return _compiled_row()(x.query, x.key, scale)
 
@@ -131,7 +123,7 @@ def rows_case(shape: Shape, device: torch.device) -> Case:
         Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(x.query, x.key, scale), rounded),
         Variant("softmax(q₀Kᵀ), compiled", compiled, rounded),
     )
-    return _case("cls_attention", shape, device, shape.cls_rows(), variants)
+    return _case("cls_attention", shape, device, variants)
 
 
 # Attention, with or without CLS rows.
@@ -167,13 +159,14 @@ def attention_case(shape: Shape, device: torch.device) -> Case:
 
     exact, rounded = (partial(check_attention, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = [Variant("attention_with_cls", fused, exact, ours=True, reset=reset)]
-    for name, attention in (("flash", flash), ("cuDNN", cudnn)):
+    for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")):
+        attention = partial(sdpa, backend)
         variants += [
             Variant(f"SDPA {name}, no scores", partial(alone, attention), exact, less=True),
             Variant(f"SDPA {name} + cls_attention", partial(with_rows, attention), exact, reset=reset),
         ]
     variants.append(Variant("eager, maps kept", with_maps, rounded))
-    return _case("attention_with_cls", shape, device, shape.attention(), tuple(variants))
+    return _case("attention_with_cls", shape, device, tuple(variants))
 
 
 # Received attention.
@@ -202,7 +195,7 @@ def received_case(shape: Shape, device: torch.device) -> Case:
         return hk.received_attention(x.query, x.key, scale, out=x.rows)
 
     def attention(x):
-        return flash(x.query, x.key, x.value, scale)
+        return sdpa("FLASH_ATTENTION", x.query, x.key, x.value, scale)
 
     exact, rounded = (partial(check_received, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = (
@@ -211,7 +204,7 @@ def received_case(shape: Shape, device: torch.device) -> Case:
         Variant("SDPA flash, for scale", attention, lambda x, result: None, less=True),
         Variant("reference", lambda x: reference.received_attention(x.query, x.key, scale), exact),
     )
-    return _case("received_attention", shape, device, shape.received(), variants)
+    return _case("received_attention", shape, device, variants)
 
 
 # From rows to scores.
@@ -236,7 +229,7 @@ def finalize_case(shape: Shape, device: torch.device) -> Case:
             partial(finish, function, bool(suffix)),
             partial(check_finalized, bool(suffix)),
             ours=function is hk.finalize_scores,
-            cost=shape.finalize(bool(suffix)),
+            cost="finalize_scores" + suffix,
             against="finalize_scores" + suffix,
         )
         for name, function in (
@@ -245,12 +238,12 @@ def finalize_case(shape: Shape, device: torch.device) -> Case:
         )
         for suffix in ("", ", ranks")
     )
-    return _case("finalize_scores", shape, device, shape.finalize(False), variants)
+    return _case("finalize_scores", shape, device, variants)
 
 
-def _case(op, shape, device, cost, variants) -> Case:
-    size = 3 * shape.activations() + 2 * shape.cls_rows().bytes
-    return Case(op, shape, cost, size, partial(make_attention, shape, device), variants)
+def _case(op, shape, device, variants) -> Case:
+    size = 4 * shape.activations()
+    return Case(op, shape, size, partial(make_attention, shape, device), variants)
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:

@@ -24,7 +24,6 @@ from hero_kernels import reference
 from .kernels import Case, Variant, benchmark_variant, close, generate_tests, item_size, same
 from .registry import Shape, shapes
 
-
 FEW = 8  # sets of inputs if a call touches less than a MB
 SIGNALS = ((0.2, None), (0.4, 0.1), (0.4, 0.05))  # weight and temperature: density, saliency, relevance
 
@@ -47,7 +46,7 @@ def stitched_order(segments: hk.Segments) -> Tensor:
 
 def make_selection(shape: Shape, segments: hk.Segments, device: torch.device, seed: int) -> SimpleNamespace:
     """Make features, scores without ties, signals, and the results of the reference."""
-    geometry, crops = shape.geometry, shape.batch.crops
+    geometry, crops = shape.geometry, shape.crops
     generator = torch.Generator().manual_seed(seed)
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
     size = (crops, geometry.tokens, geometry.features)
@@ -190,7 +189,7 @@ def gather_case(shape: Shape, device: torch.device) -> Case:
     check = partial(check_gathered, shape, segments)
     ours = partial(Variant, check=check, ours=True, synchronises=_synchronises(device))
     peer = partial(Variant, against="segmented_topk_gather(budgets)")
-    ranks = shape.gather(ranks=True)
+    ranks = "segmented_topk_gather, ranks"
     variants = (
         ours("segmented_topk_gather(signals)", gather),
         ours("segmented_topk_gather(budgets)", partial(gather, budgets=True)),
@@ -202,7 +201,7 @@ def gather_case(shape: Shape, device: torch.device) -> Case:
         peer("sort, rank, cumsum, index_select", partial(sort_and_scan, *known), check_packed),
         peer("loop over crops, as released", loop, check_by_crop, synchronises=True),
     )
-    return _case("segmented_topk_gather", shape, segments, device, shape.gather(), variants)
+    return _case("segmented_topk_gather", shape, segments, device, variants)
 
 
 def budgets_case(shape: Shape, device: torch.device) -> Case:
@@ -223,9 +222,7 @@ def budgets_case(shape: Shape, device: torch.device) -> Case:
         ),
         Variant("reference", partial(budgets, reference.tile_budgets), check, synchronises=True),
     )
-    return _case(
-        "tile_budgets", shape, segments, device, shape.budgets(len(SIGNALS)), variants, most_sets=FEW
-    )
+    return _case("tile_budgets", shape, segments, device, variants, most_sets=FEW)
 
 
 def topk_case(shape: Shape, device: torch.device) -> Case:
@@ -243,7 +240,7 @@ def topk_case(shape: Shape, device: torch.device) -> Case:
         Variant("segmented_topk", ours, check, ours=True),
         Variant("sort, rank", peer, check),
     )
-    return _case("segmented_topk", shape, segments, device, shape.topk(), variants, most_sets=FEW)
+    return _case("segmented_topk", shape, segments, device, variants, most_sets=FEW)
 
 
 def _synchronises(device: torch.device) -> bool:
@@ -251,11 +248,9 @@ def _synchronises(device: torch.device) -> bool:
     return hk.implementations(device.type)["tile_budgets"] == "reference"
 
 
-def _case(op, shape, segments, device, cost, variants, **options) -> Case:
-    geometry = shape.geometry
-    size = shape.batch.crops * geometry.tokens * geometry.features * shape.item
-    make = partial(make_selection, shape, segments, device)
-    return Case(op, shape, cost, size, make, variants, **options)
+def _case(op, shape, segments, device, variants, **options) -> Case:
+    size = shape.crops * shape.geometry.tokens * shape.geometry.features * shape.item
+    return Case(op, shape, size, partial(make_selection, shape, segments, device), variants, **options)
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:

@@ -105,9 +105,9 @@ def selection(images: int, clock: str) -> Made:
     from hero_kernels import reference
 
     from .bench_selection import make_selection
-    from .registry import CLIP, Batch, Shape
+    from .registry import CLIP, Shape
 
-    shape = Shape(CLIP, Batch(((2, 2),) * images), 4)
+    shape = Shape(CLIP, ((2, 2),) * images, 4)
     segments = shape.segments
     x = make_selection(shape, segments, torch.device("cpu"), 0)
     given = {"valid": x.valid, "ranks": x.ranks, "valid_counts": x.counts}

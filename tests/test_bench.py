@@ -627,13 +627,13 @@ def test_report_renders_kernels(device_run, device_record):
 def test_least_bytes_and_operations():
     """The formulas at five crops of CLIP-L/14-336, against numbers worked out by hand."""
     shape = next(shape for shape in registry.shapes(False) if shape.geometry == registry.CLIP)
-    assert shape.batch.crops == 5 and shape.segments.lengths == (115 + 460 + 48,)
+    assert shape.crops == 5 and shape.segments.lengths == (115 + 460 + 48,)
     assert shape.activations() == 5 * 16 * 577 * 64 * 2  # 5.9 MB of keys
-    assert shape.cls_rows().bytes == 5908480 + 5 * 16 * 128 + 2 * 5 * 16 * 576 * 4
-    assert shape.attention().flops == 4 * 5 * 16 * 577**2 * 64
+    assert shape.cost("cls_attention").bytes == 5908480 + 5 * 16 * 128 + 2 * 5 * 16 * 576 * 4
+    assert shape.cost("attention_with_cls").flops == 4 * 5 * 16 * 577**2 * 64
     moved = (575 + 623) * 1024 * 2  # rows in, rows and newlines out
-    assert shape.gather().bytes == moved + 5 * 576 * (4 + 1) + 623 * 4
-    assert {shape.batch.crops for shape in registry.shapes(False)} == {5, 10, 40, 160}
+    assert shape.cost("segmented_topk_gather").bytes == moved + 5 * 576 * (4 + 1) + 623 * 4
+    assert {shape.crops for shape in registry.shapes(False)} == {5, 10, 40, 160}
 
 
 def test_floor_is_the_larger_of_two_times():
