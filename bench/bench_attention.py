@@ -54,6 +54,8 @@ def make_attention(shape: Shape, device: torch.device, seed: int) -> SimpleNames
         query=query,
         key=key,
         value=value,
+        qk=(query, key, geometry.scale),
+        qkv=(query, key, value, geometry.scale),
         rows=torch.zeros(rows, device=device),
         valid=torch.ones(crops, geometry.patches, dtype=torch.bool, device=device),
         random_rows=torch.rand(rows, device=device, generator=generator),
@@ -106,21 +108,17 @@ def check_rows(shape: Shape, tolerance: float, inputs: SimpleNamespace, rows: Te
 
 
 def rows_case(shape: Shape, device: torch.device) -> Case:
-    scale = shape.geometry.scale
-
     def compiled(x):
         if device.type != "cuda" or shape.geometry != CLIP or shape.crops not in COMPILED_CROPS:
             raise Unavailable("compiled only on a GPU, for CLIP at T = 5 and 160, to save time")
-        return _compiled_row()(x.query, x.key, scale)
+        return _compiled_row()(*x.qk)
 
     exact, rounded = (partial(check_rows, shape, tolerance) for tolerance in (ROWS, ROUNDED))
-
-    def ours(x):
-        return hk.cls_attention(x.query, x.key, scale, out=x.rows)
-
     variants = (
-        Variant("cls_attention", ours, exact, ours=True, reset=reset),
-        Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(x.query, x.key, scale), rounded),
+        Variant(
+            "cls_attention", lambda x: hk.cls_attention(*x.qk, out=x.rows), exact, ours=True, reset=reset
+        ),
+        Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(*x.qk), rounded),
         Variant("softmax(q₀Kᵀ), compiled", compiled, rounded),
     )
     return _case("cls_attention", shape, device, variants)
@@ -141,21 +139,18 @@ def check_attention(shape: Shape, tolerance: float, inputs: SimpleNamespace, res
 
 
 def attention_case(shape: Shape, device: torch.device) -> Case:
-    scale = shape.geometry.scale
-
     def alone(attention, x):
-        return attention(x.query, x.key, x.value, scale), None
+        return attention(*x.qkv), None
 
     def with_rows(attention, x):
-        output = attention(x.query, x.key, x.value, scale)
-        return output, hk.cls_attention(x.query, x.key, scale, out=x.rows)
+        return attention(*x.qkv), hk.cls_attention(*x.qk, out=x.rows)
 
     def with_maps(x):
-        output, maps = eager(x.query, x.key, x.value, scale)
+        output, maps = eager(*x.qkv)
         return output, maps[:, :, 0, 1:], maps  # keeps the maps, as the released method does
 
     def fused(x):
-        return hk.attention_with_cls(x.query, x.key, x.value, scale, out=x.rows)
+        return hk.attention_with_cls(*x.qkv, out=x.rows)
 
     exact, rounded = (partial(check_attention, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = [Variant("attention_with_cls", fused, exact, ours=True, reset=reset)]
@@ -189,20 +184,18 @@ def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def received_case(shape: Shape, device: torch.device) -> Case:
-    scale = shape.geometry.scale
-
     def ours(x):
-        return hk.received_attention(x.query, x.key, scale, out=x.rows)
+        return hk.received_attention(*x.qk, out=x.rows)
 
     def attention(x):
-        return sdpa("FLASH_ATTENTION", x.query, x.key, x.value, scale)
+        return sdpa("FLASH_ATTENTION", *x.qkv)
 
     exact, rounded = (partial(check_received, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = (
         Variant("received_attention", ours, exact, ours=True, reset=reset),
-        Variant("softmax(QKᵀ), in chunks", lambda x: received(x.query, x.key, scale), rounded),
+        Variant("softmax(QKᵀ), in chunks", lambda x: received(*x.qk), rounded),
         Variant("SDPA flash, for scale", attention, lambda x, result: None, less=True),
-        Variant("reference", lambda x: reference.received_attention(x.query, x.key, scale), exact),
+        Variant("reference", lambda x: reference.received_attention(*x.qk), exact),
     )
     return _case("received_attention", shape, device, variants)
 
@@ -220,30 +213,18 @@ def check_finalized(rank: bool, inputs: SimpleNamespace, result: hk.segments.Fin
 
 
 def finalize_case(shape: Shape, device: torch.device) -> Case:
-    def finish(function, rank, x):
-        return function(x.random_rows, valid=x.valid, rank=rank)
+    variants = []
+    for rank, name in ((False, "finalize_scores"), (True, "finalize_scores, ranks")):
 
-    variants = tuple(
-        Variant(
-            name + suffix,
-            partial(finish, function, bool(suffix)),
-            partial(check_finalized, bool(suffix)),
-            ours=function is hk.finalize_scores,
-            cost="finalize_scores" + suffix,
-            against="finalize_scores" + suffix,
-        )
-        for name, function in (
-            ("finalize_scores", hk.finalize_scores),
-            ("reference", reference.finalize_scores),
-        )
-        for suffix in ("", ", ranks")
-    )
-    return _case("finalize_scores", shape, device, variants)
+        def call(x, rank=rank):
+            return hk.finalize_scores(x.random_rows, valid=x.valid, rank=rank)
+
+        variants.append(Variant(name, call, partial(check_finalized, rank), ours=True, cost=name))
+    return _case("finalize_scores", shape, device, tuple(variants))
 
 
 def _case(op, shape, device, variants) -> Case:
-    size = 4 * shape.activations()
-    return Case(op, shape, size, partial(make_attention, shape, device), variants)
+    return Case(op, shape, 4 * shape.activations(), partial(make_attention, shape, device), variants)
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:

@@ -109,7 +109,7 @@ def timed(
 
 
 class Ready(NamedTuple):
-    """A variant on the model: the vision stage, ``generate`` of one token, and stages for :func:`timed`."""
+    """A variant on the model, and the stages of its vision stage for :func:`timed`."""
 
     vision: Callable[[], list[Tensor]]
     first_token: Callable[[], Tensor]
@@ -117,13 +117,7 @@ class Ready(NamedTuple):
 
 
 class Prepared:
-    """A batch as the processor returns it.
-
-    Attributes:
-        inputs: inputs of ``generate`` by keep ratio, ``None`` for stock, on the device.
-        around: token ids of each prompt before and after its image.
-        masks: attention mask of each variant's prompts.
-    """
+    """A batch as the processor returns it: inputs of ``generate`` by keep ratio, ``None`` for stock."""
 
     def __init__(self, subject: Subject, number: int, device: torch.device, attached: Callable):
         self.batch = subject.batches[number]
@@ -136,31 +130,8 @@ class Prepared:
                 ).to(device)
             inputs["pixel_values"] = inputs["pixel_values"].to(subject.model.dtype)
             self.inputs[ratio] = dict(inputs)
-        stock, image_token = self.inputs[None], subject.model.config.image_token_id
-        self.pixels, self.sizes = stock["pixel_values"], stock["image_sizes"].cpu()
-        self.visual_tokens = {
-            ratio: (inputs["input_ids"] == image_token).sum(1).tolist()
-            for ratio, inputs in self.inputs.items()
-        }
-        self.around = []
-        for ids, mask in zip(stock["input_ids"], stock["attention_mask"]):
-            ids = ids[mask.bool()]
-            places = (ids == image_token).nonzero()[:, 0]
-            self.around.append((ids[: places[0]], ids[places[-1] + 1 :]))
+        self.pixels, self.sizes = self.inputs[None]["pixel_values"], self.inputs[None]["image_sizes"].cpu()
         self.masks = {name: self.inputs[variant.keep]["attention_mask"] for name, variant in VARIANTS.items()}
-
-    def describe(self, layouts: Sequence) -> dict[str, object]:
-        """Describe the batch for the record."""
-        return {
-            "images": [list(layout.image_size) for layout in layouts],
-            "crops": sum(layout.crops for layout in layouts),
-            "visual_tokens": {
-                name: sum(self.visual_tokens[variant.keep])
-                for name, variant in VARIANTS.items()
-                if name not in ("stock again", "released")
-            },
-            "prompt_tokens": {name: mask.shape[1] for name, mask in self.masks.items()},
-        }
 
 
 class Bench:
@@ -169,13 +140,9 @@ class Bench:
     def __init__(self, subject: Subject, device: torch.device, clock: str):
         self.subject, self.device, self.clock = subject, device, clock
         self.model, self.gpu, self._cache = subject.model, device.type == "cuda", None
+        self.image_token = self.model.config.image_token_id
         count = len(subject.batches)
         self.prepared = [Prepared(subject, number, device, self._attached) for number in range(count)]
-        rows = max(len(mask) for one in self.prepared for mask in one.masks.values())
-        tokens = max(mask.shape[1] for one in self.prepared for mask in one.masks.values())
-        size = (rows, tokens, self.model.config.text_config.hidden_size)
-        draw = torch.Generator(device).manual_seed(0)
-        self.embeddings = torch.randn(size, device=device, dtype=self.model.dtype, generator=draw)
 
     def wait(self) -> None:
         if self.gpu:
@@ -242,22 +209,21 @@ class Bench:
 
     def embedded(self, batch: Prepared, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return prompts with these visual tokens in place, padded on the left, as embeddings."""
-        embed = self.model.get_input_embeddings()
-        rows = [
-            torch.cat([embed(before), one, embed(after)])
-            for (before, after), one in zip(batch.around, tokens, strict=True)
-        ]
+        embed, stock, rows = self.model.get_input_embeddings(), batch.inputs[None], []
+        for ids, mask, one in zip(stock["input_ids"], stock["attention_mask"], tokens, strict=True):
+            ids = ids[mask.bool()]
+            places = (ids == self.image_token).nonzero()[:, 0]
+            rows.append(torch.cat([embed(ids[: places[0]]), one, embed(ids[places[-1] + 1 :])]))
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         mask = pad([torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows])
         return {"inputs_embeds": pad(rows), "attention_mask": mask}
 
     # Measurements.
 
-    def prefill(self, mask: Tensor) -> Tensor:
-        """Run the language model on random embeddings; keeps the cache for :meth:`decode`."""
-        rows, tokens = mask.shape
+    def prefill(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Run the language model on embeddings; keeps the cache for :meth:`decode`."""
         output = self.model.model.language_model(
-            inputs_embeds=self.embeddings[:rows, :tokens], attention_mask=mask, use_cache=True
+            inputs_embeds=embeddings, attention_mask=mask, use_cache=True
         )
         self._cache = output.past_key_values, mask
         return self.model.lm_head(output.last_hidden_state[:, -1:])
@@ -301,25 +267,33 @@ class Bench:
                     raise RuntimeError(f"keep_ratio=1: expected the stock tokens, they differ by {worst}")
         geometry = self._geometry()
         layouts = geometry.layouts(batch.sizes)
-        for ratio, counts in batch.visual_tokens.items():
+        visual = {}
+        for ratio, inputs in batch.inputs.items():
+            visual[ratio] = (inputs["input_ids"] == self.image_token).sum(1).tolist()
             config = hero.HeroConfig(keep_ratio=ratio or 1.0)
             expected = [hero.count_tokens(config, one.image_size, geometry=geometry) for one in layouts]
-            if counts != expected:
-                raise RuntimeError(f"{ratio}: expected {expected} placeholders, got {counts}")
+            if visual[ratio] != expected:
+                raise RuntimeError(f"{ratio}: expected {expected} placeholders, got {visual[ratio]}")
         with self.ready(batch, "released") as ready:
             tokens = ready.vision()
-        for one, most in zip(tokens, batch.visual_tokens[MAIN], strict=True):
-            if not 0 < len(one) <= most:
-                raise RuntimeError(f"released: expected at most {most} tokens, got {len(one)}")
+        if not all(0 < len(one) <= most for one, most in zip(tokens, visual[MAIN], strict=True)):
+            raise RuntimeError(f"released: expected at most {visual[MAIN]} tokens, got {[*map(len, tokens)]}")
         batch.masks["released"] = self.embedded(batch, tokens)["attention_mask"]
-        return batch.describe(layouts)
+        placeholders = {name: sum(visual[variant.keep]) for name, variant in VARIANTS.items()}
+        return {
+            "images": [list(layout.image_size) for layout in layouts],
+            "crops": sum(layout.crops for layout in layouts),
+            "visual_tokens": {
+                name: count for name, count in placeholders.items() if name not in ("stock again", "released")
+            },
+            "prompt_tokens": {name: mask.shape[1] for name, mask in batch.masks.items()},
+        }
 
     def measure(self, batch: Prepared, name: str, prefills: dict) -> dict[str, object]:
         """Measure a variant once: seconds of vision, ttft, prefill and decode, and of each of the ``stages``.
 
-        ``prefills`` shares prefill and decode among variants that keep equally many tokens. On a CPU, where
-        reading the clock costs nothing, stages are timed in the same call as ``vision``; on a GPU they are
-        synchronised, in a call of their own.
+        ``prefills`` shares prefill and decode among variants that keep equally many tokens. Stages are timed
+        in the same call as ``vision`` on a CPU, and synchronised in a call of their own on a GPU.
         """
         found: dict[str, object] = {}
         with self.ready(batch, name) as ready:
@@ -334,7 +308,9 @@ class Bench:
             found["ttft"] = self.time(ready.first_token)
         key = tuple(batch.masks[name].sum(1).tolist())
         if key not in prefills:
-            prefill = self.time(functools.partial(self.prefill, batch.masks[name]))
+            mask, width = batch.masks[name], self.model.config.text_config.hidden_size
+            embeddings = torch.randn(*mask.shape, width, device=self.device, dtype=self.model.dtype)
+            prefill = self.time(functools.partial(self.prefill, embeddings, mask))
             prefills[key] = {"prefill": prefill, "decode": self.time(self.decode)}
             self._cache = None
         return found | prefills[key]
