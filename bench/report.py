@@ -325,7 +325,7 @@ def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
     return svg(Figure((9, 3.4 * -(-len(wanted) // 2)), layout="constrained"), draw)
 
 
-# --- kernels, operations, commits ------------------------------------------------------------------------
+# --- kernels, commits -----------------------------------------------------------------------------------
 
 
 def kernels(record: Mapping) -> list[str]:
@@ -383,24 +383,6 @@ def kernels(record: Mapping) -> list[str]:
     skipped = sum(one["status"] == "skipped" for one in results)
     lines[-1] += f" {skipped} more: left out, the time of the run was over." if skipped else ""
     return lines
-
-
-def dispatch(record: Mapping) -> list[str]:
-    """The table of ``bench.dispatch``."""
-    rows = [
-        [f"`{name}`", *(f"{us:.1f}" if us is not None else "not measured" for us in ways.values())]
-        for name, ways in (
-            (name, {way: ways[way] for way in ("public", "operator", "launcher")})
-            for name, ways in record["us"].items()
-        )
-    ]
-    head = ["µs of the host", "checks and routing", "`torch.ops` instead", "with the launcher"]
-    details = (
-        f"{record['rounds']} rounds of {record['repeats']} calls",
-        "medians",
-        "one thread, processor time",
-    )
-    return [*source(record, *details), "", *table(head, rows)]
 
 
 def compare(record: Mapping) -> list[str]:
@@ -636,7 +618,6 @@ SECTIONS: dict[str, Section] = {
         each(end_to_end),
     ),
     "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), each(end_to_end)),
-    "dispatch": ("dispatch", lambda record: True, each(dispatch)),
     "compare": ("compare", lambda record: True, each(compare)),
     "kernels": ("kernels", lambda record: True, each(kernels)),
 }
