@@ -192,7 +192,7 @@ class _Kept:
     @property
     def tiles(self) -> slice:
         """The crops that are tiles."""
-        return slice(self.layout.first_tile, self.layout.first_tile + self.layout.tiles)
+        return slice(self.layout.tile_crops.start, self.layout.tile_crops.stop)
 
     def stitched(self, values: np.ndarray) -> np.ndarray:
         """``[crops, p, p]`` of the tiles as the grid they were cut from."""
@@ -582,7 +582,7 @@ class _Page:
 
     def _label(self, tile: int) -> tuple[str, str]:
         """Budget and share of a tile."""
-        crop = self.kept.layout.first_tile + tile
+        crop = self.kept.layout.tile_crops[tile]
         return f"{self.kept.budgets[crop]}", _percent(self.kept.shares[crop])
 
     @staticmethod
