@@ -34,7 +34,7 @@ from unittest import mock
 
 import torch
 
-from .record import ROOT, environment, write
+from .records import ROOT, environment, write
 from .timing import compare, eager_us, graph_us, interval, positive, seconds, summary, take_turns
 
 PACKAGES = ("hero", "hero_kernels")

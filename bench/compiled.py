@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _dispatch, _launch
 
-from . import record, report
+from . import records, report
 from .registry import CLIP, INTERNVIT, SIGLIP, Geometry
 
 __all__ = [
@@ -397,12 +397,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         content = {
             "benchmark": "compiled",
-            **record.environment("bench.compiled", arguments, ("torch", "triton")),
+            **records.environment("bench.compiled", arguments, ("torch", "triton")),
             "date": datetime.now(timezone.utc).date().isoformat(),
             "dtype": "bf16",
             "launches": list(facts("bf16")),
         }
-        record.write(options.out, content)
+        records.write(options.out, content)
     if options.page:
         content = json.loads((options.out or options.record).read_text(encoding="utf-8"))
         page = options.page.read_text(encoding="utf-8")

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
 
-from . import record as records
+from . import records
 from .kernels import BROKEN, new_record
-from .record import ROOT, without_folders
+from .records import ROOT, without_folders
 from .timing import Clock
 
 SECONDS = 570

@@ -44,7 +44,7 @@ from hero_kernels.testing import OperationCounter, peak_bytes
 
 from . import timing
 from .models import PHOTOGRAPH, SHAPES, Subject, build
-from .record import accelerator, environment, fingerprint, without_folders, write
+from .records import accelerator, environment, fingerprint, without_folders, write
 from .released import Released, eager
 from .timing import Clock, compare, summary
 

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import record as records
-from . import timing
+from . import records, timing
 from .registry import Shape, floor_us
 
 ROUNDS = 5  # of single calls

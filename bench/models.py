@@ -26,7 +26,7 @@ import hero
 from hero import mini
 from hero.layout import grid_pinpoints
 
-from .record import ROOT
+from .records import ROOT
 
 PHOTOGRAPH = "bench/data/astronaut.jpg"
 QUESTION = "what is in this picture ?"
