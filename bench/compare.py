@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import multiprocessing
 import os
@@ -25,7 +24,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -51,8 +49,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-# A prepared case: its result, a nest of tensors, and a function that times so many calls (seconds per call).
-Made = tuple[Any, Callable[[int], float]]
+Made = tuple[Any, Callable[[int], float]]  # the result of a case; returns seconds per call of so many calls
 
 # --- in the process of a commit: only what both commits have ---------------------------------------------
 
@@ -165,25 +162,32 @@ def serve(connection, folder: str, clock: str, wanted: Sequence[str], threads: i
         if not Path(__import__(package).__file__).resolve().is_relative_to(Path(folder).resolve()):
             raise ImportError(f"{package}: expected the commit's, got one from elsewhere")
     named, spent = cases(wanted), None
-    with contextlib.suppress(EOFError):
-        while True:
-            request, *given = connection.recv()
-            try:
-                with torch.no_grad():
-                    if request == "names":
-                        answer: Any = list(named)
-                    elif request == "time":
-                        answer = spent(*given)
-                    else:
-                        spent = None  # frees the memory of the last case
-                        result, spent = named[request](clock)
-                        leaves = torch.utils._pytree.tree_leaves(result)
-                        torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
-                        del result, leaves
-                        answer = spent(1)
-            except Exception as error:  # a commit may lack what a case needs
-                answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            connection.send(answer)
+    while request := receive(connection):
+        order, *given = request
+        try:
+            with torch.no_grad():
+                if order == "names":
+                    answer: Any = list(named)
+                elif order == "time":
+                    answer = spent(*given)
+                else:
+                    spent = None  # frees the memory of the last case
+                    result, spent = named[order](clock)
+                    leaves = torch.utils._pytree.tree_leaves(result)
+                    torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
+                    del result, leaves
+                    answer = spent(1)
+        except Exception as error:  # a commit may lack what a case needs
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        connection.send(answer)
+
+
+def receive(connection) -> Any:
+    """Return the next message, or ``None`` if the other process has ended."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return None
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -207,13 +211,11 @@ class Worker:
 
     def ask(self, *request: Any) -> Any:
         """Send a request and return the answer."""
-        try:
+        with contextlib.suppress(OSError):
             self.connection.send(request)
-            answer = self.connection.recv()
-        except (EOFError, OSError):
-            answer = {"error": "the process ended"}
-        if isinstance(answer, dict):
-            raise Failed(answer["error"])
+        answer = receive(self.connection)
+        if answer is None or isinstance(answer, dict):
+            raise Failed(answer["error"] if answer else "the process ended")
         return answer
 
     def close(self) -> None:
@@ -231,9 +233,9 @@ def unpack(commit: str | None, folder: Path, root: Path) -> str | None:
     name = git(["git", "rev-parse", "--verify", f"{commit}^{{commit}}"]).stdout.decode().strip()
     if not name:
         raise SystemExit(f"expected a commit, got {commit}")
+    folder.mkdir()
     files = git(["git", "archive", name, *PACKAGES], check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-        archive.extractall(folder, filter="data")
+    subprocess.run(["tar", "x"], cwd=folder, input=files, check=True)
     return name
 
 
