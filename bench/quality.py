@@ -493,49 +493,40 @@ def targets(record: Mapping) -> list[dict[str, object]]:
     Those of ``hero`` are about one attribute; those of ``hero+`` about all questions and about counts.
     """
     right, groups = _right(record), _groups(record)
-    one, everything, fifth = "one attribute", "all", 0.0
+    one, everything, found = "one attribute", "all", []
+
+    def target(what: str, keep: str, name: str, other: str, limit: float, group: str) -> None:
+        first, second = (name, keep), (other, "1" if other == "full" else keep)
+        if first in right and second in right and group in groups:
+            gap = difference(right[first][groups[group]], right[second][groups[group]])
+            low, high = gap["interval"]
+            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
+            what = f"{what}, R = {keep}, {group}"
+            found.append({"what": what, "difference": gap, "limit": limit, "verdict": verdict})
+
+    def misled(name: str, group: str) -> None:
+        for keep in record["keep"]:
+            what = f"{name} with another scene's question to equal budgets"
+            target(what, f"{keep:g}", f"{name}-other-question", "uniform", -0.01, group)
+
     peers = [
         name
         for name, variant in record["variants"].items()
         if name in POLICIES and variant["text"] == "none" and name not in ("hero", "hero+", "random")
     ]
-    wanted = [
-        ("hero to all tokens, R = 0.2", ("hero", "0.2"), ("full", "1"), -0.01, one),
-        ("hero to random, R = 0.2", ("hero", "0.2"), ("random", "0.2"), 0.10, one),
-        *((f"hero to {name}, R = 0.2", ("hero", "0.2"), (name, "0.2"), 0.0, one) for name in peers),
-    ]
+    target("hero to all tokens", "0.2", "hero", "full", -0.01, one)
+    target("hero to random", "0.2", "hero", "random", 0.10, one)
+    for name in peers:
+        target(f"hero to {name}", "0.2", "hero", name, 0.0, one)
     if peers and ("hero", "0.05") in right and one in groups:
         best = max(peers, key=lambda name: right[name, "0.05"][groups[one]].mean())
-        what = f"hero to the best peer, {best}, R = 0.05"
-        wanted.append((what, ("hero", "0.05"), (best, "0.05"), 0.05, one))
+        target(f"hero to the best peer, {best}", "0.05", "hero", best, 0.05, one)
+    misled("hero", one)
+    target("hero+ to hero", "0.1", "hero+", "hero", 0.0, everything)
     if "count" in groups and ("full", "1") in right:
         fifth = float(right["full", "1"][groups["count"]].mean()) / 5
-    misled = {
-        name: [
-            (
-                f"{name} with another scene's question to equal budgets, R = {keep:g}",
-                (f"{name}-other-question", f"{keep:g}"),
-                ("uniform", f"{keep:g}"),
-                -0.01,
-                group,
-            )
-            for keep in record["keep"]
-        ]
-        for name, group in (("hero", one), ("hero+", everything))
-    }
-    wanted += [
-        *misled["hero"],
-        ("hero+ to hero, R = 0.1", ("hero+", "0.1"), ("hero", "0.1"), 0.0, everything),
-        ("hero+ to all tokens, R = 0.2", ("hero+", "0.2"), ("full", "1"), -fifth, "count"),
-        *misled["hero+"],
-    ]
-    found = []
-    for what, first, second, limit, group in wanted:
-        if first in right and second in right and group in groups:
-            gap = difference(right[first][groups[group]], right[second][groups[group]])
-            low, high = gap["interval"]
-            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
-            found.append({"what": f"{what}, {group}", "difference": gap, "limit": limit, "verdict": verdict})
+        target("hero+ to all tokens", "0.2", "hero+", "full", -fifth, "count")
+    misled("hero+", everything)
     return found
 
 
