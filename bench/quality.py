@@ -80,7 +80,13 @@ class Asked(NamedTuple):
 def asked(
     split: str, index: int, grid: tuple[int, int] = GRID, kinds: tuple[str, ...] | None = None
 ) -> Asked:
-    """Question ``index`` of a split. Each has its own random stream, so every process draws the same."""
+    """Question ``index`` of a split. Each has its own random stream, so every process draws the same.
+
+    Raises:
+        ValueError: an unknown split, or kinds that the scenes never ask.
+    """
+    if split not in SEEDS:
+        raise ValueError(f"split: expected one of {', '.join(SEEDS)}, got {split!r}")
     rng = np.random.default_rng((SEEDS[split], index))
     scene = scenes.scene(rng, grid, int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)), split="test")
     question = scenes.questions(scene, rng, 1, tuple(scenes.KINDS) if kinds is None else kinds)[0]
@@ -133,7 +139,7 @@ def variants_of(
     if unknown:
         raise ValueError(f"policies: expected names among {', '.join(POLICIES)}, got {', '.join(unknown)}")
     variants = [FULL]
-    for name, options in [*((name, {"policy": name}) for name in policies), *(more or {}).items()]:
+    for name, options in {**{name: {"policy": name} for name in policies}, **(more or {})}.items():
         with hero.attach(loaded.model, loaded.processor, relevance=loaded.relevance, **options) as handle:
             text = handle.encoder.needs_text
         variants.append(Variant(name, options, "own" if text else "none"))
@@ -143,7 +149,7 @@ def variants_of(
             variants.append(Variant(f"{name}-other-question", options, "other"))
     variants += [] if plain else [ORACLE]
     names = [variant.name for variant in variants]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted({name for name in names if names.count(name) > 1} | ({*policies} & {*(more or {})}))
     if twice:
         raise ValueError(f"policies, variant: expected each name once, got {', '.join(twice)} again")
     return tuple(variants)
@@ -576,6 +582,7 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "grid": list(runner.draw.keywords["grid"]),
         "objects": list(OBJECTS),
         "keep": list(runner.keep),
+        "asked": runner.draw.keywords["kinds"],
         "weights": _digest(file.read_bytes() for file in sorted(runner.weights.glob("*.safetensors"))),
         "digest": _digest(f"{one.text}\0{one.answer}\0{one.boxes}\0".encode() for one in questions),
         "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
@@ -602,18 +609,17 @@ def check(
         for name, one in record["variants"].items()
         if one["options"] is None or one["options"]["policy"] in policies
     ]
-    kinds = None if set(record["kinds"]) == set(scenes.KINDS) else tuple(record["kinds"])
+    kinds = tuple(record["asked"]) if record.get("asked") else None
     keep = [ratio for ratio in record["keep"] if ratio in keep]
     runner = Runner(variants, keep, record["split"], tuple(record["grid"]), kinds)
     questions = min(questions, record["questions"])
     again = record_of(runner, measure(runner, questions, workers, progress=True))
-    differ = int(again["weights"] != record["weights"])
+    whole = questions == record["questions"]
+    differ = sum(again[name] != record[name] for name in ("weights", *(["digest"] if whole else [])))
     for (name, ratio), right in _right(again).items():
         cell, old = (one["variants"][name]["keep"][ratio] for one in (again, record))
         wrong = int((right != unbits(old["right"], record["questions"])[:questions]).sum())
-        other = [
-            key for key in ("patches", "tokens") if questions == record["questions"] and cell[key] != old[key]
-        ]
+        other = [key for key in ("patches", "tokens", "tile_found") if whole and cell[key] != old[key]]
         print(f"{name:22} R = {ratio:5} {wrong} of {questions} answers differ", *other)
         differ += wrong + len(other)
     return differ
