@@ -397,7 +397,8 @@ def summarise(record: Mapping) -> dict[str, object]:
             group: {name: summary(values) for name, values in variants.items()}
             for group, variants in times.items()
         }
-        found["ttft"] = {name: _first_token(times, name) for name in times["ttft"]}
+        names = times["ttft"] if "stock" in times["ttft"] else ()
+        found["ttft"] = {name: _first_token(times, name) for name in names}
         found["decode"] = {
             name: rate / one["median"] for name, one in found["times"].get("decode", {}).items()
         }
