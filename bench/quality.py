@@ -12,8 +12,8 @@ differences are paired; intervals are bootstraps over questions. A variant is
   ``uniform``. It exists only for questions about boxes;
 - the NAME of ``--variant NAME=JSON``, options of :class:`hero.HeroConfig`.
 
-``--out FILE`` runs and writes a record, ``--check RECORD`` runs a record's variants again and compares every
-answer, ``--compare BEFORE AFTER`` prints the paired differences of two records.
+``--out FILE`` runs and writes a record. ``--check RECORD`` runs a record's variants again and compares every
+answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,7 @@ from .mini import scenes
 from .records import environment, write
 from .timing import keep_ratios, positive
 
-__all__ = ["Runner", "Variant", "check", "compare", "main", "measure", "record_of", "variants_of"]
+__all__ = ["Runner", "Variant", "check", "main", "measure", "record_of", "variants_of"]
 
 SEEDS = {"validation": 20260210, "test": 20260209}
 """Settings are chosen on the first split, results are reported on the second."""
@@ -358,9 +358,6 @@ def _found(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
     ]
 
 
-_runner: Runner | None = None
-
-
 def _start(arguments: Mapping[str, object]) -> None:
     global _runner
     torch.set_num_threads(1)
@@ -496,60 +493,51 @@ def targets(record: Mapping) -> list[dict[str, object]]:
     Those of ``hero`` are about one attribute; those of ``hero+`` about all questions and about counts.
     """
     right, groups = _right(record), _groups(record)
-    one, everything, fifth = "one attribute", "all", 0.0
+    one, everything, found = "one attribute", "all", []
+
+    def target(what: str, keep: str, name: str, other: str, limit: float, group: str) -> None:
+        first, second = (name, keep), (other, "1" if other == "full" else keep)
+        if first in right and second in right and group in groups:
+            gap = difference(right[first][groups[group]], right[second][groups[group]])
+            low, high = gap["interval"]
+            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
+            what = f"{what}, R = {keep}, {group}"
+            found.append({"what": what, "difference": gap, "limit": limit, "verdict": verdict})
+
+    def misled(name: str, group: str) -> None:
+        for keep in record["keep"]:
+            what = f"{name} with another scene's question to equal budgets"
+            target(what, f"{keep:g}", f"{name}-other-question", "uniform", -0.01, group)
+
     peers = [
         name
         for name, variant in record["variants"].items()
         if name in POLICIES and variant["text"] == "none" and name not in ("hero", "hero+", "random")
     ]
-    wanted = [
-        ("hero to all tokens, R = 0.2", ("hero", "0.2"), ("full", "1"), -0.01, one),
-        ("hero to random, R = 0.2", ("hero", "0.2"), ("random", "0.2"), 0.10, one),
-        *((f"hero to {name}, R = 0.2", ("hero", "0.2"), (name, "0.2"), 0.0, one) for name in peers),
-    ]
+    target("hero to all tokens", "0.2", "hero", "full", -0.01, one)
+    target("hero to random", "0.2", "hero", "random", 0.10, one)
+    for name in peers:
+        target(f"hero to {name}", "0.2", "hero", name, 0.0, one)
     if peers and ("hero", "0.05") in right and one in groups:
         best = max(peers, key=lambda name: right[name, "0.05"][groups[one]].mean())
-        what = f"hero to the best peer, {best}, R = 0.05"
-        wanted.append((what, ("hero", "0.05"), (best, "0.05"), 0.05, one))
+        target(f"hero to the best peer, {best}", "0.05", "hero", best, 0.05, one)
+    misled("hero", one)
+    target("hero+ to hero", "0.1", "hero+", "hero", 0.0, everything)
     if "count" in groups and ("full", "1") in right:
         fifth = float(right["full", "1"][groups["count"]].mean()) / 5
-    misled = {
-        name: [
-            (
-                f"{name} with another scene's question to equal budgets, R = {keep:g}",
-                (f"{name}-other-question", f"{keep:g}"),
-                ("uniform", f"{keep:g}"),
-                -0.01,
-                group,
-            )
-            for keep in record["keep"]
-        ]
-        for name, group in (("hero", one), ("hero+", everything))
-    }
-    wanted += [
-        *misled["hero"],
-        ("hero+ to hero, R = 0.1", ("hero+", "0.1"), ("hero", "0.1"), 0.0, everything),
-        ("hero+ to all tokens, R = 0.2", ("hero+", "0.2"), ("full", "1"), -fifth, "count"),
-        *misled["hero+"],
-    ]
-    found = []
-    for what, first, second, limit, group in wanted:
-        if first in right and second in right and group in groups:
-            gap = difference(right[first][groups[group]], right[second][groups[group]])
-            low, high = gap["interval"]
-            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
-            found.append({"what": f"{what}, {group}", "difference": gap, "limit": limit, "verdict": verdict})
+        target("hero+ to all tokens", "0.2", "hero+", "full", -fifth, "count")
+    misled("hero+", everything)
     return found
 
 
 # --- the record ------------------------------------------------------------------------------------------
 
 
-def weights_hash(folder: Path) -> str:
-    """The beginning of a hash of the weights in a folder."""
+def _digest(parts: Iterable[bytes]) -> str:
+    """The beginning of a hash."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 
@@ -557,12 +545,10 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
     """What a run found, in plain values fit for JSON."""
     count = len(next(iter(cells.values())).right)
     questions = [runner.draw(index) for index in range(count)]
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(f"{question.text}\0{question.answer}\0{question.boxes}\0".encode())
     located = np.array([question.tile is not None for question in questions])
     kinds = list(dict.fromkeys(question.kind for question in questions))
-    layout = _layout(runner, questions[0])
+    with hero.attach(runner.loaded.model, runner.loaded.processor) as handle:
+        layout = handle.encoder.geometry.layout(questions[0].image.size[::-1])
     variants = {}
     for variant in runner.variants:
         ratios = (1.0,) if variant.options is None else runner.keep
@@ -590,46 +576,14 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "grid": list(runner.draw.keywords["grid"]),
         "objects": list(OBJECTS),
         "keep": list(runner.keep),
-        "weights": weights_hash(runner.weights),
-        "digest": digest.hexdigest()[:16],
+        "weights": _digest(file.read_bytes() for file in sorted(runner.weights.glob("*.safetensors"))),
+        "digest": _digest(f"{one.text}\0{one.answer}\0{one.boxes}\0".encode() for one in questions),
         "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
         "boxed": bits([bool(question.boxes) for question in questions]),
         "variants": variants,
     }
     return {**record, "summary": summarise(record), "targets": targets(record)}
-
-
-def _layout(runner: Runner, question: Asked) -> ImageLayout:
-    with hero.attach(runner.loaded.model, runner.loaded.processor) as handle:
-        return handle.encoder.geometry.layout((question.image.height, question.image.width))
-
-
-def compare(before: Mapping, after: Mapping) -> list[dict[str, object]]:
-    """Paired differences ``after − before`` of every variant and keep ratio in both, by group.
-
-    Raises:
-        ValueError: records of different questions.
-    """
-    for name in ("questions", "digest"):
-        if before[name] != after[name]:
-            raise ValueError(
-                f"compare: expected records of the same questions, got {name} {before[name]}, {after[name]}"
-            )
-    old, new = _right(before), _right(after)
-    return [
-        {
-            "group": group,
-            "variant": key[0],
-            "keep": key[1],
-            "before": float(old[key][members].mean()),
-            "after": float(new[key][members].mean()),
-            "difference": difference(new[key][members], old[key][members]),
-        }
-        for group, members in _groups(before).items()
-        for key in old
-        if key in new
-    ]
 
 
 def check(
@@ -696,19 +650,6 @@ def _named_options(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def _points(gap: Mapping) -> str:
-    low, high = gap["interval"]
-    return f"{100 * gap['mean']:+6.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def _print_comparison(rows: Sequence[Mapping]) -> None:
-    for row in rows:
-        print(
-            f"{row['group']:14} {row['variant']:22} R = {row['keep']:5} {100 * row['before']:5.1f} -> "
-            f"{100 * row['after']:5.1f} {_points(row['difference'])}"
-        )
-
-
 def main(arguments: Sequence[str]) -> dict | None:
     """The command: returns the record it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
@@ -731,12 +672,7 @@ def main(arguments: Sequence[str]) -> dict | None:
     parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
     parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
     parser.add_argument("--check", metavar="RECORD", help="run a record again, compare every answer")
-    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two records instead")
     options = parser.parse_args(arguments)
-    if options.compare:
-        before, after = (json.loads(Path(file).read_text(encoding="utf-8")) for file in options.compare)
-        _print_comparison(compare(before, after))
-        return None
     if options.check:
         torch.set_num_threads(1)
         record = json.loads(Path(options.check).read_text(encoding="utf-8"))
@@ -774,8 +710,8 @@ def main(arguments: Sequence[str]) -> dict | None:
     }
     write(options.out, record)
     for one in record["targets"]:
-        limit = f"at least {100 * one['limit']:+g}"
-        print(f"{one['verdict']:9} {_points(one['difference'])}, {limit}: {one['what']}")
+        points, limit = (f"{100 * value:+.1f}" for value in (one["difference"]["mean"], one["limit"]))
+        print(f"{one['verdict']:9} {points}, at least {limit}: {one['what']}")
     print(f"\n{options.questions} questions in {record['seconds']:.0f} s")
     return record
 

@@ -281,51 +281,38 @@ def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
     ]
     if not wanted:
         return None
-    kinds = {
-        "vision stage": ("#e07b00", ("vision",), ()),
-        "first token": ("#0b57d0", ("ttft",), ("to_stock",)),
-        "predicted": ("#0b57d0", ("ttft",), ("predicted_to_stock",)),
-    }
+    rows = -(-len(wanted) // 2)
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(-(-len(wanted) // 2), 2, squeeze=False).flat
+        panels = list(figure.subplots(rows, 2, squeeze=False).flat)
         for (record, batch), axes in zip(wanted, panels):
-            found, keeps = record["summary"][batch], []
-            for title, (colour, before, after) in kinds.items():
-                points = [
-                    (float(name.removeprefix("hero ")), one)
-                    for name in HEROES
-                    if (one := inside(found, *before, name, *after))
-                ]
-                if not points:
-                    continue
-                x, y = [keep for keep, _ in points], [one["paired"] for _, one in points]
-                keeps += x
-                if title == "predicted":
-                    axes.plot(x, y, ":", color=colour, label="first token, predicted")
-                    continue
-                low, high = zip(*(one["interval"] for _, one in points))
-                bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-                label = f"{title} {y[-1]:.2f}"
-                axes.errorbar(x, y, bars, color=colour, marker="o", markersize=4, label=label)
-                text = inside(found, *before, TEXT, *after)
-                if text:
-                    axes.plot(0.2, text["paired"], "D", color=colour, markerfacecolor="none")
+            found = record["summary"][batch]
+            names = [name for name in HEROES if name in found["vision"]]
+            keeps = [float(name.removeprefix("hero ")) for name in names]
+            for title, colour, path, end in (
+                ("vision stage", "#e07b00", "vision", ()),
+                ("first token", "#0b57d0", "ttft", ("to_stock",)),
+            ):
+                ratios = [inside(found, path, name, *end) for name in names]
+                if None not in ratios:
+                    middle = [one["paired"] for one in ratios]
+                    axes.plot(keeps, middle, "o-", color=colour, label=f"{title} {middle[-1]:.2f}")
+                    axes.vlines(keeps, *zip(*(one["interval"] for one in ratios)), color=colour)
             axes.axhline(1, color="#222222", linewidth=1, label="stock")
             axes.set(xscale="log", ylim=(0, None), xlabel="keep ratio")
-            axes.set_xticks(sorted(set(keeps)), [f"{keep:g}" for keep in sorted(set(keeps))])
+            axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
             axes.minorticks_off()
             axes.invert_xaxis()
             axes.set_title(f"{where(record)}\n{images(record, batch)}", loc="left", fontsize=10)
             axes.legend(fontsize=8)
-        for axes in list(panels):  # a panel that nothing is drawn on
+        for axes in panels[len(wanted) :]:
             axes.remove()
-        figure.supylabel("time relative to stock; bars: 95 % intervals; diamonds: with text", fontsize=9)
+        figure.supylabel("time relative to stock; bars: 95 % intervals", fontsize=9)
 
-    return svg(Figure((9, 3.4 * -(-len(wanted) // 2)), layout="constrained"), draw)
+    return svg(Figure((9, 3.4 * rows), layout="constrained"), draw)
 
 
-# --- kernels, operations, commits ------------------------------------------------------------------------
+# --- kernels, commits -----------------------------------------------------------------------------------
 
 
 def kernels(record: Mapping) -> list[str]:
@@ -406,7 +393,6 @@ def compare(record: Mapping) -> list[str]:
 # --- quality ---------------------------------------------------------------------------------------------
 
 FIRST = "one attribute"  # the group that the targets are about
-FEWEST = 30  # questions of a kind that gets a panel of its own
 
 
 def label(name: str) -> str:
@@ -520,14 +506,9 @@ def quality(record: Mapping) -> list[str]:
 
 
 def quality_plot(record: Mapping) -> str:
-    """Accuracy against visual tokens: one attribute large, other kinds small below."""
-    summary, variants = record["summary"], record["variants"]
-    first = FIRST if FIRST in summary else "all"
-    others = [
-        group
-        for group, part in summary.items()
-        if group not in ("all", first, *record["one_attribute"]) and part["questions"] >= FEWEST
-    ][:3]
+    """Accuracy on questions about one attribute against visual tokens."""
+    variants = record["variants"]
+    part = record["summary"].get(FIRST, record["summary"]["all"])
     styles = {"full": ("#222222", ":"), "hero": ("#0b57d0", "-"), "hero+": ("#d6336c", "-")}
     styles |= {"oracle": ("#2b8a3e", "--"), "uniform": ("#6b6b6b", "-"), "random": ("#a6a6a6", "-")}
     peers = [name for name in variants if label(name) == name and name not in styles]
@@ -537,53 +518,37 @@ def quality_plot(record: Mapping) -> str:
         if ending:
             styles[name] = styles.get(base, styles["hero"])[0], "--" if ending == "no text" else ":"
 
-    shown = next((name for name in variants if name != "full"), None)  # variants differ by a token at most
-    ticks = [("full", "1"), *((shown, keep) for keep in variants.get(shown, {"keep": ()})["keep"])]
-
-    def panel(axes, group: str) -> list[tuple[float, str]]:
-        ends = []
-        for name, cells in summary[group]["variants"].items():
+    def draw(figure: Figure) -> None:
+        axes, lines, ticks = figure.subplots(), {}, {}
+        for name, cells in part["variants"].items():
             tokens = [variants[name]["keep"][keep]["tokens"] for keep in cells]
             means = [100 * cell["accuracy"]["mean"] for cell in cells.values()]
             (colour, dash), width = styles[name], 2.4 if name in ("hero", "hero+") else 1.2
-            ends.append((means[-1], name))
+            text = f"{label(name)}  {means[-1]:.0f} %"
+            style = {"color": colour, "linestyle": dash, "linewidth": width, "marker": ".", "label": text}
+            lines[means[-1], name] = axes.plot(tokens, means, **style)[0]
             if name == "full":
                 axes.axhline(means[0], color=colour, linestyle=dash, linewidth=width)
-            else:
-                axes.plot(tokens, means, color=colour, linestyle=dash, linewidth=width, marker=".")
             if name == "hero":
                 bars = [cell["accuracy"]["interval"] for cell in cells.values()]
                 axes.vlines(tokens, *([100 * end for end in side] for side in zip(*bars)), color=colour)
-        means = [end for end, name in ends if name != "random"] or [ends[0][0]]
-        axes.set_ylim(bottom=max(min(means) - 8, 0))  # random choice may leave the plot at its foot
-        counts = [variants[name]["keep"][keep]["tokens"] for name, keep in ticks]
+            for keep, count in zip(cells, tokens):  # variants differ by a token at most
+                ticks.setdefault(keep, count)
+        lowest = min((mean for mean, name in lines if name != "random"), default=0)
+        axes.set_ylim(bottom=max(lowest - 8, 0))  # random choice may leave the plot at its foot
         axes.set_xscale("log")
-        axes.set_xticks(counts, [f"{count:.0f}" for count in counts])
+        axes.set_xticks(list(ticks.values()), [f"{count:.0f}" for count in ticks.values()])
         axes.minorticks_off()
-        axes.set_xlim(1.1 * max(counts), 0.9 * min(counts))
-        title = {FIRST: "Questions about one attribute of one object"}.get(group, group)
-        axes.set_title(f"{title} ({summary[group]['questions']})", loc="left", fontsize=11)
+        axes.invert_xaxis()
         axes.grid(axis="y", color="#e6e6e6")
-        return ends
+        axes.set_title(
+            f"One attribute of one object ({part['questions']} questions)", loc="left", fontsize=11
+        )
+        axes.set(xlabel="visual tokens of the language model, log scale", ylabel="accuracy, %")
+        order = [lines[end] for end in sorted(lines, key=lambda end: -end[0])]
+        figure.legend(handles=order, loc="outside right upper", frameon=False, labelspacing=0.7)
 
-    def draw(figure: Figure) -> None:
-        rows = [[first] * max(len(others), 1), *([others] if others else [])]
-        panels = figure.subplot_mosaic(rows, height_ratios=[2.6, 1][: len(rows)])
-        ends = panel(panels[first], first)
-        lines = []
-        for mean, name in sorted(ends, key=lambda end: -end[0]):
-            colour, dash = styles[name]
-            (line,) = panels[first].plot(
-                [], [], color=colour, linestyle=dash, label=f"{label(name)}  {mean:.0f} %"
-            )
-            lines.append(line)
-        figure.legend(handles=lines, loc="outside right upper", fontsize=10, frameon=False, labelspacing=0.7)
-        for group in others:
-            panel(panels[group], group)
-        figure.supxlabel("visual tokens of the language model, log scale, fewer to the right", fontsize=10)
-        panels[first].set_ylabel("accuracy, %")
-
-    return svg(Figure((9, 7 if others else 5), layout="constrained"), draw)
+    return svg(Figure((9, 5), layout="constrained"), draw)
 
 
 # --- pages -----------------------------------------------------------------------------------------------
@@ -599,25 +564,16 @@ def is_real(record: Mapping) -> bool:
     return record["benchmark"] == "end_to_end" and not record["small"]
 
 
-def targets_and_plot(records: Sequence[Mapping]) -> list[str]:
-    shown = ["", "![Time relative to stock against the keep ratio](benchmarks.svg)"]
-    return targets(records) + (shown if end_to_end_plot(records) else [])
+def of_shapes(gpu: bool, mini: bool) -> Callable[[Mapping], bool]:
+    return lambda record: (bool(record["gpu"]), record["shape_name"] == "mini") == (gpu, mini)
 
 
 # Markers -> (benchmark, which of its records, their lines).
 SECTIONS: dict[str, Section] = {
-    "targets": ("end_to_end", is_real, targets_and_plot),
-    "end_to_end_cpu": (
-        "end_to_end",
-        lambda record: not record["gpu"] and record["shape_name"] != "mini",
-        each(end_to_end),
-    ),
-    "end_to_end_mini": (
-        "end_to_end",
-        lambda record: not record["gpu"] and record["shape_name"] == "mini",
-        each(end_to_end),
-    ),
-    "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), each(end_to_end)),
+    "targets": ("end_to_end", is_real, targets),
+    "end_to_end_cpu": ("end_to_end", of_shapes(False, False), each(end_to_end)),
+    "end_to_end_mini": ("end_to_end", of_shapes(False, True), each(end_to_end)),
+    "end_to_end_gpu": ("end_to_end", of_shapes(True, False), each(end_to_end)),
     "compare": ("compare", lambda record: True, each(compare)),
     "kernels": ("kernels", lambda record: True, each(kernels)),
 }

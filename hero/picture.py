@@ -9,6 +9,7 @@ from numbers import Integral
 import numpy as np
 from PIL import Image, ImageOps
 
+from ._checks import check_integer, error
 from .selection import Selection
 
 __all__ = ["visualize"]
@@ -53,26 +54,22 @@ def visualize(
         ImportError: matplotlib is not installed.
     """
     if not isinstance(selection, Selection):
-        raise TypeError(f"selection: expected hero.Selection, got {selection!r}")
-    _check_integer("image_index", image_index, 0, len(selection.layout))
-    _check_integer("width", width, MIN_WIDTH)
+        raise error(TypeError, "selection", "hero.Selection", selection)
+    expected = f"an integer in [0, {len(selection.layout)})"
+    if isinstance(image_index, bool) or not isinstance(image_index, Integral):
+        raise error(TypeError, "image_index", expected, image_index)
+    if not 0 <= image_index < len(selection.layout):
+        raise error(ValueError, "image_index", expected, image_index)
+    width = check_integer("width", width, MIN_WIDTH)
     if title is not None and not isinstance(title, str):
-        raise TypeError(f"title: expected a string or None, got {title!r}")
+        raise error(TypeError, "title", "a string or None", title)
     pixels = _read(image, selection.layout[image_index].image_size)
     try:
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("hero.visualize needs matplotlib: pip install 'hero-vlm[plot]'") from error
+    except ImportError as problem:
+        raise ImportError("hero.visualize needs matplotlib: pip install 'hero-vlm[plot]'") from problem
     figure = Figure((width / _DPI, 1), _DPI, facecolor="white")
     return _Page(figure, pixels, _Kept(selection, image_index), width).draw(title)
-
-
-def _check_integer(name: str, value: object, low: int, end: int | None = None) -> None:
-    expected = f"{name}: expected an integer " + (f">= {low}" if end is None else f"in [{low}, {end})")
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{expected}, got {value!r}")
-    if value < low or (end is not None and value >= end):
-        raise ValueError(f"{expected}, got {value!r}")
 
 
 def _read(image, size: tuple[int, int]) -> Image.Image:

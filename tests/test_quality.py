@@ -233,8 +233,16 @@ def test_workers_change_nothing(loaded, tmp_path, capsys):
     assert str(tmp_path) not in text and str(ROOT) not in text and "host" not in text.lower()
     assert record["command"].startswith("python -m bench.quality --out quality.json")
     assert "hero to all tokens, R = 0.2" in capsys.readouterr().out
-    quality.main(("--compare", *[str(tmp_path / "quality.json")] * 2))
-    assert "+0.0 (+0.0 to +0.0)" in capsys.readouterr().out
+    check = ("--check", str(tmp_path / "quality.json"), "--workers", "1")
+    with pytest.raises(SystemExit) as ended:
+        quality.main(check)
+    assert ended.value.code == 0 and "hero                   R = 0.2   0 of 60" in capsys.readouterr().out
+    cell = record["variants"]["hero"]["keep"]["0.2"]
+    cell["right"] = quality.bits(~quality.unbits(cell["right"], 60))
+    (tmp_path / "quality.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        quality.main(check)
+    assert ended.value.code == "60 answers differ"
 
 
 @pytest.mark.parametrize(
@@ -369,23 +377,6 @@ def test_oracle_stands_only_where_a_box_is_asked_about(record):
     partly = {**record, "boxed": quality.bits([True] * (QUESTIONS - 1) + [False])}
     assert "oracle" in record["summary"]["all"]["variants"]
     assert "oracle" not in quality.summarise(partly)["all"]["variants"]
-
-
-def test_compare_pairs_two_records(record):
-    """Wrong answers turned right are the difference; other questions are refused."""
-    after = json.loads(json.dumps(record))
-    cell = after["variants"]["random"]["keep"]["0.05"]
-    right = quality.unbits(cell["right"], QUESTIONS)
-    wrong = np.flatnonzero(~right)[:8]
-    right[wrong] = True
-    cell["right"] = quality.bits(right)
-    rows = {(row["group"], row["variant"], row["keep"]): row for row in quality.compare(record, after)}
-    changed = rows["all", "random", "0.05"]
-    assert changed["difference"]["mean"] == pytest.approx(8 / QUESTIONS, abs=1e-5)
-    assert changed["after"] - changed["before"] == pytest.approx(8 / QUESTIONS, abs=1e-5)
-    assert rows["all", "hero", "0.2"]["difference"]["interval"] == [0.0, 0.0]
-    with pytest.raises(ValueError, match="compare: expected records of the same questions"):
-        quality.compare(record, {**after, "digest": "another"})
 
 
 # --- the page --------------------------------------------------------------------------------------------
