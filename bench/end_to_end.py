@@ -198,7 +198,7 @@ class Bench:
                     (hero_kernels, operation, "rows")
                     for operation in ("cls_attention", "attention_with_cls", "received_attention")
                 ]
-                yield Ready(vision, generate, stages)
+                yield Ready(vision, generate, [] if variant.graph else stages)  # a replay calls none of them
 
     def stock(self, batch: Prepared) -> list[Tensor]:
         """Run the stock vision stage."""
@@ -370,18 +370,6 @@ def _peak_gpu(function: Callable[[], object]) -> int:
 # --- summary ---------------------------------------------------------------------------------------------
 
 
-def _first_token(times: Mapping[str, Mapping], name: str) -> dict[str, object]:
-    """Compare the first token with stock, its prediction with stock, and the first token with that."""
-    parts, stock = (
-        [sum(pair) for pair in zip(times["vision"][one], times["prefill"][one])] for one in (name, "stock")
-    )
-    return {
-        "to_stock": compare(times["ttft"][name], times["ttft"]["stock"]),
-        "predicted_to_stock": compare(parts, stock),
-        "to_predicted": compare(times["ttft"][name], parts),
-    }
-
-
 def summarise(record: Mapping) -> dict[str, object]:
     """Return ``{batch: {group: {variant: comparison or median}}}`` from the raw times of a record."""
     result = {}
@@ -389,33 +377,45 @@ def summarise(record: Mapping) -> dict[str, object]:
         times, stages = defaultdict(dict, series["seconds"]), series["stages"]
         rate = int(series["batch"]) * record["decoded"]
 
-        def to_stock(group: Mapping[str, Sequence[float]], base: str = "stock") -> dict[str, object]:
-            return {name: compare(values, group[base]) for name, values in group.items() if base in group}
+        def to(base: str, group: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, object]:
+            return {name: compare(group[name], group[base]) if base in group else None for name in names}
 
-        found: dict[str, dict] = {"vision": to_stock(times["vision"])}
-        found["times"] = {
-            group: {name: summary(values) for name, values in variants.items()}
-            for group, variants in times.items()
+        parts = {
+            name: [sum(pair) for pair in zip(times["vision"][name], prefill)]
+            for name, prefill in times["prefill"].items()
         }
-        found["ttft"] = {name: _first_token(times, name) for name in times["ttft"]}
-        found["decode"] = {
-            name: rate / one["median"] for name, one in found["times"].get("decode", {}).items()
-        }
+        first, predicted = (to("stock", group, parts) for group in (times["ttft"], parts))
         towers = {name: spans["encode"] for name, spans in stages.items()}
-        found["stages"] = {
-            "seconds": {
-                name: {stage: summary(values)["median"] for stage, values in spans.items()}
-                for name, spans in stages.items()
+        result[series["batch"]] = found = {
+            "times": {
+                group: {name: summary(values) for name, values in variants.items()}
+                for group, variants in times.items()
             },
-            "tower": {name: one for name, one in to_stock(towers).items() if name != "stock"},
+            "vision": to("stock", times["vision"], times["vision"]),
+            "ttft": {
+                name: {
+                    "to_stock": first[name],
+                    "predicted_to_stock": predicted[name],
+                    "to_predicted": compare(times["ttft"][name], parts[name]),
+                }
+                for name in parts
+            },
+            "decode": {name: rate / summary(values)["median"] for name, values in times["decode"].items()},
+            "stages": {
+                "seconds": {
+                    name: {stage: summary(values)["median"] for stage, values in spans.items()}
+                    for name, spans in stages.items()
+                },
+                "tower": to("stock", towers, [name for name in towers if name != "stock"]),
+            },
         }
         for group in ("vision", "ttft"):
-            released = times[group].get("released")
             found[f"released_{group}"] = {
-                name: compare(released, times[group][name]) if released and name in times[group] else None
+                name: compare(times[group]["released"], times[group][name])
+                if {"released", name} <= times[group].keys()
+                else None
                 for name in (BEST, TEXT)
             }
-        result[series["batch"]] = found
     return result
 
 
@@ -444,7 +444,7 @@ class Run:
                 torch.cuda.empty_cache()
 
     def steps(self, bench: Bench) -> None:
-        """Check each batch, then run what fits into the time; the steps left share it equally."""
+        """Check each batch, then run what fits into the time, most of which goes to the rounds."""
         right = []
         for batch in bench.prepared:
             try:
@@ -452,10 +452,13 @@ class Run:
                 right.append(batch)
             except Exception as error:
                 self.failed(f"batch {batch.name}", error)
-        steps = [(step, batch) for step in (self.times, self.counts) for batch in right]
+        steps = [
+            (step, batch, share) for step, share in ((self.times, 4), (self.counts, 1)) for batch in right
+        ]
         with timing.quiet_heap():
-            for number, (step, batch) in enumerate(steps):
-                step(bench, batch, Clock(self.clock.left() / (len(steps) - number)))
+            for number, (step, batch, share) in enumerate(steps):
+                rest = sum(share for _, _, share in steps[number:])
+                step(bench, batch, Clock(self.clock.left() * share / rest))
                 self.write()
 
     def counts(self, bench: Bench, batch: Prepared, clock: Clock) -> None:

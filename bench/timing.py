@@ -176,6 +176,7 @@ def graph_us(call: Call, sets: Sequence[Any]) -> tuple[list[float], Any, Any]:
         inputs = next(rotation)
         last.append((inputs, call(inputs)))
 
+    torch.cuda.synchronize()  # the benchmark runs on a stream of its own
     times = do_bench_cudagraph(next_call, rep=GRAPH_MS, return_mode="all")
     torch.cuda.synchronize()
     return [1e3 * time for time in times], *last[-1]

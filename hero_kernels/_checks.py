@@ -1,4 +1,4 @@
-"""Argument checks shared by the operations: each error names the argument, what was expected, what came."""
+"""Argument checks: each error names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_number(name: str, value: object, *, positive: bool = False, low: float
     """Check a finite real number; ``positive`` excludes zero, ``low`` is a lower bound.
 
     Raises:
-        TypeError: not a real number (a bool is none).
+        TypeError: not a real number, or a bool.
         ValueError: NaN, infinite, or out of range.
     """
     expected = "a finite number" + (" > 0" if positive else "" if low is None else f" >= {low:g}")
@@ -78,7 +78,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
 
     Raises:
         TypeError: not a string.
-        ValueError: another string.
+        ValueError: a string that is not one of them.
     """
     expected = "one of " + ", ".join(repr(choice) for choice in choices)
     if not isinstance(value, str):

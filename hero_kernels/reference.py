@@ -192,7 +192,7 @@ def _shares(signals: Sequence[TileSignal], lanes: Lanes) -> Tensor:
     """Weighted mean of the normalised signals of each tile, 0 elsewhere: ``[B, L]`` fp32 (§2)."""
     total_weight = sum(signal.weight for signal in signals)
     parts = torch.stack([_part(signal, lanes) for signal in signals])
-    whole = parts.sum(2, keepdim=True)  # NaN where there is nothing to divide, or it is beyond fp32
+    whole = parts.sum(2, keepdim=True)  # NaN where the sum is zero or overflows fp32
     parts = torch.where((whole - 1.0).abs() < 0.5, parts, lanes.equal)
     return sum((signal.weight / total_weight) * part for signal, part in zip(signals, parts, strict=True))
 
@@ -200,16 +200,17 @@ def _shares(signals: Sequence[TileSignal], lanes: Lanes) -> Tensor:
 def _apportion(total: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
     """Largest remainder with caps, in int64: rows sum to ``min(total, Σ caps)`` (§3).
 
-    Where tiles with weight cannot take all, they are full, and the others share what is left equally.
+    If the tiles with positive weight cannot take the whole total, they are full, and the tiles of weight 0
+    divide the rest equally.
 
-    Water rises in all tiles at once, in each as fast as its weight. When it reaches the cap of tile j, tile i
-    holds ``min(cap_j · weight_i / weight_j, cap_i)``: tile j is full if all together hold no more than there
-    is. The others get the floor of their quota of what full tiles leave, and the rest goes one by one to the
-    largest remainders, ties to the lower tile.
+    Water-filling: the level rises in all tiles at once, in each in proportion to its weight. When it reaches
+    the cap of tile j, tile i holds ``min(cap_j · weight_i / weight_j, cap_i)``; tile j is full if the sum
+    over i is at most the total. The other tiles get the floor of their quota of the rest, and the remaining
+    tokens go one by one to the largest remainders, ties to the lower index.
 
     Args:
         total: ``[B, 1]``, below 2³¹.
-        weights: ``[B, K]``, in sum at most about 2²⁴; K < 2³¹, so that no product or sum reaches 2⁶³.
+        weights: ``[B, K]``, with a sum of at most about 2²⁴, so that no product or sum reaches 2⁶³.
         caps: ``[B, K]``, below 2³¹; 0 where there is no tile.
     """
     left = torch.minimum(total, caps.sum(1, keepdim=True))
@@ -250,7 +251,7 @@ def tile_budgets(
     rule = _apportion if allocation == "exact" else _apportion_floor
     lanes = _lanes(segments, valid_counts.device)
     shares = _shares(signals, lanes)[:, : lanes.most]
-    weights = (shares.double() * FIXED_POINT + 0.5).floor().long()  # fp32 could not add the half
+    weights = (shares.double() * FIXED_POINT + 0.5).floor().long()  # fp32 could not hold the sum
     counts = valid_counts.long().clamp_max(LARGEST)[lanes.crop[:, : lanes.most]]
     caps = counts.masked_fill(lanes.no_tile[:, : lanes.most], 0)
     budgets = rule(lanes.tile_tokens, weights, caps)
@@ -264,7 +265,7 @@ def tile_budgets(
 
 
 def _ranks(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """``[T, P]`` int64: each patch's place in the order of selection (§4)."""
+    """``[T, P]`` int64: the place of each patch in selection order (§4)."""
     last = scores.isnan().to(torch.uint8)  # after a valid −inf come NaN, then invalid patches
     if valid is not None:
         last = last.masked_fill(~valid, 2)

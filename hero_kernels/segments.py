@@ -1,9 +1,9 @@
-"""How the crops of a ragged batch of images are laid out: host integers, and the results of the operations.
+"""The layout of the crops of a ragged batch of images, and the result types of the operations.
 
-Nothing here reads a device value. An image is a run of consecutive crops of the batch: at most one
-thumbnail, first or last, and tiles in raster order. Tiles are stitched in bands of ``grid_width``
-tiles: a patch row of a band runs through all its tiles before the next row begins, which is how
-LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
+Everything here is host integers; no device value is read. An image is a run of consecutive crops of the
+batch: at most one thumbnail, first or last, and tiles in raster order. Tiles are stitched in bands of
+``grid_width`` tiles: a patch row of a band runs through all its tiles before the next row begins, which is
+how LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ALLOCATIONS", "Finalized", "Gathered", "Segment", "Segments", "TileB
 
 ALLOCATIONS = ("exact", "floor")
 MAX_SIGNALS = 4
-LARGEST = (1 << 31) - 1  # of a count: products with weights then fit into int64
+LARGEST = (1 << 31) - 1  # token count: products with weights then fit into int64
 NUMBERS = (
     "crops",
     "thumbnail",
@@ -79,12 +79,12 @@ class Segments:
     """The images of a batch, in order.
 
     Args:
-        images: one :class:`Segment` an image.
+        images: one :class:`Segment` per image.
         side: patches along one side of a crop; P = side².
 
     Raises:
-        TypeError: ``images`` holds something else than segments.
-        ValueError: a segment contradicts itself.
+        TypeError: ``images`` holds something other than segments.
+        ValueError: the fields of a segment contradict each other.
     """
 
     images: tuple[Segment, ...]
@@ -137,7 +137,7 @@ class Segments:
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """The images as plain integers, ``len(NUMBERS)`` each: what an operator's schema can carry."""
+        """The images as plain integers, ``len(NUMBERS)`` each, for the schema of an operator."""
         return tuple(
             number
             for image in self.images
@@ -145,7 +145,7 @@ class Segments:
         )
 
     def table(self, device: torch.device) -> Tensor:
-        """``[B, len(COLUMNS)]`` int32 on a device, what a kernel reads of each image.
+        """``[B, len(COLUMNS)]`` int32 on a device: the fields of each image that kernels read.
 
         Copied to the device once and stored with this object: it must outlive CUDA graphs that read it.
         """
@@ -173,7 +173,7 @@ class Segments:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Rows that each image promises: its tokens, where there are as many patches, and newlines."""
+        """Packed rows of each image: its tokens, at most as many as patches, and its newlines."""
         patches = self.patches
         return tuple(
             (min(image.thumbnail_tokens, patches) if image.thumbnail >= 0 else 0)
@@ -212,12 +212,12 @@ def segments_of(numbers: tuple[int, ...], side: int) -> Segments:
 
 
 class Finalized(NamedTuple):
-    """What :func:`hero_kernels.finalize_scores` returns.
+    """The result of :func:`hero_kernels.finalize_scores`.
 
     Attributes:
         scores: ``[T, P]`` fp32, mean over heads.
         entropy: ``[T]`` fp32, nats, of the scores over the valid patches.
-        ranks: ``[T, P]`` int16, place in the order of selection, or ``None``.
+        ranks: ``[T, P]`` int16, place in selection order, or ``None``.
     """
 
     scores: Tensor
@@ -226,13 +226,13 @@ class Finalized(NamedTuple):
 
 
 class TileSignal(NamedTuple):
-    """One signal that shares the token budget among the tiles of an image.
+    """One signal by which the tokens of an image are divided among its tiles.
 
     Attributes:
         values: ``[T]`` fp32; entries of thumbnails are ignored.
         weight: its weight in the share, >= 0.
         temperature: softmax temperature, or ``None`` to divide by the sum over tiles instead (negative
-            values count as zero). Where the sum is zero, or fp32 overflows, tiles get equal parts.
+            values count as zero). Where the sum is zero or overflows fp32, tiles get equal parts.
     """
 
     values: Tensor
@@ -241,7 +241,7 @@ class TileSignal(NamedTuple):
 
 
 class TileBudgets(NamedTuple):
-    """What :func:`hero_kernels.tile_budgets` returns.
+    """The result of :func:`hero_kernels.tile_budgets`.
 
     Attributes:
         budgets: ``[T]`` int32, patches to keep of each crop.
@@ -255,13 +255,13 @@ class TileBudgets(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """What :func:`hero_kernels.segmented_topk_gather` returns.
+    """The result of :func:`hero_kernels.segmented_topk_gather`.
 
     Attributes:
         tokens: ``[total, D]``, kept features packed image by image; newline rows are zero.
         index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline (−2 for an empty row).
         lengths: rows of each image, host integers.
-        budgets: the budgets that were served.
+        budgets: the budgets, given or computed.
     """
 
     tokens: Tensor

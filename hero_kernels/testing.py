@@ -1,7 +1,7 @@
-"""For tests of the operations, here and in packages that build on them: tolerance, poisoned memory, views,
-what a function launches, waits for and allocates.
+"""Helpers for tests of the operations, here and in packages that build on them.
 
-Nothing else imports this module, and it needs torch alone.
+Tolerance, poisoned memory, strided views, and counts of launches, host-device synchronisations and
+allocations. Only tests import this module; it needs only torch.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ __all__ = [
 
 # --- tolerance -------------------------------------------------------------------------------------------
 
-# What is allowed beside twice PyTorch's own error, in units of the last place of the largest result: that
-# error may be small by luck, and an exponential multiplies the rounding of its argument, a logit of 10 or 20.
+# Allowed in addition to twice PyTorch's own error, in units in the last place of the largest result: that
+# error may be small by chance, and an exponential multiplies the rounding of its argument, a logit of 10 or
+# 20.
 ULPS = {torch.float64: 16, torch.float32: 16, torch.float16: 1, torch.bfloat16: 1}
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, peer: Tensor, name: str = "result") -> None:
-    """The one tolerance: at most twice the error that PyTorch makes in the same dtype, plus ``ULPS``.
+    """Assert an error of at most twice PyTorch's own in the same dtype, plus ``ULPS``. The only tolerance.
 
     Args:
-        actual: what is tested.
-        exact: the result in float64, or what counts as exact.
+        actual: the result under test.
+        exact: the result in float64.
         peer: PyTorch's own result, of the dtype that ``actual`` must have.
-        name: for the message.
+        name: of the result, for the message.
     """
     actual, exact, peer = actual.detach().cpu(), exact.detach().cpu().double(), peer.detach().cpu()
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
@@ -62,19 +63,19 @@ def assert_accurate(actual: Tensor, exact: Tensor, peer: Tensor, name: str = "re
 
 
 def _bytes(values: Tensor) -> Tensor:
-    """The memory of a tensor, strides or not, as bytes."""
+    """The elements of a tensor as contiguous bytes."""
     return values.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal shape, dtype and bits: NaN equals itself, −0 is not +0."""
+    """Whether shape, dtype and bits are equal: NaN equals itself, −0 is not +0."""
     return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(_bytes(one), _bytes(other))
 
 
 # --- memory ----------------------------------------------------------------------------------------------
 
 GUARD = 256  # elements before and after an allocation; keeps its alignment
-# A NaN of its own kind for floats, nonsense for integers: neither is ever a result.
+# A NaN with an unusual payload for floats, an implausible value for integers: neither is ever a result.
 POISON = {
     torch.float64: (torch.int64, 0x7FFDA5A5A5A5A5A5),
     torch.float32: (torch.int32, 0x7FDA5A5A),
@@ -89,7 +90,7 @@ POISON = {
 
 
 class _Poisoned(TorchFunctionMode):
-    """While it is on, new empty tensors are full of poison and lie between guards."""
+    """A mode in which new empty tensors are filled with poison and lie between guards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class _Poisoned(TorchFunctionMode):
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists and dictionaries."""
+    """Every tensor in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -126,11 +127,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def call(function: Callable, *arguments: Any, poison: bool = True, **options: Any) -> Any:
-    """Call an operation and check what can be checked without knowing it.
+    """Call an operation, with the checks that hold for every operation.
 
-    What it allocates is poisoned: every element of its outputs must be written, and nothing around them.
-    The memory of its inputs must be as before, that of ``out`` at least around the view.
-    ``poison=False`` is for compiled functions, which allocate elsewhere.
+    Its allocations are poisoned: every element of its outputs must be written, and nothing around them. The
+    memory of its inputs must be unchanged, that of ``out`` outside the view. ``poison=False`` is for compiled
+    functions, whose allocations cannot be intercepted.
     """
     out = options.get("out")
     inputs = [tensor.detach() for tensor in tensors_in([arguments, options])]
@@ -151,7 +152,7 @@ def call(function: Callable, *arguments: Any, poison: bool = True, **options: An
     return result
 
 
-# --- views: the same values in other memory --------------------------------------------------------------
+# --- views: the same values at other strides --------------------------------------------------------------
 
 
 def contiguous(values: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def packed(values: Tensor) -> Tensor:
 
 
 def offset(values: Tensor) -> Tensor:
-    """The middle third of a fused projection, within a larger batch; NaN all around."""
+    """The middle third of a fused projection, inside a larger batch, surrounded by NaN."""
     crops, heads, tokens, width = values.shape
     memory = values.new_full((crops + 2, tokens + 3, 3 * heads * width), math.nan)
     view = memory[1:-1, 2:-1, heads * width : 2 * heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
@@ -174,7 +175,7 @@ def offset(values: Tensor) -> Tensor:
 
 
 def backwards(values: Tensor) -> Tensor:
-    """Memory order the reverse of the shape, every second element NaN (or true); of any rank."""
+    """Memory order reversed, every second element NaN (or true); for tensors of any rank."""
     memory = torch.full(
         (*reversed(values.shape), 2),
         math.nan if values.is_floating_point() else 1,
@@ -187,16 +188,16 @@ def backwards(values: Tensor) -> Tensor:
 VIEWS = {view.__name__: view for view in (contiguous, packed, offset, backwards)}
 
 
-# --- what a function costs beside time -------------------------------------------------------------------
+# --- launches, synchronisations, memory ------------------------------------------------------------------
 
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# The length of their result, or a host number, is a value on the device.
+# Their result has a data-dependent shape, or is a number on the host.
 _WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim"}
 _COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
 class _Constants(TorchFunctionMode):
-    """Notes ``torch.tensor(..., device=...)``, a copy from the host that ``meta`` does not make."""
+    """Records ``torch.tensor(..., device=...)``, a copy from the host that ``meta`` does not make."""
 
     def __init__(self, counter: OperationCounter) -> None:
         super().__init__()
@@ -211,15 +212,15 @@ class _Constants(TorchFunctionMode):
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what a block launches and waits for; on a CPU, or on the ``meta`` device in a GPU's place.
+    """Counts launches and host-device synchronisations of a block, on the CPU or on the ``meta`` device.
 
-    An operation of :mod:`hero_kernels` counts as one. Nothing is seen inside other operations, nor
-    ``tolist`` on a CPU, which reads memory.
+    An operation of :mod:`hero_kernels` counts as one launch. Operations inside other operations are not seen,
+    nor is ``tolist`` on a CPU, which reads memory.
 
     Attributes:
-        operations: names of what would be launched, in order: no views, no bare allocations.
-        waits: names of those among them for which the host has to wait: host numbers and lengths made of
-            values, and copies between devices unless they are ``non_blocking``.
+        operations: names of the operations that would be launched, in order, without views and allocations.
+        waits: names of those that synchronise host and device: numbers on the host, data-dependent shapes,
+            and copies between devices unless they are ``non_blocking``.
     """
 
     def __init__(self) -> None:
@@ -257,13 +258,13 @@ def _waits(name: str, tensors: list[Tensor], args: tuple, kwargs: dict) -> bool:
     if name in _COPIES:
         non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         return len({tensor.device for tensor in tensors}) > 1 and not non_blocking
-    if name.startswith("repeat_interleave"):  # its length is a sum of values
+    if name.startswith("repeat_interleave"):  # its length depends on the data
         return "output_size" not in kwargs or kwargs["output_size"] is None
     return False
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that PyTorch held on the CPU during a call, beyond what it held before it."""
+    """Peak CPU memory that PyTorch allocated during a call, in bytes, beyond what was allocated before."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,8 +1,8 @@
-"""The cases that every operation runs on, and the four ways of running it.
+"""The cases that every operation is tested on, and the ways of running it.
 
 ``ATTENTION`` for the operations on queries and keys, ``SELECTION`` for those on scores, budgets and features.
-The tests take them through every way: the twin; the kernel in Triton's interpreter
-(``TRITON_INTERPRET=1``); the kernel on a GPU, eager and compiled.
+They run in every way that this machine has: the reference; with ``TRITON_INTERPRET=1`` the kernel in Triton's
+interpreter instead; on a GPU also the kernel itself.
 """
 
 from collections.abc import Callable
@@ -26,25 +26,17 @@ FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 @dataclass(frozen=True)
 class Way:
-    """One way of running an operation. ``kernel`` tells a kernel from the twin."""
+    """One way of running an operation; ``kernel`` tells whether it is a kernel or the reference."""
 
     name: str
 
     @property
     def kernel(self) -> bool:
-        return self.name != "twin"
+        return self.name != "reference"
 
     @property
     def device(self) -> str:
         return "cuda" if self.name in ("eager", "compiled") else "cpu"
-
-    def why_not(self) -> str | None:
-        """Why this way cannot be gone here."""
-        if self.device == "cuda":
-            return None  # marked gpu
-        if self.kernel:
-            return None if SWITCHES.interpret else "needs TRITON_INTERPRET=1"
-        return "the twin is tested without TRITON_INTERPRET" if SWITCHES.interpret else None
 
     def run(self, operation: str, *arguments, **options):
         """The operation on arguments that are on the device, with the checks of :func:`call`."""
@@ -57,24 +49,19 @@ class Way:
         return call(function, *arguments, poison=self.name != "compiled", **options)
 
 
-WAYS = [
-    Way("twin"),
-    Way("interpreter"),
-    pytest.param(Way("eager"), marks=pytest.mark.gpu),
-    pytest.param(Way("compiled"), marks=pytest.mark.gpu),
-]
+GPU = torch.cuda.is_available() and not SWITCHES.interpret
+WAYS = [Way("interpreter")] if SWITCHES.interpret else [Way("reference")]  # those of this machine
+WAYS += [Way("eager")] if GPU else []  # compiled on a GPU: test_kernels.test_compiled
+KERNELS = [way for way in WAYS if way.kernel]
 
 
-def parameters(cases, all_fast=False):
-    """Cases as parameters, those that take long marked so."""
-    return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow and not all_fast else [])
-        for case in cases
-    ]
+def parameters(cases):
+    """Cases as parameters, slow ones marked."""
+    return [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in cases]
 
 
 def combined(cases, options, fast):
-    """Cases with options: what is not fast is slow; of slow cases, all but the fast options by hand."""
+    """Cases with options: slow unless fast; slow cases with options that are not fast are exhaustive."""
 
     def marks(case, option):
         slow = [pytest.mark.slow] if case.slow or not fast(case, option) else []
@@ -293,13 +280,13 @@ SELECTION = [
     ),
     Selection("P 256 bf16", (_tiles(4, 2, 104, newline_rows=(0, 32)),), 16, 100, BRAIN, view="hidden"),
     Selection("P 576 bf16", (Segment(5, 0, 2, 57, 130, (4, 44)),), 24, 1024, BRAIN, view="hidden"),
-    Selection("P 576 random", (Segment(5, 4, 2, 115, 60),), 24, 8, scores="random", mask="none"),
+    Selection("P 576 random", (Segment(5, 4, 2, 115, 60),), 24, 8, scores="random", mask="none", slow=True),
     Selection("P 576 fp16 scores", (Segment(3, 0, 1, 60, 40),), 24, 40, HALF, "ties", scores_dtype=HALF),
     Selection("P 576 bf16 scores", (Segment(3, 0, 1, 60, 40),), 24, 40, FLOAT, scores_dtype=BRAIN),
-    Selection("P 576 five wide", (Segment(6, 0, 5, 3, 40, (4, 9)),), 24, 4, view="backwards"),
-    Selection("P 729", (Segment(4, -1, 2, 0, 99, (0, 27)),), 27, 1152, HALF),
+    Selection("P 576 five wide", (Segment(6, 0, 5, 3, 40, (4, 9)),), 24, 4, view="backwards", slow=True),
+    Selection("P 729", (Segment(4, -1, 2, 0, 99, (0, 27)),), 27, 1152, HALF, slow=True),
     Selection("P 1024", (Segment(3, 2, 1, 30, 50),), 32, 6, mask="none"),
-    Selection("P 4096", (Segment(2, 0, 1, 9, 70, (3, 60)),), 64, 5),
+    Selection("P 4096", (Segment(2, 0, 1, 9, 70, (3, 60)),), 64, 5, slow=True),
     Selection("P 4096, all kept", (Segment(1, 0, 1, 4096),), 64, 1, mask="none", slow=True),
     Selection("8192 wide", (Segment(2, 0, 1, 2, 5, (0, 1)),), 4, 8192, BRAIN, mask="none"),
 ]

@@ -1,8 +1,10 @@
-"""Shared by all tests: one thread, so that tiny models are quick and results do not hang on the machine."""
+"""Shared by all tests: one thread, so that tiny models are fast and results do not depend on the machine.
+
+Tests that cannot run here are deselected: those marked ``gpu`` without a GPU, and those of kernels without a
+way to run kernels.
+"""
 
 import os
-
-import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,18 +16,21 @@ except ImportError:  # the packaging tests run without
 else:
     torch.set_num_threads(1)
 
-    from cases import WAYS
+    from cases import GPU, KERNELS, WAYS
 
-    from hero_kernels._env import SWITCHES
+    def pytest_generate_tests(metafunc):
+        """``way``: each way of running an operation on this machine; ``kernel``: those that run a kernel."""
+        for name, ways in (("way", WAYS), ("kernel", KERNELS)):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, ways, ids=lambda way: way.name)
 
-    def pytest_runtest_setup(item):
-        """Skip tests marked gpu where there is none."""
-        if item.get_closest_marker("gpu") and (SWITCHES.interpret or not torch.cuda.is_available()):
-            pytest.skip("needs a GPU, and kernels compiled for it")
-
-    @pytest.fixture(params=WAYS, ids=lambda way: way.name)
-    def way(request):
-        """Each way of running an operation; those that cannot be gone here are skipped, and say why."""
-        if reason := request.param.why_not():
-            pytest.skip(reason)
-        return request.param
+    def pytest_collection_modifyitems(config, items):
+        """Deselect what cannot run here."""
+        runs, cannot = [], []
+        for item in items:
+            needs_gpu = item.get_closest_marker("gpu") and not GPU
+            needs_kernel = "kernel" in item.fixturenames and not KERNELS
+            (cannot if needs_gpu or needs_kernel else runs).append(item)
+        if cannot:
+            items[:] = runs
+            config.hook.pytest_deselected(items=cannot)

@@ -1,12 +1,12 @@
-"""Kernels on thousands of drawn inputs, many of them packed into one launch.
+"""Kernels on thousands of random inputs, many of them packed into one launch.
 
-The twins have their own, in ``test_reference.py``: 12,500 drawn examples of budgets and 800 of top-k. Here a
-launch of ``tile_budgets`` holds 200 images, each an apportionment checked against exact fractions.
+The properties of the reference are in ``test_reference.py``: 3,000 random examples of budgets, 30,000
+apportionments and 800 of top-k. Here a launch of ``tile_budgets`` holds 200 images, each an apportionment
+checked against exact fractions.
 """
 
 import random
 
-import pytest
 import torch
 from cases import SCORES
 from hypothesis import HealthCheck, given, settings
@@ -24,15 +24,8 @@ def examples(count):
         max_examples=count,
         deadline=None,
         derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],  # which is the device
+        suppress_health_check=[HealthCheck.function_scoped_fixture],  # the way, which is a constant
     )
-
-
-@pytest.fixture
-def kernel(way):
-    if not way.kernel:
-        pytest.skip("the twins' properties are in test_reference.py")
-    return way
 
 
 SEED = st.integers(0, 2**32)

@@ -1,8 +1,8 @@
-"""Every operation on every case, each way: against oracles in float64 and loops, kernels also against twins.
+"""Every operation on every case, in each way, against oracles in float64 and loops.
 
-Without ``TRITON_INTERPRET=1`` these test the twins; with it, the kernels in Triton's interpreter; on a GPU
-the kernels, eager and compiled. Each call also checks what :func:`hero_kernels.testing.call` can: every
-element written, nothing around it, no input changed.
+Without ``TRITON_INTERPRET=1`` these test the reference; with it, the kernels in Triton's interpreter; on a
+GPU also the kernels. Each call also checks what :func:`hero_kernels.testing.call` can: every element is
+written, nothing around it, and no input is changed.
 """
 
 import math
@@ -38,7 +38,7 @@ def view_of(*shape):
     return memory[tuple(slice(1, -1) for _ in shape)]
 
 
-# What an operation is asked for, given crops T, heads H and patches n: weights of 0 skip a crop.
+# Options of an operation, given crops T, heads H and patches n: weights of 0 skip a crop.
 OPTIONS = {
     "plain": lambda T, H, n: {},
     "weighted": lambda T, H, n: {"weight": 0.3},
@@ -51,11 +51,11 @@ OPTIONS = {
 }
 
 
-LAYERS = ("plain", "added")  # what an encoder asks for
+LAYERS = ("plain", "added")  # what an encoder uses
 
 
 def placed(value, way):
-    """An argument on the device, a view still a view; what is no tensor as it is."""
+    """An argument on the device, a view of the same strides; other arguments unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()
@@ -211,7 +211,7 @@ def counts_of(case, valid, dtype=torch.int32):
 
 def check_budgets(result: TileBudgets, signals, caps, segments: Segments, allocation="exact"):
     """Shares within the tolerance, weights by the shares, budgets exactly by the weights."""
-    twin = reference.tile_budgets(signals, caps, segments, allocation=allocation)
+    expected = reference.tile_budgets(signals, caps, segments, allocation=allocation)
     values = [(signal.values.tolist(), signal.weight, signal.temperature) for signal in signals]
     shares, weights, budgets = ([0] * segments.crops for _ in range(3))
     emitted = result.weights.tolist()
@@ -229,7 +229,7 @@ def check_budgets(result: TileBudgets, signals, caps, segments: Segments, alloca
     exact = torch.tensor(shares, dtype=torch.float64)
     assert_accurate(result.shares, exact, exact.float(), "shares")
     assert emitted == weights
-    assert (result.weights.cpu() - twin.weights).abs().max() <= 16  # of 2²⁴
+    assert (result.weights.cpu() - expected.weights).abs().max() <= 16  # of 2²⁴
     assert result.budgets.tolist() == budgets
 
 
@@ -283,6 +283,7 @@ def check_gather(result, features, scores, valid, budgets, segments, promised):
         ]
     index = list(chain(*sequences))
     assert result.lengths == tuple(len(sequence) for sequence in sequences)
+    assert all(type(length) is int for length in result.lengths)
     assert result.index.dtype == torch.int32 and first_difference(result.index.tolist(), index) is None
     index = torch.tensor(index, dtype=torch.int64)
     rows = features.flatten(0, 1)[index.clamp_min(0)].masked_fill((index < 0)[:, None], 0.0)
@@ -300,8 +301,6 @@ def test_segmented_topk_gather(case, given, way):
         getattr(case, f"draw_{name}")() for name in ("features", "scores", "valid", "signals")
     )
     segments, caps, options = case.segments, counts_of(case, valid), {}
-    if "floor" in given and way.name == "compiled":
-        pytest.skip("refused there: the length would depend on the content")
     if "budgets" in given:  # too many, too few
         share = torch.rand(segments.crops, generator=generator(case.name, "budgets"))
         budgets = (share * 1.2 * segments.patches).int()
@@ -330,6 +329,35 @@ def test_segmented_topk_gather(case, given, way):
         check_budgets(result.budgets, signals, caps, segments, options.get("allocation", "exact"))
     promised = way.kernel and "floor" not in given
     check_gather(result, features, decide, valid, result.budgets.budgets, segments, promised)
+
+
+OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that it depends on
+    **{
+        (f"test_{operation}", case.dtype): (case, *options)
+        for operation, options in (
+            ("cls_attention", ("added", False)),
+            ("attention_with_cls", ("added",)),
+            ("received_attention", ("added",)),
+        )
+        for case in reversed(ATTENTION)
+        if not case.slow
+    },
+    **{("test_segmented_topk", case.scores_dtype): (case,) for case in reversed(CROPS) if not case.slow},
+    **{
+        ("test_segmented_topk_gather", case.dtype): (case, "signals")
+        for case in reversed(SELECTION)
+        if not case.slow
+    },
+    ("test_finalize_scores", torch.float32): (CROPS[0], 3, True),
+    ("test_tile_budgets", torch.float32): (SELECTION[0], "exact"),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("test", "dtype"), OF_DTYPE, ids=str)
+def test_compiled(test, dtype):
+    """One case per operation and dtype under ``torch.compile(fullgraph=True)``."""
+    globals()[test](*OF_DTYPE[test, dtype], Way("compiled"))
 
 
 # --- the same everywhere ---------------------------------------------------------------------------------
@@ -364,7 +392,7 @@ def everything(way, rows, case, features, valid, signals, segments):
 
 @pytest.mark.parametrize("order", ["alone", "reversed", "again"])
 def test_an_image_does_not_depend_on_its_batch(order, way):
-    """Bit by bit, whatever its neighbours, its place among them, and on every run."""
+    """Bit-identical for any neighbours, any place among them, and on every run."""
     case, segments = NEIGHBOURS, NEIGHBOURS.segments
     rows, features = rows_of(case, 3).exp2().log(), case.draw_features()
     valid, signals = case.draw_valid(), case.draw_signals()
@@ -390,16 +418,14 @@ def test_an_image_does_not_depend_on_its_batch(order, way):
 
 
 @pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
-def test_a_crop_does_not_depend_on_its_batch(operation, way):
-    """Of kernels: PyTorch's matrix products may add in another order for another batch."""
-    if not way.kernel:
-        pytest.skip("promised of kernels alone")
+def test_a_crop_does_not_depend_on_its_batch(operation, kernel):
+    """True of kernels only: PyTorch's matrix products may add in another order for another batch."""
     case = next(case for case in ATTENTION if case.name == "odd sizes")
     tensors = case.tensors()[: 3 if operation == "attention_with_cls" else 2]
 
     def run(crops):
-        seen = case.seen([tensor[crops] for tensor in tensors], way.device)
-        result = way.run(operation, *seen, 0.3)
+        seen = case.seen([tensor[crops] for tensor in tensors], kernel.device)
+        result = kernel.run(operation, *seen, 0.3)
         return result if isinstance(result, tuple) else (result,)
 
     whole = run([0, 1])
@@ -412,8 +438,8 @@ def with_blocks(monkeypatch, factor, **least):
 
     configuration = _launch.configuration
 
-    def varied(kernel, size, device):
-        options = configuration(kernel, size, device)
+    def varied(name, size, device):
+        options = configuration(name, size, device)
         return {
             option: max(int(value * factor), least[option]) if option in least else value
             for option, value in options.items()
@@ -424,15 +450,13 @@ def with_blocks(monkeypatch, factor, **least):
 
 @pytest.mark.parametrize("factor", [0.5, 2])
 @pytest.mark.parametrize("name", ["stitched 2 × 3, padding rows", "P 36"])
-def test_block_sizes_decide_nothing(name, factor, way, monkeypatch):
+def test_block_sizes_decide_nothing(name, factor, kernel, monkeypatch):
     """Selections, budgets and ranks are integers, and the same for every configuration."""
-    if not way.kernel:
-        pytest.skip("the twins have no blocks")
     case = next(case for case in FEW if case.name == name)
     given = (rows_of(case, 2), case, case.draw_features(), case.draw_valid(), case.draw_signals())
-    whole, gathered = everything(way, *given, case.segments)
+    whole, gathered = everything(kernel, *given, case.segments)
     with_blocks(monkeypatch, factor, ROWS=1, SLICE=1, ELEMENTS=1, COLUMNS=16)
-    part, part_gathered = everything(way, *given, case.segments)
+    part, part_gathered = everything(kernel, *given, case.segments)
     assert all(same_bits(got, want) for got, want in zip(part, whole))
     for got, want in zip(part_gathered, gathered):
         assert same_bits(got.tokens, want.tokens) and torch.equal(got.index, want.index)
@@ -440,15 +464,13 @@ def test_block_sizes_decide_nothing(name, factor, way, monkeypatch):
 
 @pytest.mark.parametrize("factor", [0.5, 2])
 @pytest.mark.parametrize("name", ["one past a block", "odd sizes", "narrow"])
-def test_block_sizes_of_attention(name, factor, way, monkeypatch):
+def test_block_sizes_of_attention(name, factor, kernel, monkeypatch):
     """Within the tolerance whatever the blocks."""
-    if not way.kernel:
-        pytest.skip("the twins have no blocks")
     with_blocks(monkeypatch, factor, BLOCK=8, BLOCK_M=16, BLOCK_N=16)
     case = next(case for case in ATTENTION if case.name == name)
-    test_cls_attention(case, "plain", False, way)
-    test_attention_with_cls(case, "plain", way)
-    test_received_attention(case, "plain", way)
+    test_cls_attention(case, "plain", False, kernel)
+    test_attention_with_cls(case, "plain", kernel)
+    test_received_attention(case, "plain", kernel)
 
 
 # --- beyond 2³¹ elements ---------------------------------------------------------------------------------
@@ -457,7 +479,7 @@ FAR = 2**31 + 64  # elements from the first to the last of one dimension
 
 
 @pytest.fixture
-def vast(way, tmp_path):
+def vast(kernel, tmp_path):
     """Makes views that reach beyond :data:`FAR`: on the CPU over a sparse file, little of it touched."""
 
     def spread(values, dimension, name):
@@ -465,7 +487,7 @@ def vast(way, tmp_path):
         step = FAR // max(values.shape[dimension] - 1, 1) + 8
         strides[dimension] = step + max(strides)
         size = 1 + sum((length - 1) * stride for length, stride in zip(values.shape, strides))
-        if way.device == "cuda":
+        if kernel.device == "cuda":
             memory = torch.empty(size, dtype=values.dtype, device="cuda")
         else:
             file = str(tmp_path / name)
@@ -480,22 +502,18 @@ def vast(way, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 1, 2], ids=["crops", "heads", "tokens"])
 @pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
-def test_attention_far_apart(operation, dimension, way, vast):
-    if not way.kernel:
-        pytest.skip("of kernels: PyTorch addresses by itself")
+def test_attention_far_apart(operation, dimension, kernel, vast):
     tensors = [x.half() for x in draw_attention("far", crops=2, heads=2, tokens=21, width=16, count=3)]
     tensors = tensors[: 3 if operation == "attention_with_cls" else 2]
     far = [vast(x, dimension, f"{n}") for n, x in enumerate(tensors)]
-    result = getattr(hk, operation)(*far, 0.3)  # not way.run, which copies whole storages
-    expected = getattr(hk, operation)(*(x.to(way.device) for x in tensors), 0.3)
+    result = getattr(hk, operation)(*far, 0.3)  # not kernel.run, which copies whole storages
+    expected = getattr(hk, operation)(*(x.to(kernel.device) for x in tensors), 0.3)
     assert all(same_bits(*pair) for pair in zip(tensors_in(result), tensors_in(expected)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 1])
-def test_selection_far_apart(dimension, way, vast):
-    if not way.kernel:
-        pytest.skip("of kernels: PyTorch addresses by itself")
+def test_selection_far_apart(dimension, kernel, vast):
     case = next(case for case in SELECTION if case.name == "stitched 2 × 2")
     features, scores, valid = case.draw_features(), rows_of(case, 1)[:, 0], case.draw_valid()
     signals, segments = case.draw_signals(), case.segments
@@ -503,10 +521,12 @@ def test_selection_far_apart(dimension, way, vast):
     budgets = reference.tile_budgets(signals, counts_of(case, valid), segments)
     far = {"valid": vast(valid, dimension, "valid"), "ranks": vast(ranks, dimension, "ranks")}
     far_scores = vast(scores.half(), dimension, "scores")
-    here = [signal._replace(values=signal.values.to(way.device)) for signal in signals]
-    keep = hk.segmented_topk(far_scores, budgets.budgets.to(way.device), far["valid"])
+    here = [signal._replace(values=signal.values.to(kernel.device)) for signal in signals]
+    keep = hk.segmented_topk(far_scores, budgets.budgets.to(kernel.device), far["valid"])
     assert first_difference(keep.tolist(), oracle_kept(scores, budgets.budgets, valid)) is None
-    finalized = hk.finalize_scores(scores[:, None].contiguous().to(way.device), valid=far["valid"], rank=True)
+    finalized = hk.finalize_scores(
+        scores[:, None].contiguous().to(kernel.device), valid=far["valid"], rank=True
+    )
     assert torch.equal(finalized.ranks.cpu()[valid], ranks[valid])
     far_features = vast(features.half(), dimension, "features")
     for ranked in (False, True):
@@ -516,23 +536,19 @@ def test_selection_far_apart(dimension, way, vast):
 
 
 @pytest.mark.slow
-def test_buffers_far_apart(way, vast):
+def test_buffers_far_apart(kernel, vast):
     """Rows added to a buffer whose crops lie far apart."""
-    if not way.kernel:
-        pytest.skip("of kernels: PyTorch addresses by itself")
     query, key = draw_attention("far out", crops=2, heads=2, tokens=21, width=16)
     far = vast(torch.ones(2, 2, 20), 0, "out")
-    hk.cls_attention(query.to(way.device), key.to(way.device), 0.3, out=far)
+    hk.cls_attention(query.to(kernel.device), key.to(kernel.device), 0.3, out=far)
     expected = reference.cls_attention(query, key, 0.3, out=torch.ones(2, 2, 20))
     torch.testing.assert_close(far.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.gpu
-def test_rows_beyond_2_31(way):
-    """A buffer of rows per head of more than 2³¹ elements, as one launch fills it."""
-    if way.name != "eager":
-        pytest.skip("needs 20 GB of GPU memory")
+def test_rows_beyond_2_31():
+    """One launch fills a buffer of more than 2³¹ elements, which takes 20 GB of GPU memory."""
     crops, heads, patches = 8192, 64, 4112
     query, key = (torch.randn(1, 1, patches + 1, 16, device="cuda") for _ in range(2))
     query, key = (x.expand(crops, heads, -1, -1) for x in (query, key))
@@ -546,7 +562,7 @@ def test_rows_beyond_2_31(way):
 
 @pytest.mark.parametrize("operation", ["attention_with_cls", "received_attention", "segmented_topk"])
 def test_doubles_are_refused(operation):
-    """By the launchers, before any launch: a GPU would round them, or take for ever."""
+    """By the launchers, before any launch: a GPU would round them, or take very long."""
     pytest.importorskip("triton")
     double = torch.randn(1, 2, 5, 16, dtype=torch.float64)
     arguments = {

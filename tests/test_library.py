@@ -1,6 +1,6 @@
 """The operations as operators of torch: schemas, fakes, gradients, ``torch.compile``, CUDA graphs.
 
-With ``TRITON_INTERPRET=1`` the operators run the kernels, otherwise the twins.
+With ``TRITON_INTERPRET=1`` the operators run the kernels, otherwise the reference.
 """
 
 import inspect
@@ -363,7 +363,7 @@ def test_compiled_on_a_gpu():
 
 @pytest.mark.gpu
 def test_floor_waits_for_its_lengths_and_no_more():
-    """``floor`` reads the budgets back once; the lengths are those of the twin."""
+    """``floor`` reads the budgets back once; the lengths are those of the reference."""
     given, cpu = inputs("cuda"), inputs()
     results = [
         hk.segmented_topk_gather(

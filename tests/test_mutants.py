@@ -1,7 +1,7 @@
-"""Do the tests notice? A line of a kernel or a twin is made wrong: some of ``test_kernels`` must fail.
+"""Mutation tests: with one line of a kernel or of the reference wrong, a check of ``test_kernels`` must fail.
 
 The package is copied, one snippet replaced, and a forked child imports the copy and runs the check; the
-copy as it is must pass every check. Kernels need ``TRITON_INTERPRET=1``, the twins are tested without.
+unchanged copy must pass every check. Kernels need ``TRITON_INTERPRET=1``, the reference is tested without.
 """
 
 import os
@@ -19,7 +19,7 @@ from hero_kernels._env import SWITCHES
 
 PACKAGE = Path(hero_kernels.__file__).parent
 TESTS = Path(__file__).parent
-SECONDS = 120  # a mutant may loop for ever
+SECONDS = 120  # a mutant may never end
 SURVIVED, NOTICED, BROKEN = 0, 1, 2
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def way():
     from cases import Way
 
-    return Way("interpreter" if SWITCHES.interpret else "twin")
+    return Way("interpreter" if SWITCHES.interpret else "reference")
 
 
 def attention(operation, name, options="plain"):
@@ -164,7 +164,7 @@ KERNELS = [
         "gather, too few",
     ),
 ]
-TWINS = [
+REFERENCE = [
     Mutant(
         "remainder ties reversed",
         "reference",
@@ -234,7 +234,7 @@ TWINS = [
         "newline rows not empty", "reference", "tokens = tokens.index_fill_", "tokens.index_fill", "gather"
     ),
 ]
-MUTANTS = KERNELS if SWITCHES.interpret else TWINS
+MUTANTS = KERNELS if SWITCHES.interpret else REFERENCE
 
 
 def path_of(folder: Path, mutant: Mutant) -> Path:

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(_dispatch.SWITCHES.interpret, reason="about a CP
 SCORES, BUDGETS = torch.rand(2, 9), torch.tensor([3, 4])
 
 
-def test_signatures_are_those_of_the_twins():
+def test_signatures_are_those_of_the_reference():
     for name in hk.reference.__all__:
-        operation, twin = getattr(hk, name), getattr(hk.reference, name)
-        assert inspect.signature(operation) == inspect.signature(twin)
-        assert operation.__doc__ and twin.__doc__
+        operation, function = getattr(hk, name), getattr(hk.reference, name)
+        assert inspect.signature(operation) == inspect.signature(function)
+        assert operation.__doc__ and function.__doc__
 
 
-def test_on_a_cpu_the_twin_runs():
+def test_the_reference_runs_on_a_cpu():
     assert set(hk.implementations("cpu").values()) == {"reference"}
     files = {module.name for module in pkgutil.iter_modules(kernels.__path__)}
     assert set(hk.implementations("cuda")) == set(hk.reference.__all__) == files - {"common"}
@@ -60,7 +60,7 @@ def launcher_without(monkeypatch):
     _dispatch.launcher.cache_clear()
 
 
-def test_without_triton_the_twin_runs_and_says_so(launcher_without):
+def test_without_triton_the_reference_runs_with_a_warning(launcher_without):
     launcher_without("triton.language")
     with pytest.warns(UserWarning, match="no Triton"):
         assert _dispatch.launcher("segmented_topk") is None
@@ -73,7 +73,7 @@ def test_a_broken_kernel_is_no_missing_triton(launcher_without):
 
 
 def test_requiring_a_kernel(monkeypatch):
-    """On an accelerator without a kernel: an error, not a silent fallback. The CPU has the twin by design."""
+    """On an accelerator without a kernel it raises. The CPU runs the reference by design."""
     monkeypatch.setattr(_dispatch.SWITCHES, "require_kernel", True)
     hk.segmented_topk(SCORES, BUDGETS)
     with pytest.raises(
