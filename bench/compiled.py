@@ -1,9 +1,9 @@
-"""What the kernels compile to at the shipped configurations: registers, shared memory, spills, wide accesses.
+"""What the kernels compile to: registers, shared memory, spills, wide accesses. Needs Triton and no GPU.
 
-Needs Triton and no GPU. ``python -m bench.compiled --out bench/results/compiled.json`` compiles for every
-target and writes the record; ``--page docs/kernels.md`` then shows it there. The launches are those of the
-operations themselves, recorded on tensors without memory, so no signature is written down twice, and they
-are specialised as Triton's JIT does it. ``tests/test_compile.py`` asserts on the same facts.
+``python -m bench.compiled --out bench/results/compiled.json`` compiles for every target and writes the
+record; ``--page docs/kernels.md`` shows it there. The operations run on tensors without memory and their
+launches are recorded, then specialised as by Triton's JIT. ``tests/test_compile.py`` asserts on the same
+facts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -34,21 +34,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _dispatch, _launch
 
-from . import record, report
+from . import records, report
 from .registry import CLIP, INTERNVIT, SIGLIP, Geometry
-
-__all__ = [
-    "CHOSEN",
-    "DTYPES",
-    "GEOMETRIES",
-    "LIMITS",
-    "TARGETS",
-    "Launch",
-    "cases",
-    "compiled",
-    "main",
-    "recorded",
-]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -68,32 +55,21 @@ GEOMETRIES = {
     "widest": Geometry("7744 patches, heads of 256", 24, heads=4, tokens=7745, width=256, features=1024),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHOSEN = {  # what the record holds: a case of each kernel as the models run it
-    "clip": (
-        "rows",
-        "fused",
-        "finalize, ranks",
-        "topk, mask",
-        "budgets",
-        "gather anyres",
-        "gather anyres, mask, ranks",
-        "gather tiles, mask",
-        "gather wide, mask",
-    ),
-    "siglip": ("received", "finalize, ranks", "gather tiles, mask", "gather wide, mask"),
-    "internvit": ("rows", "fused", "topk, mask", "gather tiles, mask"),
+GATHER = ("gather anyres, mask, ranks", "gather tiles, mask", "gather wide, mask")
+CHOSEN = {  # the cases of the record, as the models run them
+    "clip": ("rows", "fused", "finalize, ranks", "topk, mask", "budgets", *GATHER),
+    "siglip": ("received", "finalize, ranks", *GATHER),
+    "internvit": ("rows", "fused", "topk, mask", GATHER[1]),
 }
-MOST_CROPS = 64  # of an image
-MOST_PATCHES = 4096  # to select from
+MOST_CROPS, MOST_PATCHES = 64, 4096  # of an image; of a crop to select from
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 # --- what is launched --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch: a kernel and its arguments by name, launch options included."""
+class Launch(NamedTuple):
+    """A kernel and its arguments by name, launch options included."""
 
     kernel: JITFunction
     arguments: Mapping[str, object]
@@ -103,9 +79,9 @@ class Launch:
         return self.kernel.__name__
 
 
-@contextmanager
-def _recording(config: str) -> Iterator[list[Launch]]:
-    """The launches made inside, with configuration file ``config``; none is carried out."""
+def recorded(run: Callable[[], object], target: str) -> list[Launch]:
+    """Return the launches of a case on a target; none is carried out."""
+    amd = target.startswith("gfx") and "amd" in _launch.config_names()
     launches = []
 
     def launch(kernel, grid, **arguments):
@@ -113,17 +89,10 @@ def _recording(config: str) -> Iterator[list[Launch]]:
         launches.append(Launch(kernel, arguments))
 
     with (
-        mock.patch.object(_launch, "_name_of", lambda device: config),
+        mock.patch.object(_launch, "_name_of", lambda device: "amd" if amd else "default"),
         mock.patch.object(_launch, "launch", launch),
         mock.patch.object(_dispatch, "kernel", lambda name, device_type: _dispatch.launcher(name)),
     ):
-        yield launches
-
-
-def recorded(run: Callable[[], object], target: str) -> list[Launch]:
-    """The launches of a case on a target."""
-    amd = target.startswith("gfx") and "amd" in _launch.config_names()
-    with _recording("amd" if amd else "default") as launches:
         run()
     return launches
 
@@ -133,40 +102,35 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Scores from queries and keys, which are views as a tower's projections leave them."""
-    cls_attention, fused, received = hk.cls_attention, hk.attention_with_cls, hk.received_attention
-    crops, heads, tokens = 5, tower.heads, tower.tokens
+    """Return the attention operations on views as a tower's projections return them."""
+    crops, heads, tokens, scale = 5, tower.heads, tower.tokens, tower.scale
     flat = (_empty(crops, tokens, heads * tower.width, dtype=dtype) for _ in range(3))
     q, k, v = (wide.view(crops, tokens, heads, tower.width).transpose(1, 2) for wide in flat)
-    scale, weight = tower.scale, _empty(crops)
-    rows = _empty(crops, heads, tower.patches)
-    columns = _empty(crops, heads, tokens)
-    every = {"weight": weight}
+    cls = q[:, :, :1]
+    rows = {"weight": _empty(crops), "out": _empty(crops, heads, tower.patches)}
+    columns = {**rows, "out": _empty(crops, heads, tokens)}
+    twice = {**rows, "second_softmax": True}
     result = {
-        "received": lambda: received(q, k, scale, out=columns, **every),
-        "received, one number": lambda: received(q, k, scale, weight=0.5),
+        "received": partial(hk.received_attention, q, k, scale, **columns),
+        "received, one number": partial(hk.received_attention, q, k, scale, weight=0.5),
     }
     if tower.cls:
         result |= {
-            "rows": lambda: cls_attention(q, k, scale, out=rows, **every),
-            "rows, one number": lambda: cls_attention(q[:, :, :1], k, scale),
-            "rows, second softmax": lambda: cls_attention(
-                q, k, scale, weight=weight, out=rows, second_softmax=True
-            ),
+            "rows": partial(hk.cls_attention, q, k, scale, **rows),
+            "rows, one number": partial(hk.cls_attention, cls, k, scale),
+            "rows, second softmax": partial(hk.cls_attention, q, k, scale, **twice),
         }
     if tower.cls and (tower.width <= 128 or dtype != torch.float32):
         result |= {
-            "fused": lambda: fused(q, k, v, scale, out=rows, **every),
-            "fused, one number": lambda: fused(q, k, v, scale),
-            "fused, second softmax": lambda: fused(
-                q, k, v, scale, weight=weight, out=rows, second_softmax=True
-            ),
+            "fused": partial(hk.attention_with_cls, q, k, v, scale, **rows),
+            "fused, one number": partial(hk.attention_with_cls, q, k, v, scale),
+            "fused, second softmax": partial(hk.attention_with_cls, q, k, v, scale, **twice),
         }
     return result
 
 
 def _segments(tower: Geometry, layout: str) -> Segments:
-    """Three layouts: images of LLaVA-NeXT; the most tiles, one after another; the most, nine to a row."""
+    """Return a layout: LLaVA-NeXT's images; the most tiles one after another; the most, nine to a row."""
     patches, side = tower.patches, tower.side
     if layout == "anyres":
         images = (
@@ -186,7 +150,7 @@ def _signals(crops: int, *temperatures: float | None) -> list[TileSignal]:
 
 
 def _gather_cases(tower: Geometry, dtype: torch.dtype, layout: str) -> dict[str, Callable[[], object]]:
-    """Budgets, top-k and gather of one layout, of a tower's output: without CLS it is a view."""
+    """Return the gathers of one layout, from a tower's output of which CLS is cut off."""
     segments = _segments(tower, layout)
     crops, patches = segments.crops, segments.patches
     features = _empty(crops, tower.tokens, tower.features, dtype=dtype)[:, tower.tokens - patches :]
@@ -205,33 +169,29 @@ def _gather_cases(tower: Geometry, dtype: torch.dtype, layout: str) -> dict[str,
         ", budgets, mask, ranks": {**budgets, **mask, **ranks},
     }
     return {
-        f"gather {layout}{name}": lambda given=given: hk.segmented_topk_gather(
-            features, scores, segments, **given
-        )
+        f"gather {layout}{name}": partial(hk.segmented_topk_gather, features, scores, segments, **given)
         for name, given in variants.items()
     }
 
 
 def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What follows from rows and scores."""
-    finalize, topk, budgets = hk.finalize_scores, hk.segmented_topk, hk.tile_budgets
+    """Return the operations after the attention."""
     rows = _empty(MOST_CROPS, tower.heads, tower.patches)
     scores = rows[:, 0].contiguous()
-    valid = _empty(*scores.shape, dtype=torch.bool)
-    counts = _empty(MOST_CROPS, dtype=torch.int32)
-    tiles = _segments(tower, "tiles")
+    valid, counts = _empty(*scores.shape, dtype=torch.bool), _empty(MOST_CROPS, dtype=torch.int32)
+    tiles, one, two = _segments(tower, "tiles"), _signals(MOST_CROPS, 0.1), _signals(MOST_CROPS, 0.1, None)
     result = {
-        "finalize": lambda: finalize(rows),
-        "finalize, ranks": lambda: finalize(rows, valid=valid, rank=True),
-        "budgets": lambda: budgets(_signals(MOST_CROPS, 0.1), counts, tiles),
-        "budgets, 4 signals": lambda: budgets(_signals(MOST_CROPS, *[0.1, None] * 2), counts.long(), tiles),
-        "budgets, floor": lambda: budgets(_signals(MOST_CROPS, 0.1, None), counts, tiles, allocation="floor"),
+        "finalize": partial(hk.finalize_scores, rows),
+        "finalize, ranks": partial(hk.finalize_scores, rows, valid=valid, rank=True),
+        "budgets": partial(hk.tile_budgets, one, counts, tiles),
+        "budgets, 4 signals": partial(hk.tile_budgets, two * 2, counts.long(), tiles),
+        "budgets, floor": partial(hk.tile_budgets, two, counts, tiles, allocation="floor"),
     }
     if tower.patches <= MOST_PATCHES:
         result |= {
-            "topk": lambda: topk(scores, counts),
-            "topk, mask": lambda: topk(scores, counts, valid),
-            "topk, half precision": lambda: topk(scores.to(dtype), counts.long()),
+            "topk": partial(hk.segmented_topk, scores, counts),
+            "topk, mask": partial(hk.segmented_topk, scores, counts, valid),
+            "topk, half precision": partial(hk.segmented_topk, scores.to(dtype), counts.long()),
         }
         for layout in ("anyres", "tiles", "wide"):
             result |= _gather_cases(tower, dtype, layout)
@@ -239,7 +199,7 @@ def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
 
 
 def cases(geometry: str, dtype: str) -> dict[str, Callable[[], object]]:
-    """Name of each case at a geometry and dtype -> what to run, on tensors without memory."""
+    """Return what to run for each case at a geometry and dtype, on tensors without memory."""
     tower, kind = GEOMETRIES[geometry], DTYPES[dtype]
     return {**_attention_cases(tower, kind), **_selection_cases(tower, kind)}
 
@@ -248,7 +208,7 @@ def cases(geometry: str, dtype: str) -> dict[str, Callable[[], object]]:
 
 
 def _specialised(launch: Launch, target: str) -> ASTSource:
-    """What the JIT compiles for a launch, by the steps of ``JITFunction.run``."""
+    """Return what the JIT compiles for a launch, by the steps of ``JITFunction.run``."""
     kernel, backend = launch.kernel, make_backend(TARGETS[target])
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, special, _ = binder(**launch.arguments)
@@ -269,7 +229,7 @@ _KNOWN: dict[tuple[str, ...], dict[str, int]] = {}
 
 
 def compiled(launch: Launch, target: str) -> dict[str, int]:
-    """Facts about the code of a launch on a target; several launches may share it."""
+    """Return facts about the code of a launch on a target; several launches may share it."""
     source = _specialised(launch, target)
     options = {name: value for name, value in launch.arguments.items() if name not in source.signature}
     key = (target, launch.name, *map(repr, (source.signature, source.constants, source.attrs, options)))
@@ -283,22 +243,16 @@ def compiled(launch: Launch, target: str) -> dict[str, int]:
     return _KNOWN[key]
 
 
-def _tool(name: str, *arguments: str) -> str:
-    """Output of a program that comes with Triton."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([str(path), *arguments], check=True, capture_output=True, text=True).stdout
-
-
 def _nvidia(cubin: bytes) -> dict[str, int]:
-    """From the machine code: spills in bytes a thread; a wide access is one of 16 bytes a thread."""
+    """Read machine code: spills in bytes per thread; a wide access is one of 16 bytes per thread."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        used = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used).groups()
-    )
+        used = subprocess.check_output([folder / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        code = subprocess.check_output([folder / "nvdisasm", "-c", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used)
+    registers, stack, local = map(int, found.groups())
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
 
     def count(pattern: str) -> int:
@@ -317,7 +271,7 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
 
 
 def _amd(code: str) -> dict[str, int]:
-    """From the assembly; scalar registers spill to lanes of vector registers, which takes no memory."""
+    """Read assembly; scalar registers spill to lanes of vector registers, which takes no memory."""
 
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:?\s+(\d+)", code).group(1))
@@ -339,7 +293,7 @@ def _amd(code: str) -> dict[str, int]:
 
 
 def facts(dtype: str = "bf16") -> Iterator[dict[str, object]]:
-    """A row for each launch of the chosen cases on each target."""
+    """Return a row for each launch of the chosen cases on each target."""
     for geometry, names in CHOSEN.items():
         every = cases(geometry, dtype)
         for name in names:
@@ -355,15 +309,14 @@ def facts(dtype: str = "bf16") -> Iterator[dict[str, object]]:
 
 
 def tables(content: Mapping) -> list[str]:
-    """The section of the page: for each tower a table of its launches."""
-    targets = list(TARGETS)
-    commit = content["commit"]
-    code = (commit["hash"] or "unknown")[:12] + (", with uncommitted changes" if commit["dirty"] else "")
+    """Return the section of the page: a table of the launches on each target."""
+    commit = (content["commit"]["hash"] or "unknown")[:12]
     lines = [
-        f"`{content['command']}`, {content['date']}, commit {code}, Triton {content['versions']['triton']}, "
-        f"{content['dtype']}.",
+        f"`{content['command']}`, {content['date']}, commit {commit}, "
+        f"Triton {content['versions']['triton']}, {content['dtype']}.",
         "",
-        "Each cell: registers a thread, shared memory, instructions; bytes a thread spilled, if any.",
+        "Each cell: registers per thread, shared memory, instructions; bytes spilled per thread, if any.",
+        "",
     ]
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in content["launches"]:
@@ -371,44 +324,33 @@ def tables(content: Mapping) -> list[str]:
         shared = f"{shared / 1024:.4g} KiB" if shared >= 1024 else f"{shared} B"
         cell = f"{row['registers']} · {shared} · {row['instructions']}"
         cell += f" · spills {row['spills']} B" if row["spills"] else ""
-        cells.setdefault((row["tower"], row["kernel"], row["case"]), {})[row["target"]] = cell
-    for tower in dict.fromkeys(tower for tower, _, _ in cells):
-        lines += ["", f"**{tower}**", "", "| kernel | case | " + " | ".join(targets) + " |"]
-        lines += ["| --- | --- |" + " ---: |" * len(targets)]
-        lines += [
-            f"| `{kernel}` | {case} | " + " | ".join(cell[target] for target in targets) + " |"
-            for (of, kernel, case), cell in cells.items()
-            if of == tower
-        ]
-    return lines
+        key = row["tower"], f"`{row['kernel']}`", row["case"]
+        cells.setdefault(key, {})[row["target"]] = cell
+    rows = [[*key, *(cell[target] for target in TARGETS)] for key, cell in cells.items()]
+    return lines + report.table(["tower", "kernel", "case", *TARGETS], rows, names=3)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command: returns the exit status."""
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="compile, and write the record here")
-    parser.add_argument(
-        "--record", type=Path, default=report.RESULTS / "compiled.json", help="record to show"
-    )
-    parser.add_argument("--page", type=Path, help="page to show the record on")
+    parser.add_argument("--page", type=Path, help="show the record, that of --out or the last, on this page")
     options = parser.parse_args(arguments)
-    if not (options.out or options.page):
-        parser.error("expected --out, --page or both")
     if options.out:
         content = {
             "benchmark": "compiled",
-            **record.environment("bench.compiled", arguments, ("torch", "triton")),
+            **records.environment("bench.compiled", arguments, ("torch", "triton")),
             "date": datetime.now(timezone.utc).date().isoformat(),
             "dtype": "bf16",
             "launches": list(facts("bf16")),
         }
-        record.write(options.out, content)
+        records.write(options.out, content)
     if options.page:
-        content = json.loads((options.out or options.record).read_text(encoding="utf-8"))
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(report.replace(page, "compiled", tables(content)), encoding="utf-8")
-    return 0
+        path = options.out or report.RESULTS / "compiled.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        page = report.replace(options.page.read_text(encoding="utf-8"), "compiled", tables(content))
+        options.page.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -1,9 +1,7 @@
-"""The shapes that kernels are timed at, the least each operation must move and compute, and its floor.
+"""The shapes that kernels are timed at, and the minimum bytes and operations of each kernel.
 
-One list for every benchmark: real encoders, real batches of images, and small ones for a test of the
-scripts. Formulas count each input read once and each output written once, in bytes, and multiply-adds as
-two operations; a sum kept in place is read and written. The floor of an operation is the larger of its
-bytes over the copy bandwidth and its operations over the matrix rate, both measured in the same run.
+Real encoders at real batches of images, and small shapes to test the scripts. Each input is read once and
+each output written once; an accumulator is read and written; a multiply-add is two operations.
 """
 
 from __future__ import annotations
@@ -12,35 +10,21 @@ import math
 from typing import NamedTuple
 
 import hero_kernels as hk
-from hero.layout import floor_ratio
+from hero._checks import floor_ratio
 
-__all__ = [
-    "CLIP",
-    "INTERNVIT",
-    "KEEP",
-    "SIGLIP",
-    "SMALL",
-    "SMALL_NO_CLS",
-    "Batch",
-    "Ceilings",
-    "Cost",
-    "Geometry",
-    "Shape",
-    "floor_us",
-    "shapes",
-]
+from .timing import Ceilings
 
 KEEP = 0.2
 
 
 class Geometry(NamedTuple):
-    """A vision encoder, and how the model behind it lays out crops.
+    """A vision encoder, and how its model lays out crops.
 
     Attributes:
-        tokens: N, CLS included where there is one.
+        tokens: N, including CLS if ``cls``.
         width: D of a head.
-        features: width of what is gathered.
-        thumbnail_last: the thumbnail follows the tiles, which are packed one after another.
+        features: width of the gathered features.
+        thumbnail_last: the thumbnail follows the tiles, and tiles are packed one after another.
         newlines: the stitched grid has a newline row after each patch row.
     """
 
@@ -56,7 +40,6 @@ class Geometry(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """P."""
         return self.tokens - self.cls
 
     @property
@@ -76,47 +59,21 @@ INTERNVIT = Geometry(*("InternViT-300M-448", 24, 16, 1025, 64, 1024), thumbnail_
 SMALL = Geometry("small", layers=2, heads=2, tokens=17, width=16, features=32)
 SMALL_NO_CLS = Geometry("small, no CLS", layers=2, heads=2, tokens=16, width=24, features=48, cls=False)
 
-
-class Batch(NamedTuple):
-    """Images of a batch: the tile grid (rows, columns) of each; every image has a thumbnail besides."""
-
-    grids: tuple[tuple[int, int], ...]
-
-    @property
-    def crops(self) -> int:
-        """T."""
-        return sum(rows * columns + 1 for rows, columns in self.grids)
-
-
-REAL_BATCHES = (  # 5, 10, 40 and 160 crops
-    Batch(((2, 2),)),
-    Batch(((3, 3),)),
-    Batch(((2, 2),) * 8),
-    Batch(((2, 2),) * 32),
-)
-SMALL_BATCHES = (Batch(((1, 2), (2, 2))),)
+Batch = tuple[tuple[int, int], ...]  # the tile grid (rows, columns) of each image; all have a thumbnail too
+REAL_BATCHES = (((2, 2),), ((3, 3),), ((2, 2),) * 8, ((2, 2),) * 32)  # 5, 10, 40 and 160 crops
+SMALL_BATCH = ((1, 2), (2, 2))
 
 
 class Cost(NamedTuple):
-    """Bytes an operation must move and floating-point operations it must do."""
+    """Minimum bytes to move and floating-point operations to compute."""
 
     bytes: int
     flops: int = 0
 
 
-class Ceilings(NamedTuple):
-    """What a device was measured to do: bytes and operations a second, microseconds of an empty launch."""
-
-    bandwidth: float
-    flops: float
-    launch_us: float
-
-
 def floor_us(cost: Cost, ceilings: Ceilings | None) -> float | None:
-    """The least microseconds of a cost; ``None`` where no ceilings were measured, as on a CPU."""
-    if ceilings is None:
-        return None
-    return 1e6 * max(cost.bytes / ceilings.bandwidth, cost.flops / ceilings.flops)
+    """Return the minimum microseconds of a cost; ``None`` without ceilings, as on a CPU."""
+    return ceilings and 1e6 * max(cost.bytes / ceilings.bandwidth, cost.flops / ceilings.flops)
 
 
 class Shape(NamedTuple):
@@ -128,85 +85,58 @@ class Shape(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.geometry.name} T={self.batch.crops}"
+        return f"{self.geometry.name} T={self.crops}"
+
+    @property
+    def crops(self) -> int:
+        return sum(rows * columns + 1 for rows, columns in self.batch)
 
     @property
     def segments(self) -> hk.Segments:
-        """The batch for the selection, its token counts as ``hero`` has them at ``KEEP``, no padding."""
-        geometry = self.geometry
-        images = []
-        for rows, columns in self.batch.grids:
-            tiles = rows * columns
-            images.append(
-                hk.Segment(
-                    crops=tiles + 1,
-                    thumbnail=tiles if geometry.thumbnail_last else 0,
-                    grid_width=1 if geometry.thumbnail_last else columns,
-                    thumbnail_tokens=floor_ratio(KEEP * geometry.patches),
-                    tile_tokens=floor_ratio(KEEP * tiles * geometry.patches),
-                    newline_rows=(0, rows * geometry.side) if geometry.newlines else (0, 0),
-                )
+        """The segments of the batch at keep ratio ``KEEP``, without padding."""
+        g = self.geometry
+        images = [
+            hk.Segment(
+                crops=rows * columns + 1,
+                thumbnail=rows * columns if g.thumbnail_last else 0,
+                grid_width=1 if g.thumbnail_last else columns,
+                thumbnail_tokens=floor_ratio(KEEP * g.patches),
+                tile_tokens=floor_ratio(KEEP * rows * columns * g.patches),
+                newline_rows=(0, rows * g.side) if g.newlines else (0, 0),
             )
-        return hk.Segments(tuple(images), geometry.side)
-
-    @property
-    def _rows(self) -> int:
-        """T · H, rows of a CLS map."""
-        return self.batch.crops * self.geometry.heads
+            for rows, columns in self.batch
+        ]
+        return hk.Segments(tuple(images), g.side)
 
     def activations(self) -> int:
         """Bytes of the query, the key or the value: T·H·N·D."""
-        return self._rows * self.geometry.tokens * self.geometry.width * self.item
+        return self.crops * self.geometry.heads * self.geometry.tokens * self.geometry.width * self.item
 
-    def cls_rows(self) -> Cost:
-        """Self-contained CLS attention: every key and the CLS query once, rows [T, H, P] kept in place."""
-        geometry = self.geometry
-        rows = 2 * self._rows * geometry.patches * 4
-        query = self._rows * geometry.width * self.item
-        return Cost(self.activations() + query + rows, 2 * self._rows * geometry.tokens * geometry.width)
-
-    def attention(self) -> Cost:
-        """Attention with CLS scores: query, key, value in, output out, [T, H, P] kept in place."""
-        geometry = self.geometry
-        scores = 2 * self._rows * geometry.patches * 4
-        flops = 4 * self._rows * geometry.tokens**2 * geometry.width
-        return Cost(4 * self.activations() + scores, flops)
-
-    def received(self) -> Cost:
-        """Received attention: query and key in, one product of them, ``out`` [T, H, N] kept in place."""
-        geometry = self.geometry
-        out = 2 * self._rows * geometry.tokens * 4
-        return Cost(2 * self.activations() + out, 2 * self._rows * geometry.tokens**2 * geometry.width)
-
-    def finalize(self, rank: bool) -> Cost:
-        """Head mean, entropy and rank: rows [T, H, P] and the mask in; scores, entropy and ranks out."""
-        elements = self.batch.crops * self.geometry.patches
-        out = 4 * elements + 4 * self.batch.crops + (2 * elements if rank else 0)
-        return Cost(self._rows * self.geometry.patches * 4 + elements + out)
-
-    def budgets(self, signals: int) -> Cost:
-        """Tile budgets: signals and valid counts in; budgets, shares and weights out. A launch, no more."""
-        return Cost(4 * self.batch.crops * (signals + 4))
-
-    def topk(self) -> Cost:
-        """Segmented top-k: scores, mask and budgets in, the mask of what is kept out."""
-        elements = self.batch.crops * self.geometry.patches
-        return Cost((4 + 1 + 1) * elements + 4 * self.batch.crops)
-
-    def gather(self, ranks: bool = False) -> Cost:
-        """Top-k and gather: scores or ranks and the mask in, kept features in and out, the index out."""
-        segments, geometry = self.segments, self.geometry
-        elements = segments.crops * geometry.patches
-        kept = sum(image.thumbnail_tokens + image.tile_tokens for image in segments.images)
-        rows = sum(segments.lengths)
-        moved = (kept + rows) * geometry.features * self.item
-        return Cost((2 if ranks else 4) * elements + elements + moved + 4 * rows)
+    def cost(self, name: str) -> Cost:
+        """Return the minimum cost of an operation, or of its form with ranks."""
+        g, crops, images = self.geometry, self.crops, self.segments.images
+        heads, keys, patches = crops * g.heads, self.activations(), crops * g.patches
+        out = sum(self.segments.lengths)
+        kept = sum(image.thumbnail_tokens + image.tile_tokens for image in images)
+        gathered = (kept + out) * g.features * self.item + 4 * out + patches
+        flops = 2 * heads * g.tokens * g.width
+        return {
+            "cls_attention": Cost(keys + heads * (g.width * self.item + 2 * g.patches * 4), flops),
+            "attention_with_cls": Cost(4 * keys + 2 * heads * g.patches * 4, 2 * g.tokens * flops),
+            "received_attention": Cost(2 * keys + 2 * heads * g.tokens * 4, g.tokens * flops),
+            "finalize_scores": Cost(heads * g.patches * 4 + 5 * patches + 4 * crops),
+            "finalize_scores, ranks": Cost(heads * g.patches * 4 + 7 * patches + 4 * crops),
+            "tile_budgets": Cost(4 * crops * (3 + 4)),  # three signals and the counts; three results
+            "segmented_topk": Cost(6 * patches + 4 * crops),
+            "segmented_topk_gather": Cost(4 * patches + gathered),
+            "segmented_topk_gather, ranks": Cost(2 * patches + gathered),
+        }[name]
 
 
 def shapes(small: bool, item: int = 2) -> list[Shape]:
-    """All shapes, the most important first: what is at the end is left out where time runs short."""
+    """Return all shapes, the most important first: the last are left out when time runs out."""
     if small:
-        return [Shape(geometry, batch, item) for geometry in (SMALL, SMALL_NO_CLS) for batch in SMALL_BATCHES]
+        return [Shape(geometry, SMALL_BATCH, item) for geometry in (SMALL, SMALL_NO_CLS)]
     first, second, third, last = REAL_BATCHES
     return [
         Shape(geometry, batch, item)

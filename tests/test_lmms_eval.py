@@ -23,9 +23,9 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import simple_parse_args_string
 
 import hero
+from bench.mini import scenes
 from hero import mini
 from hero.lmms_eval.model import MINI_TEMPLATE
-from hero.mini import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 GRIDS = ((3, 3), (2, 3), (1, 2))

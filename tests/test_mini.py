@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import hero.mini
-from hero.mini import scenes
+from bench.mini import scenes
 
 LARGEST_COUNT = {2: 4, 4: 5, 6: 6, 9: 6}
 """Tiles -> most objects in a training scene of that size; the least is three."""

@@ -10,12 +10,12 @@ from PIL import Image
 
 import hero
 import hero.mini
-from hero.mini import scenes
+from bench.mini import scenes
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from hero.mini import train
+from bench.mini import train
 
 TINY = train.Schedule(6, 4, 6, clip_batch=8, answer_tokens=300, questions=3)
 

@@ -1,7 +1,7 @@
 """A very small, really trained LLaVA-NeXT with its own pictures and questions.
 
-It answers one-word questions about generated scenes (``hero.mini.scenes``), offline and on a CPU, so that the
-demo runs anywhere and tests can measure what dropping tokens costs. See ``weights/README.md`` for what it is.
+It answers one-word questions about generated scenes, offline and on a CPU, so that the demo runs anywhere and
+tests can measure what dropping tokens costs. See ``weights/README.md`` for what it is.
 Importing this module loads neither torch nor transformers; ``load`` does.
 """
 
@@ -74,7 +74,7 @@ def load(
         dtype: floating-point dtype of model and relevance; None is ``torch.float32``. The weights are stored
             in fp16.
         relevance: whether to build ``hero.ClipRelevance`` as well.
-        weights: folder of the model, the bundled one or one that ``hero.mini.train`` wrote.
+        weights: folder of the model, the bundled one or one that ``bench.mini.train`` wrote.
     """
     import torch
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration

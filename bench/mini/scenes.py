@@ -153,7 +153,7 @@ class _Digits(NamedTuple):
 
 
 def _missing(package: str, what: str) -> ImportError:
-    return ImportError(f"hero.mini.scenes takes its {what} from {package}: pip install 'hero-vlm[mini]'")
+    return ImportError(f"bench.mini.scenes takes its {what} from {package}: pip install 'hero-vlm[mini]'")
 
 
 @cache

@@ -1,6 +1,6 @@
-"""Train the mini model from scratch: ``python -m hero.mini.train --out FOLDER`` (docs/quality.md).
+"""Train the mini model from scratch: ``python -m bench.mini.train --out FOLDER`` (docs/quality.md).
 
-Three stages, each of a fixed number of steps on scenes drawn on the fly (:mod:`hero.mini.scenes`):
+Three stages, each of a fixed number of steps on scenes drawn on the fly (:mod:`bench.mini.scenes`):
 
 1. ``clip``: contrast tiles and thumbnails with captions. Heads that are thrown away afterwards read colour,
    shape and digit from each patch, and photograph and number of objects from the patches of a thumbnail as
@@ -46,7 +46,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import CLIP_HEAD, clip_config, load, scenes
+from hero.mini import CLIP_HEAD, clip_config, load
+
+from . import scenes
 
 __all__ = ["SCHEDULES", "Schedule", "evaluate", "main", "train"]
 
@@ -683,7 +685,9 @@ def _commit() -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hero.mini.train", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.mini.train", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; one begun there goes on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedule", choices=SCHEDULES, default="full")
