@@ -1,11 +1,11 @@
-"""Scores out of attention: the CLS row alone, whole attention with it, received attention, finishing scores.
+"""Attention rows and scores: CLS rows, attention with CLS rows, received attention, finalising scores.
 
-Inputs are views [T, H, N, D] of [T, N, H·D], as the projections of an encoder leave them. Peers of the CLS
-row take it from the logits in PyTorch; those of whole attention are the two steps, SDPA and then the row,
-and what the released method needs, eager attention that keeps its maps.
+Inputs are views [T, H, N, D] of [T, N, H·D], as the projections of an encoder return them. The peers of the
+CLS rows compute them from logits in PyTorch; the peers of attention with CLS rows are SDPA followed by
+``cls_attention``, and eager attention that keeps its maps.
 
-``pytest bench/bench_attention.py --benchmark-only`` times them with pytest-benchmark: on a CPU the twins at
-small shapes, on a GPU everything at real ones.
+``pytest bench/bench_attention.py --benchmark-only`` runs the cases with pytest-benchmark: the reference at
+small shapes on a CPU, everything at real shapes on a GPU.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from torch import Tensor
 import hero_kernels as hk
 from hero_kernels import reference
 
-from .measure import (
+from .kernels import (
     Case,
     Unavailable,
     Variant,
     benchmark_variant,
+    checked_crops,
     close,
     generate_tests,
     item_size,
     same,
-    some,
 )
 from .registry import CLIP, Shape, shapes
 
-__all__ = ["cases"]
+__all__ = ["cases", "make_attention"]
 
-ROWS = 1e-3  # rows computed in fp32
-ROUNDED = 2e-2  # and where logits or maps are rounded to bf16
-COMPILED_CROPS = (5, 160)  # compiling takes long: these, of CLIP alone
+ROWS = 1e-3  # tolerance of rows computed in fp32
+ROUNDED = 2e-2  # tolerance if logits or maps are rounded to bf16
+COMPILED_CROPS = (5, 160)  # compiling takes long: only these, and only for CLIP
 RECEIVED_CHUNK = 8  # crops whose maps a peer holds at a time
 
 
 def make_attention(shape: Shape, device: torch.device, seed: int) -> SimpleNamespace:
-    """Query, key, value, what the encoder's attention says of them, and accumulators."""
+    """Make query, key, value, accumulators, and random rows to finalise."""
     geometry, crops = shape.geometry, shape.batch.crops
     generator = torch.Generator(device).manual_seed(seed)
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
@@ -50,78 +50,55 @@ def make_attention(shape: Shape, device: torch.device, seed: int) -> SimpleNames
     query, key, value = (
         torch.randn(size, device=device, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)
     )
-    heads = (crops, geometry.heads, geometry.patches)
+    rows = (crops, geometry.heads, geometry.patches)
     return SimpleNamespace(
         query=query,
         key=key,
         value=value,
-        lse=flash(query, key, value, geometry.scale)[1],
-        out=torch.zeros(crops, geometry.patches, device=device),
-        rows=torch.zeros(heads, device=device),
+        rows=torch.zeros(rows, device=device),
         valid=torch.ones(crops, geometry.patches, dtype=torch.bool, device=device),
-        random_rows=torch.rand(heads, device=device, generator=generator),
+        random_rows=torch.rand(rows, device=device, generator=generator),
     )
 
 
 def reset(inputs: SimpleNamespace) -> None:
-    """Empty the accumulators."""
-    inputs.out.zero_()
+    """Clear the accumulator."""
     inputs.rows.zero_()
 
 
-# Attention of PyTorch, with its log-sum-exp.
+# Peers: PyTorch's attention.
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp [T, H, N]) of flash attention."""
+def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return the output of flash attention."""
     aten = torch.ops.aten
     if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[:2]
-    return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
+    return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
 
 
-def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same of cuDNN."""
+def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return the output of cuDNN's attention."""
     if query.device.type != "cuda":
         raise Unavailable("cuDNN needs a GPU")
-    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
-    output, lse = operator(query, key, value, None, True, scale=scale)[:2]
-    return output, lse.reshape(lse.shape[:3])  # some versions keep a last dimension of 1
-
-
-@cache
-def _compiled_flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same of FlexAttention, compiled."""
-    return _compiled_flex()(query, key, value, scale=scale, return_lse=True)
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return attention(query, key, value, None, True, scale=scale)[0]
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(output, maps [T, H, N, N]) as ``output_attentions=True`` has it."""
+    """Return output and maps [T, H, N, N], as with ``output_attentions=True``."""
     maps = torch.matmul(query, key.transpose(2, 3)) * scale
     maps = maps.softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(maps, value), maps
 
 
-def _compilable(shape: Shape, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise Unavailable("compiled on a GPU alone")
-    if shape.geometry != CLIP or shape.batch.crops not in COMPILED_CROPS:
-        raise Unavailable("compiled for CLIP at T = 5 and 160 alone, to fit the time")
-
-
-# The CLS row.
+# CLS rows.
 
 
 def logits_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[T, P] from the logits of the CLS query, as one writes it down."""
+    """Return rows [T, H, P] from the logits of the CLS query."""
     logits = torch.matmul(query[:, :, :1], key.transpose(2, 3))[:, :, 0].float() * scale
-    return logits.softmax(-1)[..., 1:].mean(1)
+    return logits.softmax(-1)[..., 1:]
 
 
 @cache
@@ -129,131 +106,93 @@ def _compiled_row() -> Callable:
     return torch.compile(logits_row, dynamic=False)
 
 
-def expected_rows(shape: Shape, inputs: SimpleNamespace) -> Tensor:
-    """[t, H, P] in fp64 of the crops that are checked."""
-    crops = some(len(inputs.key))
+def check_rows(shape: Shape, tolerance: float, inputs: SimpleNamespace, rows: Tensor) -> None:
+    """Compare rows [T, H, P] with fp64."""
+    crops = checked_crops(len(rows))
     query, key = inputs.query[crops, :, 0].double(), inputs.key[crops].double()
     logits = torch.einsum("thd,thnd->thn", query, key) * shape.geometry.scale
-    return logits.softmax(-1)[..., 1:]
+    close("CLS rows", rows[crops], logits.softmax(-1)[..., 1:], tolerance)
 
 
-def check_row(shape: Shape, tolerance: float, inputs: SimpleNamespace, row: Tensor) -> None:
-    """[T, P], or [T, H, P]."""
-    expected = expected_rows(shape, inputs)
-    if row.dim() == 2:
-        expected = expected.mean(1)
-    close("CLS row", row[some(len(row))], expected, tolerance)
-
-
-def row_case(shape: Shape, device: torch.device) -> Case:
+def rows_case(shape: Shape, device: torch.device) -> Case:
     scale = shape.geometry.scale
 
-    def sums(x):
-        return hk.cls_attention(x.query, x.key, scale, lse=x.lse, out=x.out)
-
-    def rows(x):
-        return hk.cls_attention(x.query, x.key, scale, out=x.rows, per_head=True)
-
     def compiled(x):
-        _compilable(shape, device)
+        if device.type != "cuda" or shape.geometry != CLIP or shape.batch.crops not in COMPILED_CROPS:
+            raise Unavailable("compiled only on a GPU, for CLIP at T = 5 and 160, to save time")
         return _compiled_row()(x.query, x.key, scale)
 
-    exact, rounded = (partial(check_row, shape, tolerance) for tolerance in (ROWS, ROUNDED))
-    peer = partial(Variant, check=rounded, against="cls_attention(per_head)")  # neither is given the LSE
+    exact, rounded = (partial(check_rows, shape, tolerance) for tolerance in (ROWS, ROUNDED))
+
+    def ours(x):
+        return hk.cls_attention(x.query, x.key, scale, out=x.rows)
+
     variants = (
-        Variant("cls_attention(lse)", sums, exact, ours=True, reset=reset),
-        Variant("cls_attention(per_head)", rows, exact, ours=True, cost=shape.cls_rows(), reset=reset),
-        peer("softmax(q₀Kᵀ), eager", lambda x: logits_row(x.query, x.key, scale)),
-        peer("softmax(q₀Kᵀ), compiled", compiled),
+        Variant("cls_attention", ours, exact, ours=True, reset=reset),
+        Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(x.query, x.key, scale), rounded),
+        Variant("softmax(q₀Kᵀ), compiled", compiled, rounded),
     )
-    return _case("cls_attention", shape, device, shape.cls_sums(), variants)
+    return _case("cls_attention", shape, device, shape.cls_rows(), variants)
 
 
-# Whole attention, with the row or without.
+# Attention, with or without CLS rows.
 
 
 def check_attention(shape: Shape, tolerance: float, inputs: SimpleNamespace, result: tuple) -> None:
-    """(output, row): the row may be missing, [T, P] or [T, H, P]."""
-    output, row = result
-    crops = some(len(output))
+    """Compare output and rows with fp64; the rows may be ``None``."""
+    output, rows = result[:2]
+    crops = checked_crops(len(output))
     query, key, value = (tensor[crops].double() for tensor in (inputs.query, inputs.key, inputs.value))
     maps = (torch.matmul(query, key.transpose(2, 3)) * shape.geometry.scale).softmax(-1)
     close("attention", output[crops], torch.matmul(maps, value), ROUNDED)
-    if row is not None:
-        check_row(shape, tolerance, inputs, row)
+    if rows is not None:
+        check_rows(shape, tolerance, inputs, rows)
 
 
 def attention_case(shape: Shape, device: torch.device) -> Case:
     scale = shape.geometry.scale
 
     def alone(attention, x):
-        return attention(x.query, x.key, x.value, scale)[0], None
-
-    def with_lse(attention, x):
-        output, lse = attention(x.query, x.key, x.value, scale)
-        return output, hk.cls_attention(x.query, x.key, scale, lse=lse, out=x.out)
+        return attention(x.query, x.key, x.value, scale), None
 
     def with_rows(attention, x):
-        output, _ = attention(x.query, x.key, x.value, scale)
-        return output, hk.cls_attention(x.query, x.key, scale, out=x.rows, per_head=True)
-
-    def compiled_flex(*arguments):
-        _compilable(shape, device)
-        return flex(*arguments)
+        output = attention(x.query, x.key, x.value, scale)
+        return output, hk.cls_attention(x.query, x.key, scale, out=x.rows)
 
     def with_maps(x):
         output, maps = eager(x.query, x.key, x.value, scale)
-        return output, maps[:, :, 0, 1:].float().mean(1), maps  # which it keeps
+        return output, maps[:, :, 0, 1:], maps  # keeps the maps, as the released method does
 
     def fused(x):
-        return hk.attention_with_cls(x.query, x.key, x.value, scale, out=x.out)
-
-    def fused_rows(x):
-        return hk.attention_with_cls(x.query, x.key, x.value, scale, out=x.rows, per_head=True)
+        return hk.attention_with_cls(x.query, x.key, x.value, scale, out=x.rows)
 
     exact, rounded = (partial(check_attention, shape, tolerance) for tolerance in (ROWS, ROUNDED))
-    accumulating = partial(Variant, check=exact, reset=reset)
-    per_head = shape.attention(per_head=True)
-    variants = [
-        accumulating("attention_with_cls", fused, ours=True),
-        accumulating("attention_with_cls(per_head)", fused_rows, ours=True, cost=per_head),
-    ]
+    variants = [Variant("attention_with_cls", fused, exact, ours=True, reset=reset)]
     for name, attention in (("flash", flash), ("cuDNN", cudnn)):
         variants += [
             Variant(f"SDPA {name}, no scores", partial(alone, attention), exact, less=True),
-            accumulating(f"SDPA {name} + cls_attention(lse)", partial(with_lse, attention)),
-            accumulating(
-                f"SDPA {name} + cls_attention(per_head)",
-                partial(with_rows, attention),
-                cost=per_head,
-                against="attention_with_cls(per_head)",
-            ),
+            Variant(f"SDPA {name} + cls_attention", partial(with_rows, attention), exact, reset=reset),
         ]
-    variants += [
-        accumulating("FlexAttention + cls_attention(lse)", partial(with_lse, compiled_flex)),
-        Variant("eager, maps kept", with_maps, lambda x, result: rounded(x, result[:2])),
-    ]
+    variants.append(Variant("eager, maps kept", with_maps, rounded))
     return _case("attention_with_cls", shape, device, shape.attention(), tuple(variants))
 
 
 # Received attention.
 
 
-def check_received(shape: Shape, tolerance: float, inputs: SimpleNamespace, row: Tensor) -> None:
-    crops = some(len(row))
-    expected = reference.received_attention(
-        inputs.query[crops].double(), inputs.key[crops].double(), shape.geometry.scale
-    )
-    close("received attention", row[crops], expected, tolerance)
+def check_received(shape: Shape, tolerance: float, inputs: SimpleNamespace, rows: Tensor) -> None:
+    crops = checked_crops(len(rows))
+    query, key = inputs.query[crops].double(), inputs.key[crops].double()
+    close("received attention", rows[crops], received(query, key, shape.geometry.scale), tolerance)
 
 
-def received_in_chunks(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """[T, N] from the maps of a few crops at a time."""
+def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Return rows [T, H, N] from the maps of a few crops at a time."""
     rows = []
     for begin in range(0, len(query), RECEIVED_CHUNK):
         crops = slice(begin, begin + RECEIVED_CHUNK)
         logits = torch.matmul(query[crops], key[crops].transpose(2, 3)) * scale
-        rows.append(logits.softmax(-1, dtype=torch.float32).mean((1, 2)))
+        rows.append(logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(2))
     return torch.cat(rows)
 
 
@@ -261,7 +200,7 @@ def received_case(shape: Shape, device: torch.device) -> Case:
     scale = shape.geometry.scale
 
     def ours(x):
-        return hk.received_attention(x.query, x.key, scale, out=x.out)
+        return hk.received_attention(x.query, x.key, scale, out=x.rows)
 
     def attention(x):
         return flash(x.query, x.key, x.value, scale)
@@ -269,9 +208,9 @@ def received_case(shape: Shape, device: torch.device) -> Case:
     exact, rounded = (partial(check_received, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = (
         Variant("received_attention", ours, exact, ours=True, reset=reset),
-        Variant("softmax(QKᵀ), in chunks", lambda x: received_in_chunks(x.query, x.key, scale), rounded),
+        Variant("softmax(QKᵀ), in chunks", lambda x: received(x.query, x.key, scale), rounded),
         Variant("SDPA flash, for scale", attention, lambda x, result: None, less=True),
-        Variant("twin", lambda x: reference.received_attention(x.query, x.key, scale), exact),
+        Variant("reference", lambda x: reference.received_attention(x.query, x.key, scale), exact),
     )
     return _case("received_attention", shape, device, shape.received(), variants)
 
@@ -294,30 +233,33 @@ def finalize_case(shape: Shape, device: torch.device) -> Case:
 
     variants = tuple(
         Variant(
-            name + (", ranks" if rank else ""),
-            partial(finish, function, rank),
-            partial(check_finalized, rank),
-            ours=function is not reference.finalize_scores,
-            cost=shape.finalize(rank),
-            against="finalize_scores" + (", ranks" if rank else ""),
+            name + suffix,
+            partial(finish, function, bool(suffix)),
+            partial(check_finalized, bool(suffix)),
+            ours=function is hk.finalize_scores,
+            cost=shape.finalize(bool(suffix)),
+            against="finalize_scores" + suffix,
         )
-        for name, function in (("finalize_scores", hk.finalize_scores), ("twin", reference.finalize_scores))
-        for rank in (False, True)
+        for name, function in (
+            ("finalize_scores", hk.finalize_scores),
+            ("reference", reference.finalize_scores),
+        )
+        for suffix in ("", ", ranks")
     )
     return _case("finalize_scores", shape, device, shape.finalize(False), variants)
 
 
 def _case(op, shape, device, cost, variants) -> Case:
-    size = 3 * shape.activations() + 3 * shape.cls_rows().bytes
+    size = 3 * shape.activations() + 2 * shape.cls_rows().bytes
     return Case(op, shape, cost, size, partial(make_attention, shape, device), variants)
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:
-    """Every case, the most important first."""
+    """Return all cases, the most important first."""
     for shape in shapes(small, item_size(device)):
         if shape.geometry.cls:
             yield attention_case(shape, device)
-            yield row_case(shape, device)
+            yield rows_case(shape, device)
             yield finalize_case(shape, device)
         else:
             yield received_case(shape, device)

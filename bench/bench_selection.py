@@ -1,17 +1,16 @@
-"""Everything after the encoder: tile budgets, top-k of each crop, packing and gather.
+"""Selection: tile budgets, top-k per crop, packing and gathering.
 
-Features are a view without CLS of what the tower returns, as the model hands them over. Peers are given the
-budgets, which ours need not be: the loop of the released code, which asks the device for every budget; the
-best we know of in PyTorch that never waits (stable sort, rank, mask, ``nonzero_static``, ``index_select``),
-in stitched order as ours; ``index_select`` alone with the result known, the ceiling of any gather.
+Features are a view of the tower's output without CLS. Peers are given the budgets, which ours compute: the
+loop of the released code, which synchronises at every crop; the fastest synchronisation-free form in PyTorch
+(stable sort, rank, mask, ``nonzero_static`` or a cumulative sum, ``index_select``), packed in the same
+order; and ``index_select`` with a known index, the lower bound of any gather.
 
-``pytest bench/bench_selection.py --benchmark-only`` times them with pytest-benchmark: on a CPU the twins at
-small shapes, on a GPU everything at real ones.
+``pytest bench/bench_selection.py --benchmark-only`` runs the cases with pytest-benchmark: the reference at
+small shapes on a CPU, everything at real shapes on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -22,17 +21,17 @@ from torch import Tensor
 import hero_kernels as hk
 from hero_kernels import reference
 
-from .measure import Case, Unavailable, Variant, benchmark_variant, close, generate_tests, item_size, same
+from .kernels import Case, Variant, benchmark_variant, close, generate_tests, item_size, same
 from .registry import Shape, shapes
 
-__all__ = ["cases"]
+__all__ = ["cases", "make_selection"]
 
-FEW = 8  # sets of inputs, where a call touches less than a MB
+FEW = 8  # sets of inputs if a call touches less than a MB
 SIGNALS = ((0.2, None), (0.4, 0.1), (0.4, 0.05))  # weight and temperature: density, saliency, relevance
 
 
 def stitched_order(segments: hk.Segments) -> Tensor:
-    """``crop · P + patch`` of every row of the packed sequence with nothing dropped; −1 for a newline."""
+    """Return ``crop · P + patch`` of every row of the packed sequence at keep ratio 1; −1 for a newline."""
     every = hk.Segments(
         tuple(
             image._replace(thumbnail_tokens=segments.patches, tile_tokens=image.tiles * segments.patches)
@@ -48,14 +47,14 @@ def stitched_order(segments: hk.Segments) -> Tensor:
 
 
 def make_selection(shape: Shape, segments: hk.Segments, device: torch.device, seed: int) -> SimpleNamespace:
-    """Features, scores without ties, signals, and what the twins make of them."""
+    """Make features, scores without ties, signals, and the results of the reference."""
     geometry, crops = shape.geometry, shape.batch.crops
     generator = torch.Generator().manual_seed(seed)
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
     size = (crops, geometry.tokens, geometry.features)
     hidden = torch.randn(size, device=device, generator=torch.Generator(device).manual_seed(seed)).to(dtype)
     places = torch.rand(crops, geometry.patches, generator=generator).argsort(1)
-    scores = ((places + 1.0) / geometry.patches) ** 4  # few are high, as attention has it
+    scores = ((places + 1.0) / geometry.patches) ** 4  # few are high, as in attention
     counts = torch.full((crops,), geometry.patches, dtype=torch.int32)
     values = (counts / geometry.patches, *(torch.rand(crops, generator=generator) for _ in range(2)))
     signals = [hk.TileSignal(value, *of) for value, of in zip(values, SIGNALS)]
@@ -78,14 +77,14 @@ def make_selection(shape: Shape, segments: hk.Segments, device: torch.device, se
 
 
 def _rows_of(shape: Shape, index: Tensor) -> Tensor:
-    """Rows of the flat hidden states, CLS among them, of ``crop · P + patch``; the first for a newline."""
+    """Convert ``crop · P + patch`` to rows of the hidden states with CLS; a newline becomes the first row."""
     geometry, index = shape.geometry, index.long().clamp_min(0)
     crop, patch = index // geometry.patches, index % geometry.patches
     return crop * geometry.tokens + patch + geometry.tokens - geometry.patches
 
 
 def check_packed(inputs: SimpleNamespace, tokens: Tensor) -> None:
-    """Rows of patches in stitched order; what peers leave in newline rows is not looked at."""
+    """Compare the rows of patches; newline rows are ignored, since peers leave anything there."""
     patch = inputs.index >= 0
     if len(tokens) != len(patch):
         same("packed rows", tokens, tokens.new_empty(len(patch), tokens.shape[1]))
@@ -93,9 +92,9 @@ def check_packed(inputs: SimpleNamespace, tokens: Tensor) -> None:
 
 
 def check_budgets(segments: hk.Segments, inputs: SimpleNamespace, result: hk.TileBudgets) -> None:
-    """Shares to fp32 rounding; budgets exactly as the weights that came with them say.
+    """Compare shares up to fp32 rounding, and budgets exactly, given the weights returned with them.
 
-    A GPU's exponential may differ from a CPU's in the last bit and move a token to another tile.
+    The exponential of a GPU may differ from a CPU's in the last bit and move a token to another tile.
     """
     close("shares", result.shares, inputs.budgets.shares, 1e-5)
     counts, weights = inputs.counts.tolist(), result.weights.tolist()
@@ -109,7 +108,7 @@ def check_budgets(segments: hk.Segments, inputs: SimpleNamespace, result: hk.Til
 
 
 def check_gathered(shape: Shape, segments: hk.Segments, inputs: SimpleNamespace, result: hk.Gathered) -> None:
-    """Ours: budgets, the index that they imply, its rows, empty newline rows."""
+    """Compare budgets, the index that follows from them, the gathered rows and the zero newline rows."""
     check_budgets(segments, inputs, result.budgets)
     scores, budgets = inputs.scores.cpu(), hk.TileBudgets(result.budgets.budgets.cpu(), None, None)
     index = reference.segmented_topk_gather(scores[..., None], scores, segments, budgets=budgets).index
@@ -120,7 +119,7 @@ def check_gathered(shape: Shape, segments: hk.Segments, inputs: SimpleNamespace,
 
 
 def check_by_crop(inputs: SimpleNamespace, tokens: Tensor) -> None:
-    """Rows crop by crop, no newlines."""
+    """Compare rows in the order of crops, without newlines."""
     same("rows", tokens, inputs.features[inputs.keep])
 
 
@@ -128,7 +127,7 @@ def check_by_crop(inputs: SimpleNamespace, tokens: Tensor) -> None:
 
 
 def loop(inputs: SimpleNamespace) -> Tensor:
-    """Crop by crop, as the released code: the host reads each budget before it goes on."""
+    """Select crop by crop, as the released code does; synchronises at every budget."""
     rows = []
     for crop in range(len(inputs.scores)):
         count = int(inputs.budgets.budgets[crop].item())
@@ -139,45 +138,30 @@ def loop(inputs: SimpleNamespace) -> Tensor:
 
 
 def ranks_of(scores: Tensor, valid: Tensor) -> Tensor:
-    """Place of each patch in the order of selection, by a stable sort."""
+    """Return the rank of each patch, by a stable sort."""
     order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place)
 
 
 def kept_rows(inputs: SimpleNamespace, order: Tensor) -> Tensor:
-    """Whether each row of the whole stitched sequence is kept, newlines always."""
+    """Return whether each row of the packed sequence is kept; newlines always are."""
     keep = (ranks_of(inputs.scores, inputs.valid) < inputs.budgets.budgets[:, None]) & inputs.valid
     return keep.flatten()[order.clamp_min(0)] | (order < 0)
 
 
 def sort_and_nonzero(order: Tensor, rows: Tensor, total: int, inputs: SimpleNamespace) -> Tensor:
-    """Compaction by ``nonzero_static``, whose size the host knows."""
+    """Pack by ``nonzero_static``; the host knows its size."""
     place = torch.nonzero_static(kept_rows(inputs, order), size=total)[:, 0]
     return inputs.hidden.flatten(0, 1).index_select(0, rows[place])
 
 
 def sort_and_scan(order: Tensor, rows: Tensor, total: int, inputs: SimpleNamespace) -> Tensor:
-    """Compaction by a running sum and a scatter."""
+    """Pack by a cumulative sum and a scatter."""
     keep = kept_rows(inputs, order)
     place = torch.where(keep, keep.cumsum(0) - 1, total)
     packed = rows.new_empty(total + 1).scatter_(0, place, rows)[:total]
     return inputs.hidden.flatten(0, 1).index_select(0, packed)
-
-
-def flashinfer_topk(count: int, inputs: SimpleNamespace) -> Tensor:
-    """flashinfer's ragged top-k, which takes one k for all rows."""
-    try:
-        flashinfer = importlib.import_module("flashinfer")
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-    offsets = torch.zeros_like(inputs.counts)
-    return flashinfer.top_k_ragged_transform(inputs.scores, offsets, inputs.counts, count)
-
-
-def check_equal_counts(count: int, inputs: SimpleNamespace, index: Tensor) -> None:
-    keep = torch.zeros_like(inputs.keep).scatter_(1, index.long(), True)
-    same("top-k", keep, inputs.ranks < count)
 
 
 # Cases.
@@ -188,42 +172,36 @@ def gather_case(shape: Shape, device: torch.device) -> Case:
     order = stitched_order(segments)
     known = (order.to(device), _rows_of(shape, order).to(device), sum(segments.lengths))
 
-    def gather(x, **options):
-        return hk.segmented_topk_gather(x.features, x.scores, segments, valid=x.valid, **options)
-
-    def given(x):
-        return gather(x, budgets=x.budgets, valid_counts=x.counts)
-
-    def whole(x):
-        return gather(x, signals=x.signals, valid_counts=x.counts)
-
-    def ranked(x):
-        return gather(x, budgets=x.budgets, ranks=x.ranks, valid_counts=x.counts)
-
-    def whole_ranked(x):
-        return gather(x, signals=x.signals, ranks=x.ranks, valid_counts=x.counts)
+    def gather(x, *, budgets=False, ranks=False):
+        given = {"budgets": x.budgets} if budgets else {"signals": x.signals}
+        given |= {"ranks": x.ranks} if ranks else {}
+        return hk.segmented_topk_gather(
+            x.features, x.scores, segments, valid=x.valid, valid_counts=x.counts, **given
+        )
 
     def in_two(x):
         budgets = hk.tile_budgets(x.signals, x.counts, segments)
-        return gather(x, budgets=budgets, valid_counts=x.counts)
+        return hk.segmented_topk_gather(
+            x.features, x.scores, segments, valid=x.valid, valid_counts=x.counts, budgets=budgets
+        )
 
     def index_select(x):
         return x.hidden.flatten(0, 1).index_select(0, x.rows)
 
     check = partial(check_gathered, shape, segments)
-    ours = partial(Variant, check=check, ours=True, waits=_waits(device))
+    ours = partial(Variant, check=check, ours=True, synchronises=_synchronises(device))
     peer = partial(Variant, against="segmented_topk_gather(budgets)")
     ranks = shape.gather(ranks=True)
     variants = (
-        ours("segmented_topk_gather(signals)", whole),
-        ours("segmented_topk_gather(budgets)", given),
-        ours("segmented_topk_gather(signals, ranks)", whole_ranked, cost=ranks),
-        ours("segmented_topk_gather(budgets, ranks)", ranked, cost=ranks),
+        ours("segmented_topk_gather(signals)", gather),
+        ours("segmented_topk_gather(budgets)", partial(gather, budgets=True)),
+        ours("segmented_topk_gather(signals, ranks)", partial(gather, ranks=True), cost=ranks),
+        ours("segmented_topk_gather(budgets, ranks)", partial(gather, budgets=True, ranks=True), cost=ranks),
         ours("tile_budgets + segmented_topk_gather", in_two),
         peer("index_select alone", index_select, check_packed, less=True),
         peer("sort, rank, nonzero_static, index_select", partial(sort_and_nonzero, *known), check_packed),
         peer("sort, rank, cumsum, index_select", partial(sort_and_scan, *known), check_packed),
-        peer("loop over crops, as released", loop, check_by_crop, waits=True),
+        peer("loop over crops, as released", loop, check_by_crop, synchronises=True),
     )
     return _case("segmented_topk_gather", shape, segments, device, shape.gather(), variants)
 
@@ -237,8 +215,14 @@ def budgets_case(shape: Shape, device: torch.device) -> Case:
         return function(x.signals, x.counts, segments)
 
     variants = (
-        Variant("tile_budgets", partial(budgets, hk.tile_budgets), check, ours=True, waits=_waits(device)),
-        Variant("twin", partial(budgets, reference.tile_budgets), check, waits=True),
+        Variant(
+            "tile_budgets",
+            partial(budgets, hk.tile_budgets),
+            check,
+            ours=True,
+            synchronises=_synchronises(device),
+        ),
+        Variant("reference", partial(budgets, reference.tile_budgets), check, synchronises=True),
     )
     return _case(
         "tile_budgets", shape, segments, device, shape.budgets(len(SIGNALS)), variants, most_sets=FEW
@@ -256,22 +240,15 @@ def topk_case(shape: Shape, device: torch.device) -> Case:
         return (ranks_of(x.scores, x.valid) < x.budgets.budgets[:, None]) & x.valid
 
     segments = shape.segments
-    equal = segments.images[0].thumbnail_tokens
     variants = (
         Variant("segmented_topk", ours, check, ours=True),
         Variant("sort, rank", peer, check),
-        Variant(
-            "flashinfer.top_k_ragged_transform, one k",
-            partial(flashinfer_topk, equal),
-            partial(check_equal_counts, equal),
-            less=True,
-        ),
     )
     return _case("segmented_topk", shape, segments, device, shape.topk(), variants, most_sets=FEW)
 
 
-def _waits(device: torch.device) -> bool:
-    """Whether ours are the twins, which read values on the host."""
+def _synchronises(device: torch.device) -> bool:
+    """Return whether ours is the reference, which reads values on the host."""
     return hk.implementations(device.type)["tile_budgets"] == "reference"
 
 
@@ -283,7 +260,7 @@ def _case(op, shape, segments, device, cost, variants, **options) -> Case:
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:
-    """Every case, the most important first."""
+    """Return all cases, the most important first."""
     for shape in shapes(small, item_size(device)):
         yield gather_case(shape, device)
         yield budgets_case(shape, device)

@@ -1,19 +1,16 @@
-"""Two commits in one run: is the later one faster, and does it still compute the same?
+"""Two commits: whether a change is faster, and whether it computes the same.
 
-``hero`` and ``hero_kernels`` of each commit are put into a folder of their own and imported from there by a
-process of their own; the benchmark around them is this checkout's, for both. Both processes stay alive and
-run a round in turns, A B B A, so that slow phases of the machine hit them alike (:mod:`bench.timing`).
-Where a process finds its memory may make it faster or slower by a tenth as long as it lives, so there are
-several pairs of processes, and the interval is that of their ratios. Results are compared before anything is
-timed, so that a faster wrong answer is seen.
+Each commit's ``hero`` and ``hero_kernels`` are imported in a process of their own, and the processes run
+rounds in turns, A B B A. A process keeps some luck (where its memory lies) for its whole life, so there are
+several pairs of processes. Results are compared before anything is timed.
 
 Cases on a CPU: ``vision``, hero on a CLIP tower of real width and few layers; ``mini``, the vision stage of
-the bundled model; ``selection``, the twins of budgets and gather at 1, 8 and 32 images; ``dispatch``, what
-calling the operations costs the host. On a GPU ``kernels``, the operations at the shapes of
+the bundled model; ``selection``, the reference of budgets and gather at 1, 8 and 32 images; ``dispatch``,
+the host time of calling the operations. On a GPU: ``kernels``, the operations at the shapes of
 :mod:`bench.registry`, and ``dispatch``.
 
-``python -m bench.compare BASE [HEAD] [--case NAME] [--rounds N] [--out FILE]``; HEAD is the working tree
-unless given. The same commit twice shows what the machine resolves.
+``python -m bench.compare BASE [HEAD] [--case NAME] [--rounds N] [--out FILE]``; HEAD is the working tree if
+omitted. The same commit twice shows the resolution of the machine.
 """
 
 from __future__ import annotations
@@ -21,8 +18,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -35,31 +32,29 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from .options import positive
 from .record import ROOT, environment, write
-from .timing import compare, interval, seconds, summary, take_turns
-
-__all__ = ["main"]
+from .timing import compare, eager_us, graph_us, interval, positive, seconds, summary, take_turns
 
 PACKAGES = ("hero", "hero_kernels")
 SIDES = ("base", "head")
 CPU, GPU = ("vision", "mini", "selection", "dispatch"), ("kernels", "dispatch")
-SPAN = 0.1  # seconds of a round, at least a call
+SPAN = 0.1  # seconds of a round, at least one call
 KEEP = 0.2
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
-    # glibc keeps what is freed: else the luck of a process decides whether every call faults its pages anew.
+    # glibc keeps freed memory: otherwise every call may fault its pages in again, depending on the process.
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-# A case made: its result, a nest of tensors, and what gives the seconds of one of so many calls.
+# A prepared case: its result, a nest of tensors, and a function that returns seconds per call of so many.
 Made = tuple[Any, Callable[[int], float]]
 
-# --- in the process of a commit --------------------------------------------------------------------------
+# --- in the process of a commit: only what both commits have ---------------------------------------------
 
 
 def by_clock(clock: str, call: Callable[[], Any]) -> Made:
@@ -75,15 +70,12 @@ def vision(clock: str) -> Made:
 
     import hero
 
-    sizes = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-    }
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=336, patch_size=14)).eval()
-    encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(keep_ratio=KEEP))
+    config = CLIPVisionConfig(**sizes, num_attention_heads=16, image_size=336, patch_size=14)
+    encoder = hero.HeroVisionEncoder(
+        CLIPVisionModel(config).eval(), config=hero.HeroConfig(keep_ratio=KEEP)
+    )
     pixels = torch.randn(1, 5, 3, 336, 336)
 
     def call():
@@ -135,99 +127,98 @@ def dispatch(clock: str) -> Made:
 
 
 def kernel(case, variant, clock: str) -> Made:
-    """By graph where one can be captured, else from Python."""
-    from .gpu_timing import Graph, free_wall
-    from .measure import default_device, sets_of
+    """Time an operation by replaying a CUDA graph, or eagerly if none can be captured."""
+    from .kernels import default_device, sets_of
 
     sets = sets_of(case, default_device())
     result = variant.call(sets[0])
-    if variant.waits or not torch.cuda.is_available():
-        return result, lambda calls: 1e-6 * free_wall(variant.call, sets, default_device())
-    graph = Graph(variant.call, sets)
-    return result, lambda calls: 1e-6 * statistics.median(graph.microseconds())
+    if variant.synchronises or not torch.cuda.is_available():
+        return result, lambda calls: 1e-6 * eager_us(variant.call, sets, default_device())
+    return result, lambda calls: 1e-6 * statistics.median(graph_us(variant.call, sets)[0])
 
 
 def cases(wanted: Sequence[str]) -> Iterator[tuple[str, Callable[[str], Made]]]:
-    """Names, and what makes the case of a clock."""
+    """Return names of cases, and functions that prepare a case for a clock."""
     for name in wanted:
         if name == "selection":
             yield from ((f"selection {images}", partial(selection, images)) for images in (1, 8, 32))
         elif name != "kernels":
             yield name, {"vision": vision, "mini": mini, "dispatch": dispatch}[name]
         else:
-            from . import bench_attention, bench_selection
-            from .measure import default_device
+            from .kernels import all_cases, default_device
 
-            for module in (bench_selection, bench_attention):
-                for case in module.cases(default_device().type == "cpu", default_device()):
-                    for variant in case.variants:
-                        if variant.ours:
-                            yield f"{case.name}: {variant.name}", partial(kernel, case, variant)
+            for case in all_cases(default_device().type == "cpu", default_device()):
+                for variant in case.variants:
+                    if variant.ours:
+                        yield f"{case.name}: {variant.name}", partial(kernel, case, variant)
 
 
-def serve(clock: str, wanted: Sequence[str]) -> None:
-    """Take orders, a line of JSON each, and answer them, until there are no more."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+def serve(connection, folder: str, clock: str, wanted: Sequence[str], threads: int) -> None:
+    """Answer the requests of :class:`Worker` with the packages in a folder."""
+    sys.path.insert(0, folder)
+    torch.set_num_threads(threads)
     for package in PACKAGES:
-        if not Path(__import__(package).__file__).resolve().is_relative_to(Path.cwd().resolve()):
-            raise ImportError(f"{package}: expected that of the commit, got one from elsewhere")
+        if not Path(__import__(package).__file__).resolve().is_relative_to(Path(folder).resolve()):
+            raise ImportError(f"{package}: expected the commit's, got one from elsewhere")
     named, spent = dict(cases(wanted)), None
-    for line in sys.stdin:
-        order, *given = json.loads(line)
-        try:
-            with torch.no_grad():
-                if order == "names":
-                    answer: Any = list(named)
-                elif order == "time":
-                    answer = spent(*given)
-                else:
-                    spent = None  # the memory of the last case first
-                    result, spent = named[order](clock)
-                    leaves = torch.utils._pytree.tree_leaves(result)
-                    torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
-                    del result, leaves
-                    answer = spent(1)
-        except Exception as error:  # a commit may lack what a case needs
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        print(json.dumps(answer), file=answers, flush=True)
+    with contextlib.suppress(EOFError):
+        while True:
+            request, *given = connection.recv()
+            try:
+                with torch.no_grad():
+                    if request == "names":
+                        answer: Any = list(named)
+                    elif request == "time":
+                        answer = spent(*given)
+                    else:
+                        spent = None  # free the memory of the last case first
+                        result, spent = named[request](clock)
+                        leaves = torch.utils._pytree.tree_leaves(result)
+                        torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
+                        del result, leaves
+                        answer = spent(1)
+            except Exception as error:  # a commit may lack what a case needs
+                answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            connection.send(answer)
 
 
-# --- outside ---------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------
 
 
 class Failed(Exception):
-    """A case cannot run on a commit, and why."""
+    """A case cannot run on a commit; the message says why."""
 
 
 class Worker:
-    """The process of a commit, whose packages lie in ``folder``."""
+    """The process of a commit whose packages are in ``folder``."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], threads: int):
-        # With -m, modules are looked for in the process's folder first.
-        command = [sys.executable, "-m", "bench.compare", "--serve", *arguments]
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **ENVIRONMENT}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=folder, env=environ, text=True, stdin=pipe, stdout=pipe)
+    def __init__(self, folder: Path, clock: str, wanted: Sequence[str], threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, str(folder), clock, wanted, threads)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        with mock.patch.dict(os.environ, {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}):
+            self.process.start()
+        theirs.close()
 
-    def ask(self, *order: Any) -> Any:
-        """Give an order and wait for its answer."""
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(order), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the process ended"}')
+    def ask(self, *request: Any) -> Any:
+        """Send a request and return the answer."""
+        try:
+            self.connection.send(request)
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            answer = {"error": "the process ended"}
         if isinstance(answer, dict):
             raise Failed(answer["error"])
         return answer
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        self.connection.close()
+        self.process.join()
 
 
 def unpack(commit: str | None, folder: Path, root: Path) -> str | None:
-    """Put the packages of a commit, or of the working tree, into a folder; the commit's hash."""
+    """Copy the packages of a commit, or of the working tree, into a folder; return the commit's hash."""
     if commit is None:
         for package in PACKAGES:
             shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -238,12 +229,12 @@ def unpack(commit: str | None, folder: Path, root: Path) -> str | None:
         raise SystemExit(f"expected a commit, got {commit}")
     files = git(["git", "archive", name, *PACKAGES], check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-        archive.extractall(folder, filter="data")  # which makes the folder
+        archive.extractall(folder, filter="data")
     return name
 
 
 def difference(base: Sequence[torch.Tensor], head: Sequence[torch.Tensor]) -> float | None:
-    """The largest of all elements, 0 where all are equal; ``None`` where shapes or dtypes are not."""
+    """Return the largest difference of all elements, or ``None`` if shapes or dtypes differ."""
     if [(one.shape, one.dtype) for one in base] != [(one.shape, one.dtype) for one in head]:
         return None
     largest = 0.0
@@ -268,7 +259,7 @@ def measure(name: str, workers: dict[str, Worker], rounds: int, folder: Path) ->
 
 
 def joined(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the pairs of processes measured: one ratio each, for rounds of one process err alike."""
+    """Summarise the pairs of processes: one ratio per pair, since rounds of a process share its luck."""
     gaps = [part["difference"] for part in parts]
     ratios = [compare(part["head"], part["base"]) for part in parts]
     paired = [ratio["paired"] for ratio in ratios]
@@ -276,14 +267,14 @@ def joined(name: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "case": name,
         "difference": None if None in gaps else max(gaps),
         "paired": statistics.median(paired),
-        "interval": list(interval(paired)) if len(parts) > 1 else ratios[0]["interval"],
+        "interval": interval(paired) if len(parts) > 1 else ratios[0]["interval"],
         **{side: summary([spent for part in parts for spent in part[side]]) for side in SIDES},
         "processes": [{"ratio": ratio, **part} for ratio, part in zip(paired, parts, strict=True)],
     }
 
 
 def line(result: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the printed table."""
     if "reason" in result:
         return f"{result['case']:40} {result['reason']}"
     gap, (low, high) = result["difference"], result["interval"]
@@ -292,27 +283,20 @@ def line(result: dict[str, Any]) -> str:
     return f"{result['case']:40} {times} {result['paired']:8.3f} ({low:.3f} to {high:.3f})  {equal}"
 
 
-def main(arguments: Sequence[str], root: Path = ROOT) -> dict | None:
-    """The command: returns the record; ``root`` is the repository of the commits."""
+def main(arguments: Sequence[str], root: Path = ROOT) -> dict:
+    """Run the command and return the record; ``root`` is the repository of the commits."""
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
-    parser.add_argument("base", nargs="?", help="a commit")
-    parser.add_argument("head", nargs="?", help="another; the working tree where there is none")
+    parser.add_argument("base", help="a commit")
+    parser.add_argument("head", nargs="?", help="another commit (default: the working tree)")
     choices = sorted({*CPU, *GPU})
-    parser.add_argument("--case", action="append", choices=choices, help="repeatable (default all)")
-    parser.add_argument("--rounds", type=positive, default=5, help="of a pair of processes (default 5)")
-    parser.add_argument("--processes", type=positive, default=5, help="pairs of them (default 5)")
+    parser.add_argument("--case", action="append", choices=choices, help="repeatable (default: all)")
+    parser.add_argument("--rounds", type=positive, default=5, help="per pair of processes (default 5)")
+    parser.add_argument("--processes", type=positive, default=5, help="pairs of processes (default 5)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of PyTorch (default 1)")
     parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     wanted = options.case or (GPU if torch.cuda.is_available() else CPU)
     clock = "cpu" if options.threads == 1 else "wall"
-    if options.serve:
-        torch.set_num_threads(options.threads)
-        return serve(clock, wanted)
-    if options.base is None:
-        parser.error("base: expected a commit")
-    given = [*(f"--case={name}" for name in wanted), f"--threads={options.threads}"]
     parts: dict[str, list[dict[str, Any]]] = {}
     reasons: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -322,7 +306,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict | None:
             with contextlib.ExitStack() as stack:
                 workers = {}
                 for side in take_turns(SIDES, turn):
-                    workers[side] = Worker(folders[side], given, options.threads)
+                    workers[side] = Worker(folders[side], clock, wanted, options.threads)
                     stack.callback(workers[side].close)
                 for name in workers["head"].ask("names"):
                     try:

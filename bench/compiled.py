@@ -72,7 +72,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHOSEN = {  # what the record holds: a case of each kernel as the models run it
     "clip": (
         "rows",
-        "sums",
         "fused",
         "finalize, ranks",
         "topk, mask",
@@ -151,10 +150,9 @@ def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     flat = (_empty(crops, tokens, heads * tower.width, dtype=dtype) for _ in range(3))
     q, k, v = (wide.view(crops, tokens, heads, tower.width).transpose(1, 2) for wide in flat)
     scale, weight = tower.scale, _empty(crops)
-    rows, out = _empty(crops, heads, tower.patches), _empty(crops, tower.patches)
+    rows = _empty(crops, heads, tower.patches)
     columns = _empty(crops, heads, tokens)
-    lse = _empty(crops, heads, tokens)
-    every = {"weight": weight, "per_head": True}
+    every = {"weight": weight}
     result = {
         "received": lambda: received(q, k, scale, out=columns, **every),
         "received, one number": lambda: received(q, k, scale, weight=0.5),
@@ -164,18 +162,15 @@ def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
             "rows": lambda: cls_attention(q, k, scale, out=rows, **every),
             "rows, one number": lambda: cls_attention(q[:, :, :1], k, scale),
             "rows, second softmax": lambda: cls_attention(
-                q, k, scale, weight=weight, out=out, second_softmax=True
+                q, k, scale, weight=weight, out=rows, second_softmax=True
             ),
-            "rows, lse": lambda: cls_attention(q, k, scale, lse=lse, out=rows, **every),
-            "sums": lambda: cls_attention(q, k, scale, lse=lse, weight=weight, out=out),
-            "sums, one number": lambda: cls_attention(q[:, :, :1], k, scale, lse=lse[:, :, :1]),
         }
     if tower.cls and (tower.width <= 128 or dtype != torch.float32):
         result |= {
             "fused": lambda: fused(q, k, v, scale, out=rows, **every),
             "fused, one number": lambda: fused(q, k, v, scale),
             "fused, second softmax": lambda: fused(
-                q, k, v, scale, weight=weight, out=out, second_softmax=True
+                q, k, v, scale, weight=weight, out=rows, second_softmax=True
             ),
         }
     return result

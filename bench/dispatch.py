@@ -1,13 +1,12 @@
-"""What an operation costs the host before anything is computed: checks, routing, launcher, dispatcher.
+"""Host time of calling an operation before anything is computed: checks, routing, dispatcher, launcher.
 
-Three ways of calling each operation with what would do the work taken out, in eager mode, on CPU tensors
-(checks that look at values are left out, since a GPU's are not looked at):
+Each operation is called eagerly on CPU tensors, in three ways that leave out the computation; checks of
+values, which are skipped on a GPU, are left out too:
 
 - ``public``: the public function with an implementation that returns a ready result: checks and routing;
-- ``operator``: ``torch.ops.hero_kernels``, as compiled and fake tensors take it, with the same
-  implementation: what torch's dispatcher costs instead of the checks;
-- ``launcher``: the public function with the kernel's own launcher and a launch that does nothing: what is
-  public, and allocating outputs, strides and the configuration. Triton's launch comes on top.
+- ``operator``: ``torch.ops.hero_kernels`` with the same implementation, as compiled code calls it;
+- ``launcher``: the public function with the kernel's launcher and a launch that does nothing: also
+  allocating outputs, strides and the configuration. Triton's own launch comes on top.
 
 ``python -m bench.dispatch --out bench/results/dispatch.json``; then ``python -m bench.report``.
 """
@@ -21,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from unittest import mock
 
 import torch
@@ -33,86 +33,63 @@ from .bench_attention import make_attention
 from .bench_selection import make_selection
 from .record import environment, write
 from .registry import SMALL, SMALL_BATCHES, Shape
-from .timing import quiet_heap, take_turns
-
-__all__ = ["main", "measure"]
+from .timing import positive, quiet_heap, take_turns
 
 WAYS = ("public", "operator", "launcher")
 
 
 def calls() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """``{operation: (public call, the same through torch.ops)}`` at a small shape."""
+    """Return ``{operation: (public call, the same through torch.ops)}`` at a small shape."""
     shape = Shape(SMALL, SMALL_BATCHES[0], 4)
-    device = torch.device("cpu")
-    segments = shape.segments
+    device, segments, scale = torch.device("cpu"), shape.segments, shape.geometry.scale
     a, s = make_attention(shape, device, 0), make_selection(shape, segments, device, 0)
-    scale = shape.geometry.scale
-    rows = {"weight": 1.0, "out": a.out, "per_head": False}
-    own = {**rows, "second_softmax": False}
+    rows = {"weight": 1.0, "out": a.rows, "second_softmax": False}
     gather = {"valid": s.valid, "budgets": None, "signals": s.signals, "allocation": "exact"}
     gather |= {"ranks": None, "valid_counts": s.counts}
     arguments = {
-        "cls_attention": ((a.query, a.key, scale), {**own, "lse": a.lse}),
-        "attention_with_cls": ((a.query, a.key, a.value, scale), own),
-        "received_attention": ((a.query, a.key, scale), {**rows, "out": None}),
+        "cls_attention": ((a.query, a.key, scale), rows),
+        "attention_with_cls": ((a.query, a.key, a.value, scale), rows),
+        "received_attention": ((a.query, a.key, scale), {"weight": 1.0, "out": None}),
         "finalize_scores": ((a.rows,), {"valid": a.valid, "rank": True}),
         "tile_budgets": ((s.signals, s.counts, segments), {"allocation": "exact"}),
         "segmented_topk": ((s.scores, s.budgets.budgets, s.valid), {}),
         "segmented_topk_gather": ((s.features, s.scores, segments), gather),
     }
-
-    def call(function, positional, named):
-        return lambda: function(*positional, **named)
-
     return {
-        name: tuple(call(getattr(module, name), *given) for module in (hk, _library))
-        for name, given in arguments.items()
+        name: tuple(partial(getattr(module, name), *given, **named) for module in (hk, _library))
+        for name, (given, named) in arguments.items()
     }
 
 
 @contextlib.contextmanager
-def ready(name: str, public: Callable[[], object]) -> Iterator[None]:
-    """The implementation of an operation returns what it returned once."""
-    result = []
-    run = _ops._run
-
-    def keep(*arguments, **options):
-        result[:] = [run(*arguments, **options)]
-        return result[0]
-
-    with mock.patch.object(_ops, "_run", keep):
+def ready(public: Callable[[], object]) -> Iterator[None]:
+    """Make the implementation of an operation return what it returned once."""
+    with mock.patch.object(_ops, "_run", wraps=_ops._run) as implementation:
         public()
-    with mock.patch.object(_ops, "_run", lambda *arguments, **options: result[0]):
+        (arguments, options) = implementation.call_args
+    result = _ops._run(*arguments, **options)
+    with mock.patch.object(_ops, "_run", lambda *arguments, **options: result):
         yield
 
 
 @contextlib.contextmanager
-def unlaunched(name: str) -> Iterator[None]:
-    """The launcher of an operation's kernel launches nothing.
+def unlaunched() -> Iterator[None]:
+    """Make the launchers launch nothing, and CPU tensors reach them.
 
     Raises:
-        ImportError: no Triton here.
+        ImportError: Triton is not installed.
     """
     names = ("common", *_ops._MODULES.values())
-    modules = [importlib.import_module(f"hero_kernels.kernels.{module}") for module in names]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(SWITCHES, "interpret", True))  # CPU tensors reach kernels
-        for module in modules:
+        stack.enter_context(mock.patch.object(SWITCHES, "interpret", True))
+        for module in [importlib.import_module(f"hero_kernels.kernels.{name}") for name in names]:
             if hasattr(module, "launch"):
                 stack.enter_context(mock.patch.object(module, "launch", lambda *args, **options: None))
         yield
 
 
-def microseconds(call: Callable[[], object], repeats: int) -> float:
-    """Of one call, many in a row, of the processor: blind to others who take turns on it."""
-    begin = time.process_time()
-    for _ in range(repeats):
-        call()
-    return 1e6 * (time.process_time() - begin) / repeats
-
-
 def measure(rounds: int, repeats: int) -> dict[str, object]:
-    """``times_us``: raw, by operation and way; ``us``: their medians, ``None`` where a way is missing."""
+    """Return ``times_us`` by operation and way, ``us``, their medians, and ``missing`` ways with reasons."""
     times: dict[str, dict[str, list[float]]] = {}
     reasons: dict[str, str] = {}
     no_values = mock.patch.object(_ops, "_check_cpu", lambda name, expected, values, fits: None)
@@ -122,10 +99,12 @@ def measure(rounds: int, repeats: int) -> dict[str, object]:
             for turn in range(rounds + 1):  # the first warms up
                 for way in take_turns(WAYS, turn):
                     call = operator if way == "operator" else public
-                    context = unlaunched(name) if way == "launcher" else ready(name, public)
                     try:
-                        with context:
-                            spent = microseconds(call, repeats)
+                        with unlaunched() if way == "launcher" else ready(public):
+                            begin = time.process_time()
+                            for _ in range(repeats):
+                                call()
+                            spent = 1e6 * (time.process_time() - begin) / repeats
                     except (ImportError, AttributeError) as error:
                         reasons[f"{name} {way}"] = str(error).splitlines()[0]
                         continue
@@ -139,11 +118,11 @@ def measure(rounds: int, repeats: int) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str]) -> dict:
-    """The command: returns the record it wrote."""
+    """Run the command and return the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.dispatch", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--rounds", type=int, default=11, help="measured rounds (default 11)")
-    parser.add_argument("--repeats", type=int, default=1000, help="calls in a round (default 1000)")
+    parser.add_argument("--rounds", type=positive, default=11, help="measured rounds (default 11)")
+    parser.add_argument("--repeats", type=positive, default=1000, help="calls in a round (default 1000)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     record = {
@@ -156,10 +135,7 @@ def main(arguments: Sequence[str]) -> dict:
     }
     write(options.out, record)
     for name, ways in record["us"].items():
-        numbers = "  ".join(
-            f"{way} {'-' if value is None else f'{value:.1f}'}" for way, value in ways.items()
-        )
-        print(f"{name:24} {numbers} us")
+        print(f"{name:24}", *(f"{way} {us:.1f} us" for way, us in ways.items() if us is not None))
     return record
 
 

@@ -1,7 +1,7 @@
-"""The models, processors and pictures of the end-to-end benchmark: real shapes with random weights, and mini.
+"""Models, processors and images of the end-to-end benchmark.
 
-No time depends on what the weights are, so those of the large shapes are drawn at random, on the device and
-in the dtype they run in. ``mini`` is the bundled trained model, on scenes of 3 × 3 tiles.
+Times do not depend on the weights, so large shapes have random ones, made on the device and in the dtype they
+run in. ``mini`` is the bundled trained model, on scenes of 3 × 3 tiles.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -30,23 +27,23 @@ from hero.layout import grid_pinpoints
 
 from .record import ROOT
 
-__all__ = ["SHAPES", "Batch", "Shape", "Subject", "build", "build_clip", "build_model", "build_processor"]
-
 PHOTOGRAPH = "bench/data/astronaut.jpg"
 QUESTION = "what is in this picture ?"
 PROMPT = f"USER : <image> {QUESTION} ASSISTANT :"
 NAMES = ("layers", "hidden", "heads", "mlp")
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 MINI_BATCHES, MINI_GRID, MINI_OBJECTS, MINI_SEED = (1, 8), (3, 3), 5, 7
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: layers, width, heads and mlp of each transformer; pixels of crop and patch.
+    """Sizes of a model: layers, width, heads and MLP of each transformer; pixels of crop and patch.
 
     Attributes:
         text: the language model.
         clip_text: CLIP's text encoder; ``projection`` is the width of its embeddings.
-        batches: the batches to measure, each as the (height, width) of its pictures.
+        batches: the batches to measure, each as the (height, width) of its images.
     """
 
     vision: tuple[int, int, int, int]
@@ -62,15 +59,6 @@ class Shape:
     def pinpoints(self) -> list[list[int]]:
         return [list(pinpoint) for pinpoint in grid_pinpoints(self.crop_size)]
 
-    def describe(self) -> dict[str, object]:
-        return {
-            "vision": dict(zip(NAMES, self.vision)),
-            "text": dict(zip(NAMES, self.text), vocabulary=self.vocabulary),
-            "crop_size": self.crop_size,
-            "patch_size": self.patch_size,
-            "pinpoints": self.pinpoints,
-        }
-
 
 CLIP_L = {
     "vision": (24, 1024, 16, 4096),
@@ -82,7 +70,7 @@ CLIP_L = {
 MIXED = ((672, 672), (480, 640), (768, 1024), (375, 500))
 SHAPES = {
     "7b": Shape(text=(32, 4096, 32, 11008), vocabulary=32064, batches=(((672, 672),), 2 * MIXED), **CLIP_L),
-    # One row of two tiles and a small language model, so that a round takes minutes on a CPU.
+    # One row of two tiles and a small language model: a round takes minutes on a CPU.
     "clip-l": Shape(text=(8, 1024, 16, 2816), batches=(((336, 672),),), **CLIP_L),
     "small": Shape(
         vision=(4, 64, 4, 128),
@@ -97,7 +85,7 @@ SHAPES = {
 
 
 class Batch(NamedTuple):
-    """Pictures, what is asked of each, and the prompt that asks it."""
+    """Images, with a question and a prompt each."""
 
     images: list[Image.Image]
     questions: list[str]
@@ -108,7 +96,7 @@ class Subject(NamedTuple):
     """What is measured.
 
     Attributes:
-        relevance: a CLIP model whose image half is the model's own tower.
+        relevance: a CLIP model whose vision tower is the model's own.
         description: sizes, for the record.
     """
 
@@ -121,7 +109,7 @@ class Subject(NamedTuple):
 
 @contextlib.contextmanager
 def _drawn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are drawn from a fixed seed, on a device and in a dtype."""
+    """Create parameters from a fixed seed, on a device and in a dtype."""
     before = torch.get_default_dtype()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
@@ -136,33 +124,23 @@ def _drawn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def build_model(
     shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LlavaNextForConditionalGeneration:
-    """A random model with SDPA, weights from a fixed seed."""
-    layers, hidden, heads, mlp = shape.vision
-    vision = CLIPVisionConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        image_size=shape.crop_size,
-        patch_size=shape.patch_size,
-        projection_dim=shape.projection,
-    )
-    layers, hidden, heads, mlp = shape.text
-    text = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=mlp,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=4096,
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+    """Build a random model with SDPA, its weights from a fixed seed."""
+    text = dict(zip(SIZES, shape.text)) | SPECIAL
     config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=dict(
+            zip(SIZES, shape.vision),
+            model_type="clip_vision_model",
+            image_size=shape.crop_size,
+            patch_size=shape.patch_size,
+            projection_dim=shape.projection,
+        ),
+        text_config=dict(
+            text,
+            model_type="llama",
+            num_key_value_heads=shape.text[2],
+            vocab_size=shape.vocabulary,
+            max_position_embeddings=4096,
+        ),
         image_token_index=4,
         image_grid_pinpoints=shape.pinpoints,
         vision_feature_layer=-2,
@@ -171,26 +149,14 @@ def build_model(
     config._attn_implementation = "sdpa"
     with _drawn(torch.device(device), dtype):
         model = LlavaNextForConditionalGeneration(config).eval().requires_grad_(False)
-    model.generation_config.pad_token_id = 1
-    model.generation_config.bos_token_id = 2
-    model.generation_config.eos_token_id = None
+    model.generation_config.update(**SPECIAL | {"eos_token_id": None})
     return model
 
 
 def build_clip(model: LlavaNextForConditionalGeneration, shape: Shape) -> CLIPModel:
-    """A CLIP model of which the image half is the model's tower, its very parameters; the rest is random."""
-    layers, hidden, heads, mlp = shape.clip_text
-    text = {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "vocab_size": shape.vocabulary,
-        "projection_dim": shape.projection,
-        "pad_token_id": 1,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    }
+    """Build a CLIP model that shares the parameters of the model's tower; the rest is random."""
+    text = dict(zip(SIZES, shape.clip_text)) | SPECIAL
+    text |= {"vocab_size": shape.vocabulary, "projection_dim": shape.projection}
     vision = model.config.vision_config.to_dict()
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.projection)
     config._attn_implementation = "sdpa"
@@ -201,21 +167,18 @@ def build_clip(model: LlavaNextForConditionalGeneration, shape: Shape) -> CLIPMo
     return clip
 
 
-def build_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer that knows the words of the prompt."""
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer that knows the words of the prompt."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>"]
-    words += [word for word in PROMPT.split() if word not in words]
+    words = dict.fromkeys(["<unk>", "<pad>", "<s>", "</s>", "<image>", *PROMPT.split()])
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
+        **names,
         additional_special_tokens=["<image>"],
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
@@ -223,7 +186,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def build_processor(shape: Shape) -> LlavaNextProcessor:
-    """A processor for :func:`build_model`: a Pillow image processor and a tokenizer of a few words."""
+    """Build a processor for :func:`build_model`: Pillow images and a tokenizer of a few words."""
     try:
         from transformers import LlavaNextImageProcessorPil as ImageProcessor
     except ImportError:
@@ -244,20 +207,13 @@ def build_processor(shape: Shape) -> LlavaNextProcessor:
 
 
 def _photographs(sizes: tuple[tuple[int, int], ...]) -> Batch:
-    """The photograph at each of the sizes, its middle cut to their proportions."""
-    images = []
+    """Crop the photograph to each of the sizes."""
     with Image.open(ROOT / PHOTOGRAPH) as photograph:
-        side = min(photograph.size)
-        for height, width in sizes:
-            scale = side / max(height, width)
-            left, top = (side - width * scale) / 2, (side - height * scale) / 2
-            box = (left, top, side - left, side - top)
-            image = photograph.convert("RGB")
-            images.append(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+        images = [ImageOps.fit(photograph.convert("RGB"), size[::-1]) for size in sizes]
     return Batch(images, [QUESTION] * len(sizes), [PROMPT] * len(sizes))
 
 
-def _mini(device: torch.device) -> Subject:
+def _mini(device: torch.device) -> tuple:
     import numpy as np
 
     from hero import mini
@@ -276,24 +232,27 @@ def _mini(device: torch.device) -> Subject:
         questions = [scenes.questions(scene, rng, 1)[0].text for scene in drawn]
         prompts = [scenes.prompt(question) for question in questions]
         batches.append(Batch([scene.image for scene in drawn], questions, prompts))
+    return model, processor, relevance, batches
+
+
+def _describe(model: LlavaNextForConditionalGeneration) -> dict[str, object]:
     vision, text = model.config.vision_config, model.config.text_config
-    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    description = {
-        "vision": {name: getattr(vision, size) for name, size in zip(NAMES, sizes)},
-        "text": {name: getattr(text, size) for name, size in zip(NAMES, sizes)},
+    return {
+        "vision": {name: getattr(vision, size) for name, size in zip(NAMES, SIZES)},
+        "text": {name: getattr(text, size) for name, size in zip(NAMES, SIZES)},
         "crop_size": vision.image_size,
         "patch_size": vision.patch_size,
         "pinpoints": [list(pinpoint) for pinpoint in model.config.image_grid_pinpoints],
     }
-    return Subject(model, processor, relevance, batches, description)
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """The subject of a name in :data:`SHAPES`, or ``mini``, which is always fp32."""
+    """Build the subject named in :data:`SHAPES`, or ``mini``, which is always fp32."""
     if name == "mini":
-        return _mini(device)
-    shape = SHAPES[name]
-    model, processor = build_model(shape, device, dtype), build_processor(shape)
-    relevance = hero.ClipRelevance(build_clip(model, shape), processor.tokenizer)
-    batches = [_photographs(sizes) for sizes in shape.batches]
-    return Subject(model, processor, relevance, batches, shape.describe())
+        model, processor, relevance, batches = _mini(device)
+    else:
+        shape = SHAPES[name]
+        model, processor = build_model(shape, device, dtype), build_processor(shape)
+        relevance = hero.ClipRelevance(build_clip(model, shape), processor.tokenizer)
+        batches = [_photographs(sizes) for sizes in shape.batches]
+    return Subject(model, processor, relevance, batches, _describe(model))

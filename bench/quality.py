@@ -46,9 +46,8 @@ from hero.config import POLICIES
 from hero.layout import ImageLayout
 
 from .mini import scenes
-from .options import keep_ratios, positive
 from .record import environment, write
-from .timing import take_turns
+from .timing import keep_ratios, positive, take_turns
 
 __all__ = [
     "KEEP",

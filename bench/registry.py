@@ -1,9 +1,9 @@
-"""The shapes that kernels are timed at, the least each operation must move and compute, and its floor.
+"""The shapes that kernels are timed at, and the minimum bytes and operations of each kernel.
 
-One list for every benchmark: real encoders, real batches of images, and small ones for a test of the
-scripts. Formulas count each input read once and each output written once, in bytes, and multiply-adds as
-two operations; a sum kept in place is read and written. The floor of an operation is the larger of its
-bytes over the copy bandwidth and its operations over the matrix rate, both measured in the same run.
+Real encoders at real batches of images, and small shapes to test the scripts. Formulas count each input read
+once and each output written once, in bytes, and a multiply-add as two operations; an accumulator is read and
+written. The floor of an operation is the larger of its bytes over the bandwidth and its operations over the
+matrix rate, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import math
 from typing import NamedTuple
 
 import hero_kernels as hk
-from hero.layout import floor_ratio
+from hero._checks import floor_ratio
+
+from .timing import Ceilings
 
 __all__ = [
     "CLIP",
@@ -22,7 +24,6 @@ __all__ = [
     "SMALL",
     "SMALL_NO_CLS",
     "Batch",
-    "Ceilings",
     "Cost",
     "Geometry",
     "Shape",
@@ -34,13 +35,13 @@ KEEP = 0.2
 
 
 class Geometry(NamedTuple):
-    """A vision encoder, and how the model behind it lays out crops.
+    """A vision encoder, and how its model lays out crops.
 
     Attributes:
         tokens: N, CLS included where there is one.
         width: D of a head.
-        features: width of what is gathered.
-        thumbnail_last: the thumbnail follows the tiles, which are packed one after another.
+        features: width of the gathered features.
+        thumbnail_last: the thumbnail follows the tiles, and tiles are packed one after another.
         newlines: the stitched grid has a newline row after each patch row.
     """
 
@@ -78,7 +79,7 @@ SMALL_NO_CLS = Geometry("small, no CLS", layers=2, heads=2, tokens=16, width=24,
 
 
 class Batch(NamedTuple):
-    """Images of a batch: the tile grid (rows, columns) of each; every image has a thumbnail besides."""
+    """A batch of images: the tile grid (rows, columns) of each; every image also has a thumbnail."""
 
     grids: tuple[tuple[int, int], ...]
 
@@ -98,22 +99,14 @@ SMALL_BATCHES = (Batch(((1, 2), (2, 2))),)
 
 
 class Cost(NamedTuple):
-    """Bytes an operation must move and floating-point operations it must do."""
+    """Minimum bytes to move and floating-point operations to compute."""
 
     bytes: int
     flops: int = 0
 
 
-class Ceilings(NamedTuple):
-    """What a device was measured to do: bytes and operations a second, microseconds of an empty launch."""
-
-    bandwidth: float
-    flops: float
-    launch_us: float
-
-
 def floor_us(cost: Cost, ceilings: Ceilings | None) -> float | None:
-    """The least microseconds of a cost; ``None`` where no ceilings were measured, as on a CPU."""
+    """Return the minimum microseconds of a cost; ``None`` without ceilings, as on a CPU."""
     if ceilings is None:
         return None
     return 1e6 * max(cost.bytes / ceilings.bandwidth, cost.flops / ceilings.flops)
@@ -132,7 +125,7 @@ class Shape(NamedTuple):
 
     @property
     def segments(self) -> hk.Segments:
-        """The batch for the selection, its token counts as ``hero`` has them at ``KEEP``, no padding."""
+        """The segments of the batch at keep ratio ``KEEP``, without padding."""
         geometry = self.geometry
         images = []
         for rows, columns in self.batch.grids:
@@ -151,57 +144,49 @@ class Shape(NamedTuple):
 
     @property
     def _rows(self) -> int:
-        """T · H, rows of a CLS map."""
+        """T · H, the number of attention rows."""
         return self.batch.crops * self.geometry.heads
 
     def activations(self) -> int:
         """Bytes of the query, the key or the value: T·H·N·D."""
         return self._rows * self.geometry.tokens * self.geometry.width * self.item
 
-    def cls_sums(self) -> Cost:
-        """CLS attention with the log-sum-exp: keys and the CLS query once, ``out`` [T, P] kept in place."""
-        geometry = self.geometry
-        query = self._rows * (geometry.width * self.item + 4)  # and its log-sum-exp
-        out = 2 * self.batch.crops * geometry.patches * 4
-        return Cost(self.activations() + query + out, 2 * self._rows * geometry.tokens * geometry.width)
-
     def cls_rows(self) -> Cost:
-        """Self-contained CLS attention: every key and the CLS query once, rows [T, H, P] kept in place."""
+        """CLS attention: every key and the CLS query read, rows [T, H, P] accumulated."""
         geometry = self.geometry
         rows = 2 * self._rows * geometry.patches * 4
         query = self._rows * geometry.width * self.item
         return Cost(self.activations() + query + rows, 2 * self._rows * geometry.tokens * geometry.width)
 
-    def attention(self, per_head: bool = False) -> Cost:
-        """Attention with CLS scores: query, key, value in, output out, [T, P] or [T, H, P] kept in place."""
+    def attention(self) -> Cost:
+        """Attention with CLS rows: query, key, value read, output written, rows [T, H, P] accumulated."""
         geometry = self.geometry
-        scores = 2 * (self._rows if per_head else self.batch.crops) * geometry.patches * 4
-        flops = 4 * self._rows * geometry.tokens**2 * geometry.width
-        return Cost(4 * self.activations() + scores, flops)
+        rows = 2 * self._rows * geometry.patches * 4
+        return Cost(4 * self.activations() + rows, 4 * self._rows * geometry.tokens**2 * geometry.width)
 
     def received(self) -> Cost:
-        """Received attention: query and key in, one product of them, ``out`` [T, N] kept in place."""
+        """Received attention: query and key read, one product of them, rows [T, H, N] accumulated."""
         geometry = self.geometry
-        out = 2 * self.batch.crops * geometry.tokens * 4
-        return Cost(2 * self.activations() + out, 2 * self._rows * geometry.tokens**2 * geometry.width)
+        rows = 2 * self._rows * geometry.tokens * 4
+        return Cost(2 * self.activations() + rows, 2 * self._rows * geometry.tokens**2 * geometry.width)
 
     def finalize(self, rank: bool) -> Cost:
-        """Head mean, entropy and rank: rows [T, H, P] and the mask in; scores, entropy and ranks out."""
+        """Scores, entropy and ranks: rows [T, H, P] and the mask read, scores, entropy and ranks written."""
         elements = self.batch.crops * self.geometry.patches
         out = 4 * elements + 4 * self.batch.crops + (2 * elements if rank else 0)
         return Cost(self._rows * self.geometry.patches * 4 + elements + out)
 
     def budgets(self, signals: int) -> Cost:
-        """Tile budgets: signals and valid counts in; budgets, shares and weights out. A launch, no more."""
+        """Tile budgets: signals and valid counts read; budgets, shares and weights written."""
         return Cost(4 * self.batch.crops * (signals + 4))
 
     def topk(self) -> Cost:
-        """Segmented top-k: scores, mask and budgets in, the mask of what is kept out."""
+        """Segmented top-k: scores, mask and budgets read, the mask of kept patches written."""
         elements = self.batch.crops * self.geometry.patches
         return Cost((4 + 1 + 1) * elements + 4 * self.batch.crops)
 
     def gather(self, ranks: bool = False) -> Cost:
-        """Top-k and gather: scores or ranks and the mask in, kept features in and out, the index out."""
+        """Top-k and gather: scores or ranks and the mask read, kept features copied, the index written."""
         segments, geometry = self.segments, self.geometry
         elements = segments.crops * geometry.patches
         kept = sum(image.thumbnail_tokens + image.tile_tokens for image in segments.images)
@@ -211,7 +196,7 @@ class Shape(NamedTuple):
 
 
 def shapes(small: bool, item: int = 2) -> list[Shape]:
-    """All shapes, the most important first: what is at the end is left out where time runs short."""
+    """Return all shapes, the most important first: the last are left out when time runs out."""
     if small:
         return [Shape(geometry, batch, item) for geometry in (SMALL, SMALL_NO_CLS) for batch in SMALL_BATCHES]
     first, second, third, last = REAL_BATCHES

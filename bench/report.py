@@ -144,97 +144,9 @@ def dispatch(record: Mapping) -> list[str]:
     ]
 
 
-def _seconds(times: Mapping[str, float]) -> str:
-    return f"{times['median']:.3f} ({times['min']:.3f})"
-
-
-def _points(gap: Mapping) -> str:
-    low, high = (f"{100 * value:+.1f}" for value in gap["interval"])
-    return f"{100 * gap['mean']:+.1f} ({low} to {high})".replace("-", "−")
-
-
-def encoder_keep(record: Mapping) -> list[str]:
-    """The tables of ``bench.encoder_keep``."""
-    timed, answers, machine = record["time"], record["answers"], record["machine"]
-    load = " and ".join(f"{value:.1f}" for value in record["load_average"])
-    vit, patches = timed["shape"]["vision"], timed["variants"]["none"]["patches"]
-    lines = [
-        *small(record),
-        f"- `{record['command']}`, {record['date']}, {timed['rounds']} rounds, {clock(timed)}",
-        f"- {machine['cpu']}, {timed['threads']} of {machine['cores']} cores, {machine['system']}, "
-        f"{record['dtype']}; load average before and after {load}",
-        code(record),
-        "",
-        f"**Time of the tower**, {vit['layers']} layers, {vit['hidden']} wide, {timed['crops']} crops of "
-        f"{patches} patches, R = {answers['keep_ratio']:g}. Seconds are median (minimum); ratios are the "
-        "median of the ratios within rounds (95 % bootstrap interval).",
-        "",
-    ]
-    rows = [
-        [
-            name,
-            f"{one['layer']}",
-            f"{one['patches']}",
-            _seconds(one["summary"]),
-            "1" if name == "none" else ratio(one["to_none"]),
-        ]
-        for name, one in timed["variants"].items()
-    ]
-    head = ["`encoder_keep`", "last layer on all patches", "patches of a tile then", "seconds", "to none"]
-    lines += [*table(head, rows), ""]
-    kinds = answers["kinds"]
-    groups = [group for group in kinds if group in answers["full"]]
-    lines += [
-        f"**Answers of the mini model**, R = {answers['keep_ratio']:g}, {answers['questions']} questions, "
-        f"split {answers['split']}, weights {answers['weights']}. Accuracy in per cent, and the paired "
-        "difference in points to the same policy without `encoder_keep` (95 % bootstrap interval).",
-        "",
-    ]
-    rows = [["all tokens", "", *(f"{100 * answers['full'][group]['mean']:.1f}" for group in groups)]]
-    for row in answers["rows"]:
-        share, cells = row["encoder_keep"], row["groups"]
-        rows.append(
-            [
-                row["policy"],
-                "none" if share is None else f"{share:g}",
-                *(
-                    f"{100 * cells[group]['accuracy']['mean']:.1f}"
-                    + ("" if share is None else f", {_points(cells[group]['to_none'])}")
-                    for group in groups
-                ),
-            ]
-        )
-    heads = [f"{group}, {kinds[group]} questions" for group in groups]
-    return [*lines, *table(["policy", "`encoder_keep`", *heads], rows)]
-
-
 def _milliseconds(times: Mapping[str, float]) -> str:
     values = (1000 * times[name] for name in ("median", "min"))
     return "{} ({})".format(*(f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values))
-
-
-def savings(record: Mapping) -> list[str]:
-    """The table of ``bench.savings``."""
-    machine = record["machine"]
-    rows = [
-        [
-            one["name"],
-            _milliseconds(one["without"]),
-            _milliseconds(one["saving"]),
-            ratio(one["ratio"]),
-            "" if one["of_tower"] is None else f"{100 * one['of_tower']:.2f} %",
-        ]
-        for one in record["cases"]
-    ]
-    return [
-        *small(record),
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds, {clock(record)}",
-        f"- {machine['cpu']}, {record['threads']} of {machine['cores']} cores, {machine['system']}, float32; "
-        f"the tower takes {record['tower']['median']:.2f} s ({record['tower']['min']:.2f})",
-        code(record),
-        "",
-        *table(["", "without, ms", "with, ms", "with / without", "saved, of the tower's time"], rows),
-    ]
 
 
 def compare(record: Mapping) -> list[str]:
@@ -297,8 +209,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Map
     ),
     "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), _each(end_to_end_page.tables)),
     "dispatch": ("dispatch", lambda record: True, _each(dispatch)),
-    "encoder_keep": ("encoder_keep", lambda record: True, _each(encoder_keep)),
-    "savings": ("savings", lambda record: True, _each(savings)),
     "compare": ("compare", lambda record: True, _each(compare)),
     "kernels": ("kernels", lambda record: True, _each(kernels)),
 }

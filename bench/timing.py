@@ -1,30 +1,92 @@
-"""Timing on a machine that is not quiet: interleaved rounds, and comparisons that survive drift.
+"""Timing: clocks, interleaved rounds, bootstrap intervals, CUDA graphs, and the command-line options for them.
 
-Standard library only. Variants to compare run one right after the other in every round, in the opposite
-order in every other round, so that slow phases of the machine hit all of them alike. Two variants are
-compared by the ratio of their medians, by the ratio of their minima, and by the median of the ratios
-within rounds with a bootstrap interval: the last is the number to believe.
+Variants to compare run one after the other in every round, in reverse order every other round, so that slow
+phases of the machine affect all of them. Two variants are compared by the median of the ratios within
+rounds, with a bootstrap interval.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
-import random
+import itertools
+import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["CLOCKS", "Clock", "compare", "interval", "quiet_heap", "seconds", "summary", "take_turns"]
+import numpy as np
+import torch
 
-# With one thread, the processor's time is blind to other processes taking turns on the same core.
+__all__ = [
+    "CLOCKS",
+    "Ceilings",
+    "Clock",
+    "add_threads",
+    "ceilings",
+    "compare",
+    "eager_us",
+    "graph_us",
+    "interval",
+    "keep_ratios",
+    "l2_bytes",
+    "positive",
+    "quiet_heap",
+    "seconds",
+    "sets_for",
+    "single_calls_us",
+    "summary",
+    "take_turns",
+    "use_threads",
+]
+
+# Processor time of one thread does not count other processes that run on the same core.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 RESAMPLES = 2000
 COVERAGE = 0.95
 
 
+# --- command line ----------------------------------------------------------------------------------------
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add ``--threads`` and ``--clock``."""
+    parser.add_argument("--threads", type=positive, help="threads of torch (default: torch's own)")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: only with --threads 1")
+
+
+def use_threads(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Set the number of threads; the processor clock needs exactly one."""
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu: expected --threads 1, since waiting threads count too")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
+def keep_ratios(text: str) -> tuple[float, ...]:
+    """Parse comma-separated keep ratios."""
+    values = tuple(float(word) for word in text.split(","))
+    if not values or not all(0 < value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"expected ratios in (0, 1] with commas between, got {text!r}")
+    return values
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text!r}")
+    return number
+
+
+# --- rounds ----------------------------------------------------------------------------------------------
+
+
 class Clock:
-    """The time that is left."""
+    """A time budget in seconds."""
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
@@ -35,7 +97,7 @@ class Clock:
 
 @contextlib.contextmanager
 def quiet_heap() -> Iterator[None]:
-    """Keep what is alive now out of every garbage collection inside the block, so that each is short."""
+    """Exclude objects that exist now from garbage collection inside the block."""
     gc.collect()
     gc.freeze()
     try:
@@ -45,7 +107,7 @@ def quiet_heap() -> Iterator[None]:
 
 
 def seconds(function: Callable[[], object], clock: str = "wall") -> float:
-    """Seconds of one call; its result is freed outside the timed span, garbage before it."""
+    """Return the seconds of one call. Garbage is collected before it; the result is freed after it."""
     now = CLOCKS[clock]
     gc.collect()
     gc.disable()
@@ -60,39 +122,138 @@ def seconds(function: Callable[[], object], clock: str = "wall") -> float:
 
 
 def take_turns(names: Sequence[str], turn: int) -> list[str]:
-    """The order of variants in a turn: as given, then reversed, and so on."""
+    """Return the order of variants in a round: as given, reversed in every other round."""
     return list(names) if turn % 2 == 0 else list(reversed(names))
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """Median and minimum of the rounds."""
+    """Return median and minimum."""
     return {"median": statistics.median(times), "min": min(times)}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Percentile bootstrap interval (95 %) of the median, from a fixed seed."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    cut = int(RESAMPLES * (1 - COVERAGE) / 2)
-    return medians[cut], medians[-1 - cut]
+def interval(values: Sequence[float]) -> list[float]:
+    """Return the 95 % percentile bootstrap interval of the median, with a fixed seed."""
+    draws = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
+    ends = 50 * (1 - COVERAGE), 50 * (1 + COVERAGE)
+    return np.percentile(np.median(draws, axis=1), ends, method="nearest").tolist()
 
 
 def compare(times: Sequence[float], base: Sequence[float]) -> Mapping[str, object]:
-    """How a variant relates to a baseline measured in the same rounds; below 1, it is faster.
-
-    Args:
-        times: of the variant, one a round.
-        base: of the baseline, in the same rounds.
+    """Compare a variant with a baseline measured in the same rounds; below 1, the variant is faster.
 
     Returns:
         ``paired``, the median of the ratios within rounds; ``interval``, its 95 % bootstrap interval;
-        ``pairs``, how many there are; ``of_medians`` and ``of_minima``, the ratios of both.
+        ``pairs``, the number of rounds; ``of_medians`` and ``of_minima``, the ratios of both.
     """
     ratios = [one / other for one, other in zip(times, base, strict=True)]
     return {
         "paired": statistics.median(ratios),
-        "interval": list(interval(ratios)),
+        "interval": interval(ratios),
         "pairs": len(ratios),
         "of_medians": statistics.median(times) / statistics.median(base),
         "of_minima": min(times) / min(base),
     }
+
+
+# --- calls on a device -----------------------------------------------------------------------------------
+#
+# A call takes one set of inputs. A CUDA graph excludes the host's time per launch. Inputs rotate among enough
+# sets that each set has left the L2 cache when it is used again, as in a model whose layers have keys of
+# their own.
+
+Call = Callable[[Any], object]
+GRAPH_MS = 20  # of the calls in one CUDA graph
+EAGER_SECONDS = 0.1
+MOST_SETS = 96
+MEMORY = 16 << 30  # bytes of all sets together
+
+
+class Ceilings(NamedTuple):
+    """Measured limits of a device: bytes and operations per second, microseconds of the smallest launch."""
+
+    bandwidth: float
+    flops: float
+    launch_us: float
+
+
+def l2_bytes(device: torch.device) -> int:
+    """Return the size of the L2 cache; 0 on a CPU, where inputs are not rotated."""
+    if device.type != "cuda":
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 64 << 20
+
+
+def sets_for(touched: int, size: int, device: torch.device) -> int:
+    """Return the number of input sets, given the bytes a call touches and the bytes of a set."""
+    if device.type != "cuda":
+        return 1
+    cold = math.ceil(3 * l2_bytes(device) / max(touched, 1))
+    return max(1, min(max(cold, 2), MOST_SETS, MEMORY // max(size, 1)))
+
+
+def graph_us(call: Call, sets: Sequence[Any]) -> tuple[list[float], Any, Any]:
+    """Return microseconds per call of several replays, and the inputs and result of the last call."""
+    from triton.testing import do_bench_cudagraph
+
+    rotation = itertools.cycle(sets)
+    last: deque = deque(maxlen=len(sets))  # results stay alive, else all calls would write to one place
+
+    def next_call() -> None:
+        inputs = next(rotation)
+        last.append((inputs, call(inputs)))
+
+    times = do_bench_cudagraph(next_call, rep=GRAPH_MS, return_mode="all")
+    torch.cuda.synchronize()
+    return [1e3 * time for time in times], *last[-1]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def single_calls_us(call: Call, sets: Sequence[Any], device: torch.device, rounds: int) -> list[float]:
+    """Return wall-clock microseconds of single calls, the device synchronised after each."""
+    call(sets[0])
+
+    def synchronised(inputs: Any) -> object:
+        result = call(inputs)
+        _synchronize(device)
+        return result
+
+    _synchronize(device)
+    return [1e6 * seconds(lambda n=n: synchronised(sets[n % len(sets)])) for n in range(rounds)]
+
+
+def eager_us(call: Call, sets: Sequence[Any], device: torch.device) -> float:
+    """Return wall-clock microseconds per call of many calls in a row, host and device overlapping."""
+    times, count = [], 1
+    for _ in range(4):  # the first, of one call, determines the number of calls
+        _synchronize(device)
+        begin = time.perf_counter()
+        for number in range(count):
+            call(sets[number % len(sets)])
+        _synchronize(device)
+        times.append(1e6 * (time.perf_counter() - begin) / count)
+        count = max(3, min(int(EAGER_SECONDS * 1e6 / times[0]), 20))
+    return statistics.median(times[1:])
+
+
+def ceilings(device: torch.device) -> Ceilings | None:
+    """Measure the bandwidth of an elementwise kernel, the rate of a bf16 matrix product, the smallest launch."""
+    if device.type != "cuda":
+        return None
+
+    def median(call: Call, inputs: Any) -> float:
+        return statistics.median(graph_us(call, [inputs])[0]) * 1e-6
+
+    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device).view(torch.int32)
+    pair = source, torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / median(lambda pair: torch.add(pair[0], 1, out=pair[1]), pair)
+    size = 8192
+    three = [torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    rate = 2 * size**3 / median(lambda three: torch.mm(*three[:2], out=three[2]), three)
+    launch = median(lambda number: number.add_(1), torch.zeros(1, device=device))
+    del source, pair, three
+    torch.cuda.empty_cache()
+    return Ceilings(bandwidth, rate, 1e6 * launch)

@@ -1,14 +1,16 @@
-"""hero: high-resolution vision-language models made fast by dropping visual tokens, training-free.
+"""hero makes high-resolution vision-language models fast by dropping visual tokens, without training.
 
-``hero.attach(model, processor)`` is the whole of it for most users; see the README.
-Torch and transformers are imported on first use: counting tokens needs neither.
+Most users need only ``hero.attach(model, processor)``; see the README. Torch and transformers are imported on
+first use: counting tokens needs neither.
 """
 
 import importlib
 
+from . import policies
 from ._version import __version__
-from .config import HeroConfig, SignalWeights
+from .config import HeroConfig
 from .layout import Geometry, count_tokens
+from .policies import SignalWeights
 
 __all__ = [
     "ClipRelevance",
@@ -21,6 +23,7 @@ __all__ = [
     "__version__",
     "attach",
     "count_tokens",
+    "policies",
     "visualize",
 ]
 
@@ -28,7 +31,7 @@ _LAZY = {
     "ClipRelevance": "relevance",
     "Handle": "handle",
     "HeroVisionEncoder": "encoder",
-    "Selection": "encoder",
+    "Selection": "selection",
     "attach": "handle",
     "visualize": "picture",
 }

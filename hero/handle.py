@@ -1,4 +1,4 @@
-"""``hero.attach``: put hero on a stock model, on its instances alone, and take it off exactly."""
+"""``hero.attach``: put hero on a stock model, on its instances only, and remove it exactly."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from .config import HeroConfig
-from .encoder import HeroVisionEncoder, Selection
+from .encoder import HeroVisionEncoder
 from .models import Patch, ProcessorCounts, adapter_for
 from .prompt import images_of_rows, questions, shrink
 from .relevance import ClipRelevance
+from .selection import Selection
 
 __all__ = ["Handle", "attach"]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What one call of the model passes on to its image encoder."""
+    """What one call of the model passes to its image encoder."""
 
     text: list[str] | None = None  # the question of each image
     rows: tuple[int, ...] = ()  # the prompt of each image
-    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) of each image, so that no one reads them again
-    # Images encoded ahead, where what is kept decides the length of the prompt.
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) of each image: read once per call
+    # Images encoded ahead, if the number of kept tokens depends on the data.
     encoded: tuple[Selection, object] | None = None
     in_forward: bool = False
-    outer: _Call | None = None  # what was passed on before this call
+    outer: _Call | None = None  # that of the enclosing call
 
 
 _call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("hero_call", default=None)
@@ -50,11 +51,11 @@ class _PerThread(threading.local):
 
 
 class Handle:
-    """What :func:`attach` returns; also a context manager that removes on exit.
+    """What :func:`attach` returns; also a context manager that removes hero on exit.
 
     Attributes:
         model, processor: what hero is attached to.
-        encoder: the :class:`hero.HeroVisionEncoder` at work, whose stages can be called one by one.
+        encoder: the :class:`hero.HeroVisionEncoder`, whose stages can be called one by one.
         config: its configuration.
     """
 
@@ -74,7 +75,7 @@ class Handle:
 
     @property
     def last(self) -> Selection | None:
-        """The selection of this thread's last encode, without tokens; ``None`` before the first."""
+        """The selection of this thread's last call, without tokens; ``None`` before the first."""
         return self._last.value
 
     def count_tokens(self, image_size: Sequence[int]) -> int:
@@ -91,7 +92,7 @@ class Handle:
         """Restore model and processor exactly. A second call does nothing.
 
         Raises:
-            RuntimeError: one of the methods was replaced since; undo that first.
+            RuntimeError: one of the patched methods was replaced since; undo that first.
         """
         for owner, name, _, _ in self._undo:
             function = getattr(owner.__dict__.get(name), "__func__", owner.__dict__.get(name))
@@ -110,14 +111,14 @@ class Handle:
         while self._hooks:
             self._hooks.pop().remove()
 
-    # What follows is called by the methods that attach puts in place.
+    # The methods below are called by the patches that attach puts in place.
 
     def _put(self, owner: object, name: str, value: object) -> None:
         self._undo.append((owner, name, name in owner.__dict__, owner.__dict__.get(name)))
         owner.__dict__[name] = value
 
     def _patch(self, patch: Patch) -> None:
-        """Put a bound method on an instance, with the signature of the one it hides."""
+        """Put a bound method on an instance, with the signature of the one that it replaces."""
         hidden = getattr(type(patch.owner), patch.name)
 
         @functools.wraps(hidden)  # generate reads the names of the parameters
@@ -157,15 +158,15 @@ class Handle:
         )
         return selection, output
 
-    def prepare(self, inputs: dict) -> tuple[dict, _Call | None]:
-        """Fit a prompt to what is kept, and find the question of each image.
+    def fit_prompt(self, inputs: dict) -> tuple[dict, _Call | None]:
+        """Shorten a prompt to the number of kept tokens, and find the question of each image.
 
         Args:
             inputs: keyword arguments of ``forward`` or ``generate``.
 
         Returns:
-            the arguments, shortened where the prompt has the stock number of placeholders, and what to
-            pass on to the image encoder, if there are images to encode.
+            the arguments, shortened if the prompt has the stock number of placeholders, and what to pass to
+            the image encoder, if there are images to encode.
 
         Raises:
             ValueError: the placeholders fit neither the stock nor the kept number of tokens.
@@ -197,7 +198,7 @@ class Handle:
             sizes = tuple(layout.image_size for layout in layouts)
             call = _Call(text, tuple(rows), sizes)
             if self.config.allocation == "floor":
-                # How many are kept depends on the images: encode them first.
+                # The number of kept tokens depends on the data: encode the images first.
                 layer = inputs.get("vision_feature_layer")
                 selection, output = self._encode(pixels, sizes, text, feature_layer=layer)
                 call, kept = _Call(text, tuple(rows), sizes, (selection, output)), selection.lengths
@@ -225,7 +226,7 @@ def _named(function, args: tuple, kwargs: dict) -> dict:
 
 
 def _generate(self, *args, **kwargs):
-    """``generate`` on a prompt of either length; the caller's own prompt stands before the answer."""
+    """``generate`` on a prompt of either length; the result begins with the caller's own prompt."""
     stock = type(self).generate
     kwargs = _named(stock, args, kwargs)
     if kwargs.get("input_ids") is None:
@@ -234,7 +235,7 @@ def _generate(self, *args, **kwargs):
     if prompt is None:
         del kwargs["input_ids"]
     with torch.no_grad():
-        kwargs, call = self._hero.prepare(kwargs)
+        kwargs, call = self._hero.fit_prompt(kwargs)
     if call is not None:
         _check_beams(self, kwargs, call)
     shrunk = prompt is not None and kwargs["input_ids"] is not prompt
@@ -272,7 +273,7 @@ def _shift_lengths(kwargs: dict, shortened: int) -> None:
 
 
 def _check_beams(model: nn.Module, kwargs: dict, call: _Call) -> None:
-    """Before 5.19, transformers repeats the images of a row one by one: with several, beams get mixed up."""
+    """Raise if transformers would mix up beams: before 5.19 it repeats the images of a row one by one."""
     if len(set(call.rows)) == len(call.rows) or _transformers_version() >= (5, 19):
         return
     config = kwargs.get("generation_config") or model.generation_config
@@ -294,7 +295,7 @@ def _transformers_version() -> tuple[int, ...]:
 
 
 def _before_forward(module: nn.Module, args: tuple, kwargs: dict):
-    """Forward pre-hook: fit the prompt and pass on the questions, for the length of the call."""
+    """Forward pre-hook: shorten the prompt and pass on the questions until the call ends."""
     named = _named(type(module).forward, args, kwargs)
     if named.get("pixel_values") is None:
         return None
@@ -302,13 +303,13 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict):
     if outer is not None and outer.encoded is not None:  # generate has encoded and shortened already
         call = outer
     else:
-        named, call = module._hero.prepare(named)
+        named, call = module._hero.fit_prompt(named)
     _call.set(dataclasses.replace(call or _Call(), outer=outer, in_forward=True))
     return (), named
 
 
 def _after_forward(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    """Forward hook, called on errors too: undo what :func:`_before_forward` passed on."""
+    """Forward hook, also called on errors: undo :func:`_before_forward`."""
     if kwargs.get("pixel_values") is None:
         return
     call = _call.get()
@@ -323,7 +324,7 @@ def attach(
     config: HeroConfig | None = None,
     relevance: ClipRelevance | None = None,
     tokenizer=None,
-    capture: bool = False,
+    cuda_graphs: bool = False,
     **options,
 ) -> Handle:
     """Make a model keep only the visual tokens worth keeping, until ``handle.remove()``.
@@ -336,10 +337,11 @@ def attach(
         processor: its processor, which then emits only as many image placeholders as are kept. With
             ``None``, prompts of the stock length are shortened on entry instead.
         config: what to keep, or
-        options: fields of :class:`hero.HeroConfig`, such as ``keep_ratio=0.2``.
+        options: arguments of :class:`hero.HeroConfig`, parameters of the policy included:
+            ``keep_ratio=0.2, policy="hero", alpha=0.5``.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question in the prompt.
         tokenizer: the language model's, to read the question; the processor's where ``None``.
-        capture: encode by CUDA graphs, as :class:`hero.HeroVisionEncoder` has it.
+        cuda_graphs: encode images by replaying CUDA graphs, as in :class:`hero.HeroVisionEncoder`.
 
     Returns:
         a handle; ``with hero.attach(...):`` removes it at the end of the block.
@@ -352,11 +354,6 @@ def attach(
         raise ValueError(f"config: expected it or options, got both: {', '.join(options)}")
     if config is not None and not isinstance(config, HeroConfig):
         raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
-    fields = [field.name for field in dataclasses.fields(HeroConfig)]
-    unknown = set(options) - set(fields)
-    if unknown:
-        given = {name: options[name] for name in sorted(unknown)}
-        raise TypeError(f"{', '.join(given)}: expected options among {', '.join(fields)}, got {given}")
     config = HeroConfig(**options) if config is None else config
     adapter = adapter_for(model)
     parts = adapter.parts(model)
@@ -383,7 +380,7 @@ def attach(
         image_newline=parts.image_newline,
         relevance=relevance,
         feature_layer=parts.feature_layer,
-        capture=capture,
+        cuda_graphs=cuda_graphs,
     )
     handle = Handle(model, processor, encoder, tokenizer, parts.image_token_id)
     patches = [*adapter.model_patches(model), Patch(model, "generate", _generate)]

@@ -1,25 +1,22 @@
-"""Layout: all that follows from image sizes alone. Standard library only, no tensors.
+"""What follows from image sizes alone: tiles, padding and token counts. Standard library only.
 
-Floating-point steps repeat those of transformers' ``select_best_resolution`` and ``unpad_image`` in the
-same order, since the number of tokens hangs on their rounding.
+Floating-point steps are those of transformers' ``select_best_resolution`` and ``unpad_image``, in the same
+order, since the number of tokens depends on their rounding.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from numbers import Integral
+from typing import Any
 
+from ._checks import check_integer, error, floor_ratio
 from .config import HeroConfig
 
-__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "floor_ratio", "grid_pinpoints"]
+__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "count_tokens", "grid_pinpoints"]
 
-# Policies that give the thumbnail half of all tokens instead of its part of the crops. Here and not with the
-# policy, since counting does without torch.
-HALF_TO_THUMBNAIL = ("hired", "hero+")
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # (rows, columns) of tiles
 
 
@@ -29,20 +26,6 @@ def grid_pinpoints(crop_size: int) -> tuple[tuple[int, int], ...]:
 
 
 LLAVA_NEXT_PINPOINTS = grid_pinpoints(336)
-
-
-def floor_ratio(value: float) -> int:
-    """``floor(value + 1e-9)``: 0.29 · 100 is 29 although the product falls just short of it."""
-    return math.floor(value + 1e-9)
-
-
-def _integer(name: str, value: object, low: int = 1) -> int:
-    expected = f"an integer >= {low}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -89,13 +72,20 @@ class ImageLayout:
         return {"first": 0, "last": self.crops - 1, "none": -1}[self.thumbnail]
 
     @property
-    def first_tile(self) -> int:
-        """Which crop of the image is its first tile."""
-        return 1 if self.thumbnail == "first" else 0
+    def tile_crops(self) -> range:
+        """Which crops of the image are its tiles, in raster order."""
+        first = 1 if self.thumbnail == "first" else 0
+        return range(first, first + self.tiles)
+
+    def per_crop(self, thumbnail: Any, tiles: Sequence[Any]) -> list[Any]:
+        """A value of the thumbnail and one of each tile, in the order of the crops."""
+        values = [thumbnail] * self.crops
+        values[slice(self.tile_crops.start, self.tile_crops.stop)] = tiles
+        return values
 
     @cached_property
     def tile_rectangles(self) -> tuple[tuple[int, int, int, int], ...]:
-        """Of each tile, its valid patches (row begin, row end, column begin, column end), within the tile."""
+        """The valid patches of each tile (row begin, row end, column begin, column end), within the tile."""
 
         def within(valid: tuple[int, int], tile: int) -> tuple[int, int]:
             begin = min(max(valid[0] - tile * self.side, 0), self.side)
@@ -109,7 +99,7 @@ class ImageLayout:
 
     @cached_property
     def valid_counts(self) -> tuple[int, ...]:
-        """Valid patches of each tile."""
+        """Number of valid patches of each tile."""
         return tuple((bottom - top) * (right - left) for top, bottom, left, right in self.tile_rectangles)
 
     @property
@@ -126,19 +116,17 @@ class ImageLayout:
 
     def _quota(self, config: HeroConfig) -> tuple[int, int]:
         """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
-        patches, total, half = self.patches, config.keep_tokens, config.policy in HALF_TO_THUMBNAIL
+        ratio, total = config.keep_ratio, config.keep_tokens
         if self.thumbnail == "none":
-            return 0, floor_ratio(config.keep_ratio * (self.tiles * patches)) if total is None else total
-        if total is None and not half:
-            parts = config.keep_ratio * patches, config.keep_ratio * (self.tiles * patches)
-            return floor_ratio(parts[0]), floor_ratio(parts[1])
-        if total is None:
-            total = floor_ratio(config.keep_ratio * (self.crops * patches))
-        thumbnail = min(total // (min(2, self.crops) if half else self.crops), patches)
-        return thumbnail, total - thumbnail
+            return 0, floor_ratio(ratio * (self.tiles * self.patches)) if total is None else total
+        thumbnail, tiles = config.policy.divide(ratio, total, self.patches, self.tiles)
+        if not (type(thumbnail) is type(tiles) is int and 0 <= thumbnail <= self.patches and tiles >= 0):
+            expected = f"divide() to return two integers >= 0, the first at most {self.patches}"
+            raise error(ValueError, f"policy {config.policy.name!r}", expected, (thumbnail, tiles))
+        return thumbnail, tiles
 
     def budget(self, config: HeroConfig) -> tuple[int, int]:
-        """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, 3 and 6)."""
+        """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, sections 3 and 6)."""
         thumbnail, tiles = self._quota(config)
         tiles = min(tiles, sum(self.valid_counts))
         if config.keep_tokens is not None and self.thumbnail != "none":  # what the tiles cannot use
@@ -146,26 +134,10 @@ class ImageLayout:
         return thumbnail, tiles
 
     def tile_quota(self, config: HeroConfig) -> int:
-        """The number of tile tokens that the allocation rule divides: "floor" divides it before any cap."""
+        """Tile tokens that the allocation rule divides: "floor" divides them before any cap."""
         if config.allocation == "floor" and config.keep_tokens is None:
             return self._quota(config)[1]
         return self.budget(config)[1]
-
-    def encoder_patches(self, config: HeroConfig) -> int:
-        """Patches of each tile that go through the whole encoder (docs/method.md, 7)."""
-        if config.encoder_keep is None:
-            return self.patches
-
-        def room(count: int) -> int:
-            return sum(min(count, valid) for valid in self.valid_counts)
-
-        share = floor_ratio(config.encoder_keep * self.patches)
-        return max(share, bisect_left(range(self.patches), self.budget(config)[1], key=room))
-
-    def tile_caps(self, config: HeroConfig) -> tuple[int, ...]:
-        """The most patches that can be kept of each tile."""
-        count = self.encoder_patches(config)
-        return tuple(min(valid, count) for valid in self.valid_counts)
 
     def kept_tokens(self, config: HeroConfig) -> int:
         """Length of the packed sequence; with ``allocation="floor"`` an upper bound."""
@@ -195,8 +167,8 @@ class Geometry:
     newlines: bool = True
 
     def __post_init__(self) -> None:
-        crop = _integer("crop_size", self.crop_size)
-        if crop < _integer("patch_size", self.patch_size):
+        crop = check_integer("crop_size", self.crop_size)
+        if crop < check_integer("patch_size", self.patch_size):
             raise ValueError(f"patch_size: expected at most crop_size {crop}, got {self.patch_size}")
         if isinstance(self.pinpoints, str) or not isinstance(self.pinpoints, Sequence):
             raise TypeError(f"pinpoints: expected pairs (height, width) in pixels, got {self.pinpoints!r}")
@@ -204,7 +176,7 @@ class Geometry:
         for pinpoint in self.pinpoints:
             if isinstance(pinpoint, str) or not isinstance(pinpoint, Sequence) or len(pinpoint) != 2:
                 raise TypeError(f"pinpoints: expected pairs (height, width) in pixels, got {pinpoint!r}")
-            pair = tuple(_integer("pinpoints", side, crop) for side in pinpoint)
+            pair = tuple(check_integer("pinpoints", side, crop) for side in pinpoint)
             if any(side % crop for side in pair):
                 raise ValueError(f"pinpoints: expected multiples of the crop size {crop}, got {pair}")
             pinpoints.append(pair)
@@ -227,7 +199,9 @@ class Geometry:
         """
         if isinstance(image_size, str) or not hasattr(image_size, "__len__") or len(image_size) != 2:
             raise TypeError(f"image_size: expected (height, width) in pixels, got {image_size!r}")
-        return _layout(self, _integer("image_size", image_size[0]), _integer("image_size", image_size[1]))
+        return _layout(
+            self, check_integer("image_size", image_size[0]), check_integer("image_size", image_size[1])
+        )
 
     def layouts(self, image_sizes) -> tuple[ImageLayout, ...]:
         """Layout of each image of a batch: ``[B, 2]`` (height, width), a tensor, an array or pairs.
@@ -300,8 +274,8 @@ def count_tokens(
     Args:
         config: what to keep.
         image_size: (height, width) in pixels.
-        geometry: how the model cuts images; that of LLaVA-NeXT with CLIP-ViT-L/14-336 where ``None``.
-        pinpoints, crop_size, patch_size: fields of the geometry to set otherwise.
+        geometry: how the model cuts images; that of LLaVA-NeXT with CLIP-ViT-L/14-336 if ``None``.
+        pinpoints, crop_size, patch_size: fields of the geometry that differ from it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name.

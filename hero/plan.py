@@ -1,75 +1,123 @@
-"""What a batch's layouts and a configuration imply, as tensors on a device: made once, then looked up.
+"""The plan of a batch: all tensors and numbers that follow from image sizes and configuration.
 
-Nothing after this asks the host for anything, and nothing here asks the device: on a GPU the tensors are
-copied from pinned memory, without waiting.
+A plan is computed on the CPU and copied to the device asynchronously. It holds what the later stages need, so
+they do not synchronise with the device.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import hero_kernels as hk
 from hero_kernels.segments import to_device
 
 from .config import HeroConfig
 from .layout import ImageLayout
-from .packing import Packing, packing_of
-from .policies import SCORES, policy_of
-from .scoring import Places, places_of
+from .policies import Rows
+from .signals import Places, places_of
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["Plan", "Plans", "constant_sizes", "make_plan"]
+
+LIMIT = 256  # plans that an encoder keeps
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a batch's layouts and a configuration imply, as tensors on a device; T crops of P patches.
+    """What follows from the image sizes of a batch and a configuration, on one device; T crops of P patches.
 
     Attributes:
         layouts: the images.
-        segments: the same for the operations.
+        segments: the same for :mod:`hero_kernels`.
         valid: ``[T, P]`` bool, patches that are not padding.
-        caps: ``[T]`` int32, the most that can be kept of each crop: fewer where the encoder drops patches.
-        packing: what goes on through an encoder that drops patches; ``None`` where none is dropped.
-        cu_seqlens: ``[B + 1]`` int32, where each image's kept tokens begin, if sizes alone decide that.
-        places: where crops belong.
-        maps: ``{map: {layer: [T] fp32}}``, weight of a layer in a map of each crop.
-        ranked: the maps whose order is wanted.
-        constants: what the policy makes of layouts alone (:meth:`hero.policies.Policy.constants`).
+        valid_counts: ``[T]`` int32, their number in each crop.
+        cu_seqlens: ``[B + 1]`` int32, where the kept tokens of each image begin, with ``allocation="exact"``.
+        places: the image of each crop, its thumbnail and tiles.
+        weights: ``{rows: {layer: [T] fp32}}``, the weight of a layer in the policy's attention rows.
+        ranked: names of the rows whose patches are ranked.
+        constants: what :meth:`hero.policies.Policy.constants` returned.
         device: where the tensors are.
-        config, depth, feature_layer: what :func:`plan_of` was asked for.
     """
 
     layouts: tuple[ImageLayout, ...]
     segments: hk.Segments
     valid: Tensor
-    caps: Tensor
-    packing: Packing | None
+    valid_counts: Tensor
     cu_seqlens: Tensor
     places: Places
-    maps: Mapping[str, Mapping[int, Tensor]]
+    weights: Mapping[str, Mapping[int, Tensor]]
     ranked: frozenset[str]
-    constants: Mapping[str, Tensor | tuple[Tensor, ...]]
+    constants: Mapping[str, Any]
     device: torch.device
-    config: HeroConfig
-    depth: int
-    feature_layer: int
+    _moved: dict[torch.device, Plan] = field(default_factory=dict, repr=False)
 
-    @property
-    def layer_weights(self) -> Mapping[int, Tensor]:
-        """``{layer: [T] fp32}``, weight of a layer in the score of each crop."""
-        return self.maps[SCORES]
-
-    def on(self, device: torch.device) -> Plan:
-        """The same on another device: a tower's layers may sit on several."""
+    def to(self, device: torch.device) -> Plan:
+        """The same plan on another device, copied once: the layers of a tower may be on several."""
         if device == self.device:
             return self
-        return plan_of(self.layouts, self.config, self.depth, device, self.feature_layer)
+        if device not in self._moved:
+            self._moved[device] = self._copied(device)
+        return self._moved[device]
+
+    @torch.inference_mode(False)  # a plan made in inference mode must also serve calls with gradients
+    def _copied(self, device: torch.device) -> Plan:
+        self.segments.warm(device)
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        tensors = {name: values[name] for name in ("valid", "valid_counts", "cu_seqlens", "places")}
+        tensors |= {name: values[name] for name in ("weights", "constants")}
+        moved = tree_map_only(Tensor, lambda tensor: to_device(tensor, device), tensors)
+        return replace(self, **moved, device=device, _moved={})
+
+
+def make_plan(
+    layouts: tuple[ImageLayout, ...], config: HeroConfig, rows: Mapping[str, Rows], device: torch.device
+) -> Plan:
+    """The plan of a batch.
+
+    Args:
+        layouts: of the images.
+        config: the configuration.
+        rows: the attention rows of its policy (:meth:`hero.policies.Policy.rows`).
+        device: where the tensors are needed.
+    """
+    with torch.inference_mode(False):
+        segments = hk.Segments(tuple(_segment(layout, config) for layout in layouts), layouts[0].side)
+        is_thumbnail = torch.tensor(
+            [flag for one in layouts for flag in one.per_crop(True, [False] * one.tiles)]
+        )
+        counts = [n for one in layouts for n in one.per_crop(one.patches, one.valid_counts)]
+        cpu = Plan(
+            layouts=layouts,
+            segments=segments,
+            valid=torch.cat([_valid(layout) for layout in layouts]),
+            valid_counts=torch.tensor(counts, dtype=torch.int32),
+            cu_seqlens=torch.tensor([*accumulate(segments.lengths, initial=0)], dtype=torch.int32),
+            places=places_of(layouts),
+            weights={
+                name: {
+                    layer: torch.where(
+                        is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0)
+                    ).float()
+                    for layer in one.layers
+                }
+                for name, one in rows.items()
+            },
+            ranked=frozenset(name for name, one in rows.items() if one.ranked),
+            constants=config.policy.constants(layouts),
+            device=torch.device("cpu"),
+        )
+    if device == cpu.device:
+        segments.warm(device)
+        return cpu
+    return cpu._copied(device)
 
 
 def _segment(layout: ImageLayout, config: HeroConfig) -> hk.Segment:
@@ -84,81 +132,57 @@ def _segment(layout: ImageLayout, config: HeroConfig) -> hk.Segment:
     )
 
 
-def _caps(layout: ImageLayout, config: HeroConfig) -> list[int]:
-    caps = [layout.patches] * layout.crops
-    caps[layout.first_tile : layout.first_tile + layout.tiles] = layout.tile_caps(config)
-    return caps
-
-
 def _valid(layout: ImageLayout) -> Tensor:
     """``[crops, P]`` bool, patches that are not padding."""
-    crops = torch.ones((layout.crops, layout.side, layout.side), dtype=torch.bool)
-    tiles = crops[layout.first_tile : layout.first_tile + layout.tiles]
-    tiles.zero_()
-    for tile, (top, bottom, left, right) in zip(tiles, layout.tile_rectangles, strict=True):
-        tile[top:bottom, left:right] = True
-    return crops.flatten(1)
+    valid = torch.zeros((layout.crops, layout.side, layout.side), dtype=torch.bool)
+    whole = (0, layout.side, 0, layout.side)
+    for crop, (top, bottom, left, right) in enumerate(layout.per_crop(whole, layout.tile_rectangles)):
+        valid[crop, top:bottom, left:right] = True
+    return valid.flatten(1)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a plan made in a call without gradients serves those that have them
-def plan_of(
-    layouts: tuple[ImageLayout, ...],
-    config: HeroConfig,
-    depth: int,
-    device: torch.device,
-    feature_layer: int | None = None,
-) -> Plan:
-    """The plan of a batch on an encoder of ``depth`` layers; cached.
+class Plans:
+    """The plans that one encoder used last. Safe to use from several threads; copies start empty."""
 
-    ``feature_layer`` is the last layer of the features, the last but one where ``None``.
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return Plans, ()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def clear(self) -> None:
+        """Drop all plans and their memory."""
+        with self._lock:
+            self._plans.clear()
+
+    def get(
+        self,
+        layouts: tuple[ImageLayout, ...],
+        config: HeroConfig,
+        rows: Mapping[str, Rows],
+        device: torch.device,
+    ) -> Plan:
+        """:func:`make_plan`, or the plan it returned before."""
+        key = layouts, device
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = self._plans[key] = make_plan(layouts, config, rows, device)
+                if len(self._plans) > LIMIT:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+        return plan
+
+
+def constant_sizes(image_sizes) -> tuple[tuple[int, int], ...]:
+    """Sizes as constants of the code that is being compiled, which may have made them dynamic.
+
+    The key of a dictionary must be a constant.
     """
-    feature_layer = max(depth - 2, 0) if feature_layer is None else feature_layer
-    policy = policy_of(config.policy)
-    segments = hk.Segments(tuple(_segment(layout, config) for layout in layouts), layouts[0].side)
-    valid = torch.cat([_valid(layout) for layout in layouts])
-    is_thumbnail = torch.tensor(
-        [crop == layout.thumbnail_crop for layout in layouts for crop in range(layout.crops)]
-    )
-    asked = policy.maps(config, depth, feature_layer)
-    segments.warm(device)
-
-    packing = packing_of(layouts, config)
-
-    def put(values: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        if isinstance(values, Tensor):
-            return to_device(values, device)
-        return type(values)(*(to_device(value, device) for value in values))
-
-    return Plan(
-        layouts=layouts,
-        segments=segments,
-        valid=put(valid),
-        caps=put(
-            torch.tensor([cap for layout in layouts for cap in _caps(layout, config)], dtype=torch.int32)
-        ),
-        packing=None
-        if packing is None
-        else replace(
-            packing, **{name: put(value) for name, value in vars(packing).items() if name != "blocks"}
-        ),
-        cu_seqlens=put(torch.tensor([*accumulate(segments.lengths, initial=0)], dtype=torch.int32)),
-        places=put(places_of(layouts)),
-        maps={
-            name: {
-                layer: put(
-                    torch.where(
-                        is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0)
-                    ).float()
-                )
-                for layer in one.layers
-            }
-            for name, one in asked.items()
-        },
-        ranked=frozenset(name for name, one in asked.items() if one.ranked),
-        constants={name: put(values) for name, values in policy.constants(layouts).items()},
-        device=device,
-        config=config,
-        depth=depth,
-        feature_layer=feature_layer,
-    )
+    if isinstance(image_sizes, Tensor):
+        raise TypeError("image_sizes: expected pairs of integers in compiled code, got a tensor")
+    return tuple((next(iter({height: 0})), next(iter({width: 0}))) for height, width in image_sizes)

@@ -1,7 +1,7 @@
-"""Prompts: shrink runs of image placeholders to what is kept, and find each image's question.
+"""Prompts: shorten runs of image placeholders to the number of kept tokens, and find each image's question.
 
-A processor that hero does not know emits as many placeholders as the stock model needs. These functions
-cut the surplus out of ``input_ids`` and whatever runs along with it.
+A processor without hero writes as many placeholders as the stock model needs. These functions remove the
+surplus from ``input_ids`` and the tensors aligned with it.
 """
 
 from __future__ import annotations
@@ -71,11 +71,10 @@ def shrink(
     runs: Sequence[tuple[int, int]],
     *,
     pad_token_id: int,
-    padding_side: str = "left",
 ) -> dict[str, object]:
     """Shorten runs of placeholders in a batch of prompts.
 
-    Rows are padded again, on the side they were padded on, to the longest of them.
+    Rows are padded again to the longest of them, on the side they were padded on, or on the left.
 
     Args:
         inputs: keyword arguments of the model with ``input_ids`` ``[B, L]``; ``attention_mask``,
@@ -83,7 +82,6 @@ def shrink(
         image_token_id: the placeholder.
         runs: (length now, length wanted) of each run of placeholders, in order.
         pad_token_id: fills ``input_ids``.
-        padding_side: where to pad if the batch has no padding that tells.
 
     Returns:
         a copy of ``inputs`` with the shortened tensors.
@@ -107,16 +105,13 @@ def shrink(
     keep = torch.ones_like(ids, dtype=torch.bool)
     keep[ids == image_token_id] = ~surplus
 
-    if bool((mask[:, 0] == 0).any()):
-        padding_side = "left"
-    elif bool((mask[:, -1] == 0).any()):
-        padding_side = "right"
+    left = bool((mask[:, 0] == 0).any()) or not bool((mask[:, -1] == 0).any())
     content = mask.bool()
-    order = content if padding_side == "left" else content.flip(1)
+    order = content if left else content.flip(1)
     padding = (order.long().cumsum(1) == 0).sum(1)  # padding of each row, at the padded side
     common = int(padding.min())
     column = torch.arange(length, device=ids.device)
-    outside = column < padding[:, None] if padding_side == "left" else column >= length - padding[:, None]
+    outside = column < padding[:, None] if left else column >= length - padding[:, None]
     keep &= ~outside
     new_length = int(keep.sum(1).max()) + common
 
@@ -124,7 +119,7 @@ def shrink(
         packed = values.new_full((values.shape[0], new_length), fill)
         for row, (kept, old) in enumerate(zip(keep, values, strict=True)):
             kept_values = old[kept]
-            if padding_side == "left":
+            if left:
                 packed[row, new_length - len(kept_values) :] = kept_values
             else:
                 packed[row, : len(kept_values)] = kept_values

@@ -1,4 +1,4 @@
-"""Task relevance: CLIP's similarity of each tile to the question, and the question out of a prompt."""
+"""Relevance: CLIP's similarity of each tile to the question, and the question in a prompt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hero_kernels.segments import to_device
 
-__all__ = ["ClipRelevance", "question_of"]
+__all__ = ["ClipRelevance", "check_questions", "question_of"]
 
-# Where the user's words stand in the chat templates of published checkpoints: (begin, end) markers.
+# The markers around the user's words in the chat templates of published checkpoints: (begin, end).
 _TEMPLATES = (
     ("<|im_start|>user", "<|im_end|>"),  # ChatML: Qwen, Yi, Hermes
     ("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),  # Llama 3
@@ -28,7 +28,7 @@ def question_of(prompt: str) -> str:
     """The user's last question in a prompt, without chat template, special tokens and image tokens.
 
     Knows the markers of ChatML, Llama 2 and 3, Mistral and Vicuna; a prompt with none of them is taken
-    whole. What a turn before the last one asked is left out, since the answer is to the last.
+    whole. Earlier turns are left out, since the answer is to the last one.
     """
     for begin, end in _TEMPLATES:
         start = prompt.rfind(begin)
@@ -44,15 +44,34 @@ def _clean(text: str) -> str:
     return " ".join(_SPECIAL.sub(" ", text).split())
 
 
+def check_questions(
+    text: str | Sequence[str] | Tensor | None, images: int, *, required: bool
+) -> Sequence[str] | Tensor | None:
+    """``text`` as one question, or its embedding, for each image.
+
+    Raises:
+        TypeError: not a string, a sequence or a tensor.
+        ValueError: ``required``, and not one for each image.
+    """
+    if isinstance(text, str):
+        text = [text] * images
+    if text is not None and not isinstance(text, (Sequence, Tensor)):
+        raise TypeError(f"text: expected a string, one an image, or their embeddings, got {text!r}")
+    if required and (text is None or len(text) != images):
+        got = "none" if text is None else f"{len(text)}"
+        raise ValueError(f"text: expected a question for each of {images} images, got {got}")
+    return text
+
+
 class ClipRelevance:
     """CLIP score of a tile and the question: the cosine of their projected embeddings (docs/method.md, 2).
 
     Args:
-        clip_model: a transformers ``CLIPModel``. If its vision weights are those of the model's own
-            vision tower, which is checked, the tile embeddings are projected from the features at hand.
+        clip_model: a transformers ``CLIPModel``. If its vision weights are those of the model's own vision
+            tower, which is checked, tile embeddings are projected from the tower's features.
         tokenizer: the CLIP tokenizer.
-        second_pass: where the weights differ, run CLIP's vision encoder on all crops as well. That costs
-            about as much as the vision tower itself; without it, such a model is refused.
+        second_pass: if the weights differ, also run CLIP's vision encoder on all crops, which costs about as
+            much as the vision tower itself. Without it, such a model raises an error.
 
     A question longer than CLIP's text encoder takes is cut into windows, whose embeddings are averaged
     by length.
@@ -93,7 +112,7 @@ class ClipRelevance:
         return config.image_size // config.patch_size
 
     def shares_weights(self, vision_tower: nn.Module) -> bool:
-        """Whether ``vision_tower`` has the very weights of CLIP's vision encoder, be one of them rounded."""
+        """Whether ``vision_tower`` has the weights of CLIP's vision encoder, equal up to a dtype cast."""
         own = self.clip_model.vision_model.state_dict()
         other = getattr(vision_tower, "_orig_mod", vision_tower).state_dict()
 
@@ -110,11 +129,10 @@ class ClipRelevance:
         return self._embed(self._tokens(texts))
 
     def start(self, texts: Sequence[str]) -> Callable[[], Tensor]:
-        """:meth:`text_embeddings` in two halves: texts are read now and embedded when the result is called.
+        """:meth:`text_embeddings` in two steps: tokenized now, embedded when the result is called.
 
-        On a GPU that happens on a stream of its own, which waits for nothing that was launched between the
-        two: what keeps the device busy meanwhile goes on beside it. The embeddings are for the stream that is
-        current when the result is called.
+        On a GPU the embedding runs on a stream of its own, beside the work that was launched between the two
+        steps. The stream that is current when the result is called waits for the embeddings.
         """
         tokens = self._tokens(texts)
         if self.device.type != "cuda":
@@ -133,7 +151,7 @@ class ClipRelevance:
         return join
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """On the CPU, windows ``[W, longest]`` of tokens, the text and the number of words of each; texts."""
+        """On the CPU: windows ``[W, longest]`` of tokens, text and length of each; the number of texts."""
         length = self.clip_model.config.text_config.max_position_embeddings
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         windows, owners = [], []
@@ -145,13 +163,13 @@ class ClipRelevance:
                 windows.append([begin, *ids[start : start + length - 2], end])
                 owners.append(number)
         longest = max(map(len, windows))
-        # Filled up with the end token: attention is causal and the first end is read, so no mask is needed.
+        # Padded with the end token: attention is causal and the first end is read, so no mask is needed.
         tokens = torch.tensor([window + [end] * (longest - len(window)) for window in windows])
         words = torch.tensor([max(len(window) - 2, 1) for window in windows])
         return tokens, torch.tensor(owners), words, len(texts)
 
     def _embed(self, tokens: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
-        """Embeddings of what :meth:`_tokens` returned: means over windows, by words."""
+        """Embeddings of what :meth:`_tokens` returned: means over windows, weighted by their lengths."""
         windows, owners, words = (to_device(values, self.device) for values in tokens[:3])
         with torch.no_grad():
             features = _pooled(self.clip_model.get_text_features(input_ids=windows)).float()
@@ -164,10 +182,10 @@ class ClipRelevance:
         """Unit embeddings ``[T, E]`` fp32 of crops.
 
         Args:
-            pixel_values: ``[T, 3, S, S]`` crops as the vision tower takes them; resized where CLIP's own
-                size differs.
-            pooled: ``[T, C]`` post-layer-norm CLS features of a tower that shares CLIP's weights; used
-                instead of a second pass where given.
+            pixel_values: ``[T, 3, S, S]`` crops as the vision tower takes them; resized if CLIP's own size
+                differs.
+            pooled: ``[T, C]`` CLS features, after the final layer norm, of a tower that shares CLIP's
+                weights; replaces the second pass.
         """
         with torch.no_grad():
             if pooled is not None:
@@ -179,12 +197,12 @@ class ClipRelevance:
         return F.normalize(features.float(), dim=-1)
 
     def patch_embeddings(self, pixel_values: Tensor | None, patches: Tensor | None) -> Tensor:
-        """Unit embeddings ``[T, P, E]`` fp32 of the patches of crops: what CLIP does to CLS, done to each.
+        """Unit embeddings ``[T, P, E]`` fp32 of patches: CLIP's final norm and projection on each of them.
 
         Args:
             pixel_values: as in :meth:`image_embeddings`.
-            patches: ``[T, P, C]`` last layer of a tower that shares CLIP's weights at its patches; used
-                instead of a second pass where given.
+            patches: ``[T, P, C]`` last layer, at the patches, of a tower that shares CLIP's weights; replaces
+                the second pass.
         """
         vision = self.clip_model.vision_model
         with torch.no_grad():

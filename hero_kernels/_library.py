@@ -40,10 +40,6 @@ def _joined(weights: Tensor | None, weight: float) -> float | Tensor:
     return weight if weights is None else weights
 
 
-def _rows_shape(key: Tensor, size: int, per_head: bool) -> tuple[int, ...]:
-    return (*key.shape[:2], size) if per_head else (key.shape[0], size)
-
-
 def _token_major(output: Tensor) -> Tensor:
     """``[T, H, N, D]`` with the memory of ``[T, N, H, D]``, as the layer after attention wants it."""
     return output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -52,32 +48,21 @@ def _token_major(output: Tensor) -> Tensor:
 # --- attention -------------------------------------------------------------------------------------------
 
 
-def _cls_attention(query, key, scale, lse, weights, weight, second_softmax, per_head):
-    return _run(
-        *("cls_attention", key.device, query, key, scale),
-        lse=lse,
-        weight=_joined(weights, weight),
-        second_softmax=second_softmax,
-        per_head=per_head,
-    )
+def _cls_attention(query, key, scale, weights, weight, second_softmax):
+    weight = _joined(weights, weight)
+    return _run("cls_attention", key.device, query, key, scale, weight=weight, second_softmax=second_softmax)
 
 
-def _cls_attention_fake(query, key, scale, lse, weights, weight, second_softmax, per_head):
-    return key.new_empty(_rows_shape(key, key.shape[2] - 1, per_head), dtype=torch.float32)
+def _cls_attention_fake(query, key, scale, weights, weight, second_softmax):
+    return key.new_empty((*key.shape[:2], key.shape[2] - 1), dtype=torch.float32)
 
 
-def _cls_attention_into(out, query, key, scale, lse, weights, weight, second_softmax, per_head):
-    _run(
-        *("cls_attention", key.device, query, key, scale),
-        lse=lse,
-        weight=_joined(weights, weight),
-        out=out,
-        second_softmax=second_softmax,
-        per_head=per_head,
-    )
+def _cls_attention_into(out, query, key, scale, weights, weight, second_softmax):
+    options = {"weight": _joined(weights, weight), "out": out, "second_softmax": second_softmax}
+    _run("cls_attention", key.device, query, key, scale, **options)
 
 
-_flags = f"float scale, Tensor? lse, {_LAYER}, bool second_softmax, bool per_head"
+_flags = f"float scale, {_LAYER}, bool second_softmax"
 _operator(f"cls_attention(Tensor query, Tensor key, {_flags}) -> Tensor", _cls_attention, _cls_attention_fake)
 _operator(
     f"cls_attention_(Tensor(a!) out, Tensor query, Tensor key, {_flags}) -> ()",
@@ -86,26 +71,25 @@ _operator(
 )
 
 
-def cls_attention(query, key, scale, *, lse, weight, out, second_softmax, per_head) -> Tensor:
-    arguments = (query, key, float(scale), lse, *_split(weight), second_softmax, per_head)
+def cls_attention(query, key, scale, *, weight, out, second_softmax) -> Tensor:
+    arguments = (query, key, float(scale), *_split(weight), second_softmax)
     if out is None:
         return _OPERATORS.cls_attention(*arguments)
     _OPERATORS.cls_attention_(out, *arguments)
     return out
 
 
-def _attention_with_cls(query, key, value, scale, weights, weight, second_softmax, per_head):
+def _attention_with_cls(query, key, value, scale, weights, weight, second_softmax):
     output, rows = _run(
         *("attention_with_cls", key.device, query, key, value, scale),
         weight=_joined(weights, weight),
         second_softmax=second_softmax,
-        per_head=per_head,
     )
     return _token_major(output), rows
 
 
-def _attention_with_cls_fake(query, key, value, scale, weights, weight, second_softmax, per_head):
-    rows = _cls_attention_fake(query, key, scale, None, weights, weight, second_softmax, per_head)
+def _attention_with_cls_fake(query, key, value, scale, weights, weight, second_softmax):
+    rows = _cls_attention_fake(query, key, scale, weights, weight, second_softmax)
     crops, heads, tokens, width = key.shape
     return key.new_empty((crops, tokens, heads, width)).transpose(1, 2), rows
 
@@ -121,12 +105,12 @@ def _attention_backward(ctx, grad, _):
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         output = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=ctx.scale)
-    return *torch.autograd.grad(output, inputs, grad), None, None, None, None, None
+    return *torch.autograd.grad(output, inputs, grad), None, None, None, None
 
 
 _operator(
-    f"attention_with_cls(Tensor query, Tensor key, Tensor value, float scale, {_LAYER}, bool second_softmax, "
-    "bool per_head) -> (Tensor, Tensor)",
+    f"attention_with_cls(Tensor query, Tensor key, Tensor value, float scale, {_LAYER}, bool second_softmax)"
+    " -> (Tensor, Tensor)",
     _attention_with_cls,
     _attention_with_cls_fake,
 )
@@ -138,28 +122,27 @@ torch.library.register_autograd(
 )
 
 
-def attention_with_cls(query, key, value, scale, *, weight, out, second_softmax, per_head):
+def attention_with_cls(query, key, value, scale, *, weight, out, second_softmax):
     output, rows = _OPERATORS.attention_with_cls(
-        query, key, value, float(scale), *_split(weight), second_softmax, per_head
+        query, key, value, float(scale), *_split(weight), second_softmax
     )
     return output, rows.detach() if out is None else out.add_(rows.detach())
 
 
-def _received_attention(query, key, scale, weights, weight, per_head):
+def _received_attention(query, key, scale, weights, weight):
+    return _run("received_attention", key.device, query, key, scale, weight=_joined(weights, weight))
+
+
+def _received_attention_fake(query, key, scale, weights, weight):
+    return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+def _received_attention_into(out, query, key, scale, weights, weight):
     weight = _joined(weights, weight)
-    return _run("received_attention", key.device, query, key, scale, weight=weight, per_head=per_head)
+    _run("received_attention", key.device, query, key, scale, weight=weight, out=out)
 
 
-def _received_attention_fake(query, key, scale, weights, weight, per_head):
-    return key.new_empty(_rows_shape(key, key.shape[2], per_head), dtype=torch.float32)
-
-
-def _received_attention_into(out, query, key, scale, weights, weight, per_head):
-    weight = _joined(weights, weight)
-    _run("received_attention", key.device, query, key, scale, weight=weight, out=out, per_head=per_head)
-
-
-_flags = f"float scale, {_LAYER}, bool per_head"
+_flags = f"float scale, {_LAYER}"
 _operator(
     f"received_attention(Tensor query, Tensor key, {_flags}) -> Tensor",
     _received_attention,
@@ -172,8 +155,8 @@ _operator(
 )
 
 
-def received_attention(query, key, scale, *, weight, out, per_head) -> Tensor:
-    arguments = (query, key, float(scale), *_split(weight), per_head)
+def received_attention(query, key, scale, *, weight, out) -> Tensor:
+    arguments = (query, key, float(scale), *_split(weight))
     if out is None:
         return _OPERATORS.received_attention(*arguments)
     _OPERATORS.received_attention_(out, *arguments)

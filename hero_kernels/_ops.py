@@ -100,29 +100,21 @@ def _check_attention(query: Tensor, key: Tensor, scale: float, *, rows: bool) ->
     check_tensor(
         "query", query, (crops, heads, "N or 1" if rows else tokens, width), (key.dtype,), key.device
     )
-    if rows:
-        _check_rows("query", query, tokens)
+    if rows and query.shape[2] not in (1, tokens):
+        raise ValueError(f"query: expected {tokens} rows or the CLS row alone, got {describe(query)}")
     if tokens < 1 + rows:
         raise ValueError(f"key: expected at least {1 + rows} tokens a crop, got {describe(key)}")
     check_number("scale", scale)
 
 
-def _check_rows(name: str, values: Tensor, tokens: int) -> None:
-    if values.shape[2] not in (1, tokens):
-        raise ValueError(f"{name}: expected {tokens} rows or the CLS row alone, got {describe(values)}")
-
-
-def _check_accumulation(
-    weight: float | Tensor, out: Tensor | None, key: Tensor, size: int, per_head: bool
-) -> None:
+def _check_accumulation(weight: float | Tensor, out: Tensor | None, key: Tensor, size: int) -> None:
     crops, heads = key.shape[:2]
     if isinstance(weight, Tensor):
         check_tensor("weight", weight, (crops,), (torch.float32,), key.device)
     else:
         check_number("weight", weight)
     if out is not None:
-        shape = (crops, heads, size) if per_head else (crops, size)
-        check_tensor("out", out, shape, (torch.float32,), key.device)
+        check_tensor("out", out, (crops, heads, size), (torch.float32,), key.device)
 
 
 def _check_flag(name: str, value: object) -> None:
@@ -135,26 +127,18 @@ def cls_attention(
     key: Tensor,
     scale: float,
     *,
-    lse: Tensor | None = None,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     second_softmax: bool = False,
-    per_head: bool = False,
 ) -> Tensor:
     _check_attention(query, key, scale, rows=True)
-    crops, heads, tokens, _ = key.shape
     _check_flag("second_softmax", second_softmax)
-    _check_flag("per_head", per_head)
-    _check_accumulation(weight, out, key, tokens - 1, per_head)
-    if lse is not None:
-        check_tensor("lse", lse, (crops, heads, "N or 1"), FLOATS, key.device)
-        _check_rows("lse", lse, tokens)
-        lse = lse.detach()
+    _check_accumulation(weight, out, key, key.shape[2] - 1)
     query, key = query.detach(), key.detach()
-    options = {"weight": weight, "out": out, "second_softmax": second_softmax, "per_head": per_head}
-    if _plain((query, key, lse, out)):
-        return _run("cls_attention", key.device, query, key, scale, lse=lse, **options)
-    return _library.cls_attention(query, key, scale, lse=lse, **options)
+    options = {"weight": weight, "out": out, "second_softmax": second_softmax}
+    if _plain((query, key, out)):
+        return _run("cls_attention", key.device, query, key, scale, **options)
+    return _library.cls_attention(query, key, scale, **options)
 
 
 def attention_with_cls(
@@ -166,16 +150,14 @@ def attention_with_cls(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     second_softmax: bool = False,
-    per_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_attention(query, key, scale, rows=False)
     check_tensor("value", value, tuple(key.shape), (key.dtype,), key.device)
     if key.shape[2] < 2:
         raise ValueError(f"key: expected at least 2 tokens a crop, got {describe(key)}")
     _check_flag("second_softmax", second_softmax)
-    _check_flag("per_head", per_head)
-    _check_accumulation(weight, out, key, key.shape[2] - 1, per_head)
-    options = {"weight": weight, "out": out, "second_softmax": second_softmax, "per_head": per_head}
+    _check_accumulation(weight, out, key, key.shape[2] - 1)
+    options = {"weight": weight, "out": out, "second_softmax": second_softmax}
     if _plain((query, key, value, out), (query, key, value)):
         return _run("attention_with_cls", key.device, query, key, value, scale, **options)
     return _library.attention_with_cls(query, key, value, scale, **options)
@@ -188,13 +170,11 @@ def received_attention(
     *,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
-    per_head: bool = False,
 ) -> Tensor:
     _check_attention(query, key, scale, rows=False)
-    _check_flag("per_head", per_head)
-    _check_accumulation(weight, out, key, key.shape[2], per_head)
+    _check_accumulation(weight, out, key, key.shape[2])
     query, key = query.detach(), key.detach()
-    options = {"weight": weight, "out": out, "per_head": per_head}
+    options = {"weight": weight, "out": out}
     if _plain((query, key, out)):
         return _run("received_attention", key.device, query, key, scale, **options)
     return _library.received_attention(query, key, scale, **options)

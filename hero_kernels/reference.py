@@ -27,12 +27,10 @@ __all__ = [
 FIXED_POINT = 1 << 24
 
 
-def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None, per_head: bool) -> Tensor:
-    """``out += weight · rows`` with ``rows`` [T, H, n], or their mean over heads; weight 0 adds nothing."""
-    if not per_head:
-        rows = rows.mean(1)
+def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None) -> Tensor:
+    """``out += weight · rows`` with ``rows`` [T, H, n]; weight 0 adds nothing."""
     if isinstance(weight, Tensor):
-        weight = weight.view(-1, *[1] * (rows.dim() - 1))
+        weight = weight[:, None, None]
         rows = (rows * weight).masked_fill(weight == 0, 0.0)
     else:
         rows = rows * weight if weight else torch.zeros_like(rows)
@@ -44,46 +42,37 @@ def cls_attention(
     key: Tensor,
     scale: float,
     *,
-    lse: Tensor | None = None,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     second_softmax: bool = False,
-    per_head: bool = False,
 ) -> Tensor:
-    """Attention of the CLS token to every patch, averaged over heads (§1).
+    """Attention of the CLS token to every patch, per head (§1).
 
-    ``out[t, n] += weight · mean_h softmax_j(scale · q[t, h, 0] · k[t, h, j])[n + 1]`` in fp32: the
-    softmax runs over all N keys, then the CLS column is dropped, without renormalising.
+    ``out[t, h, n] += weight · softmax_j(scale · q[t, h, 0] · k[t, h, j])[n + 1]`` in fp32: the softmax
+    runs over all N keys, then the CLS column is dropped, without renormalising. The mean over heads is
+    taken once, after the last layer, by :func:`finalize_scores`.
 
     Args:
         query: ``[T, H, N or 1, D]`` floating view, any strides; only row 0 is read.
         key: ``[T, H, N, D]`` floating view, any strides.
         scale: factor of the logits, usually D^−½.
-        lse: ``[T, H, N or 1]`` natural-log sum of exponentials of the logits, where the attention
-            backend returns it; saves the softmax reduction. Only row 0 is read.
         weight: factor of this layer, for all crops or ``[T]`` fp32, one a crop. Crops of weight 0 get
             nothing added, whatever their keys.
         out: fp32 of the result's shape to add to in place; a new tensor where ``None``.
-        second_softmax: a second softmax over the N − 1 patches of each head before averaging, as the
-            paper's released code has it.
-        per_head: leave the mean over heads out, for :func:`finalize_scores` to take once after the last
-            layer.
+        second_softmax: a second softmax over the N − 1 patches of each head, as the paper's released
+            code has it.
 
     Returns:
-        ``[T, N − 1]`` fp32, or ``[T, H, N − 1]`` with ``per_head``: ``out`` where given. No gradient runs
-        through it.
+        ``[T, H, N − 1]`` fp32, ``out`` where given. No gradient runs through it.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name.
     """
     logits = torch.einsum("thd,thnd->thn", query[:, :, 0].float(), key.float()) * scale
-    if lse is None:
-        rows = logits.softmax(-1)[..., 1:]
-    else:
-        rows = (logits - lse[:, :, :1].float()).exp()[..., 1:]
+    rows = logits.softmax(-1)[..., 1:]
     if second_softmax:
         rows = rows.softmax(-1)
-    return _accumulate(rows, weight, out, per_head)
+    return _accumulate(rows, weight, out)
 
 
 def attention_with_cls(
@@ -95,13 +84,12 @@ def attention_with_cls(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     second_softmax: bool = False,
-    per_head: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Full attention that yields the CLS row of :func:`cls_attention` on the side.
 
     Args:
         query, key, value: ``[T, H, N, D]`` floating views, any strides.
-        scale, weight, out, second_softmax, per_head: as in :func:`cls_attention`.
+        scale, weight, out, second_softmax: as in :func:`cls_attention`.
 
     Returns:
         the attention output ``[T, H, N, D]`` in the dtype of ``query`` (accumulated in fp32), and the
@@ -117,7 +105,6 @@ def attention_with_cls(
         weight=weight,
         out=out,
         second_softmax=second_softmax,
-        per_head=per_head,
     )
     return output, rows
 
@@ -129,19 +116,17 @@ def received_attention(
     *,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
-    per_head: bool = False,
 ) -> Tensor:
-    """Attention a token receives, averaged over queries and heads: the score of encoders without CLS (§1).
+    """Attention a token receives per head, averaged over queries: the score of encoders without CLS (§1).
 
-    ``out[t, n] += weight · mean_{h, m} softmax_j(scale · q[t, h, m] · k[t, h, j])[n]`` in fp32.
+    ``out[t, h, n] += weight · mean_m softmax_j(scale · q[t, h, m] · k[t, h, j])[n]`` in fp32.
 
     Args:
         query, key: ``[T, H, N, D]`` floating views, any strides.
-        scale, weight, out, per_head: as in :func:`cls_attention`.
+        scale, weight, out: as in :func:`cls_attention`.
 
     Returns:
-        ``[T, N]`` fp32, or ``[T, H, N]`` with ``per_head``: ``out`` where given. No gradient runs through
-        it.
+        ``[T, H, N]`` fp32, ``out`` where given. No gradient runs through it.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, by name.
@@ -151,14 +136,14 @@ def received_attention(
         logits = torch.einsum("tmd,tnd->tmn", q.float(), k.float()) * scale
         rows.append(logits.softmax(-1).mean(1))
     rows = torch.stack(rows, dim=1)
-    return _accumulate(rows, weight, out, per_head)
+    return _accumulate(rows, weight, out)
 
 
 def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = False) -> Finalized:
     """Patch scores from rows per head, and what follows from the scores alone (§1, §2).
 
     Args:
-        rows: ``[T, H, P]`` fp32, as :func:`cls_attention` accumulates them with ``per_head``.
+        rows: ``[T, H, P]`` fp32, as :func:`cls_attention` accumulates them.
         valid: ``[T, P]`` bool; all valid where ``None``.
         rank: whether ranks are wanted.
 

@@ -61,20 +61,6 @@ def oracle_cls(query, key, scale, second_softmax=False):
     return scores
 
 
-def oracle_lse(query, key, scale):
-    """``[T][H][M]``: natural logarithm of the sum of exponentials of the logits."""
-    lse = []
-    for crop_rows, crop_keys in zip(query.tolist(), key.tolist()):
-        lse.append([])
-        for rows, keys in zip(crop_rows, crop_keys):
-            lse[-1].append([])
-            for row in rows:
-                logits = logits_of(row, keys, scale)
-                top = max(logits)
-                lse[-1][-1].append(top + math.log(math.fsum(math.exp(logit - top) for logit in logits)))
-    return lse
-
-
 def oracle_received(query, key, scale):
     """``[T][N]``: attention that each token receives, mean over heads and queries."""
     received = []

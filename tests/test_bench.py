@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import queue
 import re
 import statistics
 import subprocess
@@ -36,10 +35,8 @@ from bench import (  # noqa: E402
     kernels,
     models,
     registry,
-    report,
-    savings,
 )
-from bench.measure import Unavailable, Variant, Wrong, measure  # noqa: E402
+from bench.kernels import Unavailable, Variant, Wrong, measure  # noqa: E402
 from bench.released import Released, eager  # noqa: E402
 
 ROUNDS = 2
@@ -245,12 +242,12 @@ def test_record_keeps_every_raw_time(record):
             assert set(times[group]) == EVERY - {"stock again"}
         stages = {name: set(spans) for name, spans in series["stages"].items()}
         assert stages["stock"] == {"encode", "project", "pack"}
-        assert stages["hero 0.2"] == {"text", "encode", "capture", "score", "budget", "select", "project"}
+        assert stages["hero 0.2"] == {"text", "encode", "rows", "score", "budget", "select", "project"}
         assert stages["released"] == {"encode", "score", "budget", "select", "project", "pack"}
         values = [*times.values(), *series["stages"].values()]
         assert all(len(one) == ROUNDS and min(one) > 0 for found in values for one in found.values())
         for name, spans in series["stages"].items():  # a stage is part of the call that was timed
-            outer = [stage for stage in spans if stage != "capture"]
+            outer = [stage for stage in spans if stage != "rows"]
             for number, whole in enumerate(times["vision"][name]):
                 assert sum(spans[stage][number] for stage in outer) < whole
 
@@ -300,24 +297,6 @@ def test_counts_are_of_the_vision_stage(record):
     assert one["released"]["peak_bytes"] > maps > 0 and one["hero 0.2"]["peak_bytes"] > 0
 
 
-def test_a_gpu_has_the_most_important_first():
-    steps = end_to_end.plan((0, 1), gpu=True)
-    assert [step.variants for step in steps[:2]] == [("stock", "stock again", "hero 0.2")] * 2
-    assert steps[0].groups[:2] == ("vision", "ttft") and [step.batch for step in steps[:2]] == [0, 1]
-    for group in ("vision", "ttft", "prefill", "counts", "stages", "profiles"):
-        assert any(group in step.groups for step in steps)
-    for batch in (0, 1):
-        measured = {name for step in steps if step.batch == batch for name in step.variants}
-        assert measured == set(end_to_end.VARIANTS)
-
-
-def test_a_slow_shape_measures_the_vision_stage_of_all_and_less_besides():
-    step, counts = end_to_end.plan((0,), gpu=False, slow=True)
-    assert set(step.variants) == EVERY - {"hero 0.5"} and counts.groups == ("counts",)
-    assert set(step.vision_only) == {"stock again", "hero 0.2 + text", "released"}
-    assert step.groups == ("vision", "ttft", "prefill", "decode")
-
-
 def test_waits_and_launches_of_a_gpu_are_told_apart(monkeypatch):
     """With a stand-in for the GPU: the mode's own warning is no wait, copies and fills are no launches."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -345,8 +324,7 @@ def test_waits_and_launches_of_a_gpu_are_told_apart(monkeypatch):
 
 
 def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
-    """The steps of a GPU on a CPU: no profiler and no graph there, and the released method is broken."""
-    steps = [step for step in end_to_end.plan((0,), gpu=True) if step.groups != ("stages",)]
+    """The variants of a GPU on a CPU: no graph there, and the released method is broken."""
 
     def broken(self, *arguments):
         raise RuntimeError(f"no such file {ROOT}/bench/nothing.py")
@@ -359,14 +337,14 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
         return described
 
     monkeypatch.setattr(end_to_end.Bench, "check", break_after_the_check)
-    monkeypatch.setattr(end_to_end, "plan", lambda *arguments: steps)
+    monkeypatch.setattr(end_to_end, "measured", lambda gpu: list(end_to_end.VARIANTS))
     monkeypatch.setattr(models, "SHAPES", {"small": dataclasses.replace(SMALL, batches=SMALL.batches[:1])})
     path = tmp_path / "record.json"
     status = end_to_end.main(["--shape", "small", "--device", "cpu", "--rounds", "2", "--out", str(path)])
     record = json.loads(path.read_text(encoding="utf-8"))
     assert status == 1 and len(record["failed"]) >= 5
     failed = {one["what"].split(",")[0].partition(" of ")[0] for one in record["failed"]}
-    assert {"vision", "counts", "profiles"} <= failed
+    assert {"vision", "counts"} <= failed
     graphs = [one for one in record["failed"] if "(graph)" in one["what"]]
     assert graphs and all("expected pixel_values on a CUDA device" in one["reason"] for one in graphs)
     assert any("no such file bench/nothing.py" in one["reason"] for one in record["failed"])
@@ -593,14 +571,13 @@ def test_device_runs_the_model_end_to_end(device_record, device_run):
 def _end_to_end_as(monkeypatch, tmp_path, script: str, seconds: float = 60) -> dict:
     """How a run of the model ends where its process runs a script instead; ``sys.argv`` as it is started."""
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    run = device._run
+    run = device.run
 
     def start(command, log, limit, **environ):
         assert command[1:3] == ["-m", "bench.end_to_end"] and environ["HERO_REQUIRE_KERNEL"] == "1"
         return run([sys.executable, tmp_path / "script.py", *command[3:]], log, limit, **environ)
 
-    monkeypatch.setattr(device, "_run", start)
-    monkeypatch.setattr(device, "END_SECONDS", 1)
+    monkeypatch.setattr(device, "run", start)
     return device.run_end_to_end(True, tmp_path, seconds, "abc")
 
 
@@ -650,7 +627,7 @@ def test_least_bytes_and_operations():
     shape = next(shape for shape in registry.shapes(False) if shape.geometry == registry.CLIP)
     assert shape.batch.crops == 5 and shape.segments.lengths == (115 + 460 + 48,)
     assert shape.activations() == 5 * 16 * 577 * 64 * 2  # 5.9 MB of keys
-    assert shape.cls_sums().bytes == 5908480 + 5 * 16 * (128 + 4) + 2 * 5 * 576 * 4
+    assert shape.cls_rows().bytes == 5908480 + 5 * 16 * 128 + 2 * 5 * 16 * 576 * 4
     assert shape.attention().flops == 4 * 5 * 16 * 577**2 * 64
     moved = (575 + 623) * 1024 * 2  # rows in, rows and newlines out
     assert shape.gather().bytes == moved + 5 * 576 * (4 + 1) + 623 * 4
@@ -720,64 +697,72 @@ def test_checks_catch_a_wrong_result(module):
     assert refused >= 8
 
 
-class _Scripted:
-    """A worker that follows a script: messages of each process in turn; ``"hang"`` says nothing more."""
+def _scripted(monkeypatch, tmp_path, results, processes, seconds=60):
+    """The record of the kernels where each process does what a script says to the results."""
+    path, limits = tmp_path / "kernels.json", []
+    path.write_text(json.dumps({"results": results, "notes": []}), encoding="utf-8")
 
-    def __init__(self, processes):
-        self.processes = list(processes)
-        self.starts = []
+    def run(command, log, limit, **environ):
+        assert command[1:3] == ["-m", "bench.kernels"] and environ["HERO_REQUIRE_KERNEL"] == "1"
+        changes, status, last = processes[len(limits)]
+        limits.append(limit)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for number, change in changes.items():
+            record["results"][number] |= change
+        path.write_text(json.dumps(record), encoding="utf-8")
+        log.write_text(last, encoding="utf-8")
+        return status
 
-    def __call__(self, arguments, log):
-        self.starts.append(int(arguments[arguments.index("--start") + 1]))
-        self.messages, self.ended = self.processes.pop(0)
-        self.messages = iter(self.messages)
-        return self
-
-    def message(self, seconds):
-        message = next(self.messages, None)
-        if message == "hang":
-            raise queue.Empty
-        return message
-
-    def end(self):
-        return self.ended
+    monkeypatch.setattr(device, "run", run)
+    record = device.run_kernels(path, device.Clock(seconds))
+    assert len(limits) == len(processes) and json.loads(path.read_text(encoding="utf-8")) == record
+    return record
 
 
 def test_a_dead_process_costs_one_variant(monkeypatch, tmp_path):
     """Neither a crash nor a hang nor a broken device keeps the rest from being measured."""
-    plan = [{"variant": str(number), "ours": number != 1} for number in range(5)]
-    ready = {"plan": plan}
-
-    def ok(number):
-        return [{"begin": number}, {"number": number, "result": {**plan[number], "status": "ok"}}]
-
-    script = _Scripted(
-        [
-            ([ready, *ok(0), {"begin": 1}], "exit -11, Segmentation fault"),
-            ([ready, {"begin": 2}, "hang"], "exit -9"),
-            ([ready, {"begin": 3}, {"number": 3, "result": {**plan[3], "status": "failed"}}], "exit 3"),
-            ([ready, *ok(4)], "exit 0"),
-        ]
-    )
-    monkeypatch.setattr(device, "Worker", script)
-    seen = []
-    result = device.run_kernels(True, tmp_path, device.Clock(60), seen.append)
-    assert script.starts == [0, 2, 3, 4]
-    assert [one["status"] for one in result["results"]] == ["ok", "unavailable", "failed", "failed", "ok"]
-    assert (
-        "Segmentation fault" in result["results"][1]["reason"]
-        and "no answer" in result["results"][2]["reason"]
-    )
-    assert [one["variant"] for one in seen] == ["0", "1", "2", "3", "4"]
+    results = [{"variant": str(number), **kernels.LEFT_OUT} for number in range(5)]
+    ended = {"reason": "the process ended here"}
+    processes = [
+        ({0: {"status": "ok"}, 1: {"status": "unavailable", **ended}}, -11, "Segmentation fault"),
+        ({2: {"status": "failed", **ended}}, 1, "Timeout (0:02:00)!"),
+        ({3: {"status": "failed", "reason": "RuntimeError: illegal access"}}, kernels.BROKEN, ""),
+        ({4: {"status": "ok"}}, 0, ""),
+    ]
+    found = _scripted(monkeypatch, tmp_path, results, processes)["results"]
+    assert [one["status"] for one in found] == ["ok", "unavailable", "failed", "failed", "ok"]
+    assert "Segmentation fault" in found[1]["reason"] and "Timeout" in found[2]["reason"]
+    assert found[3]["reason"] == "RuntimeError: illegal access"
+    assert [one["variant"] for one in found] == ["0", "1", "2", "3", "4"]
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
-    plan = [{"variant": str(number), "ours": True} for number in range(3)]
-    script = _Scripted([([{"plan": plan}, {"begin": 0}, "hang"], "exit -9")])
-    monkeypatch.setattr(device, "Worker", script)
-    result = device.run_kernels(True, tmp_path, device.Clock(0.4), lambda result: None)
-    assert [one["status"] for one in result["results"]] == ["skipped"] * 3
-    assert {one["reason"] for one in result["results"]} == {"left out: no time"}
+    results = [{"variant": str(number), **kernels.LEFT_OUT} for number in range(3)]
+    processes = [({}, None, "")]
+    found = _scripted(monkeypatch, tmp_path, results, processes, seconds=1.4)["results"]
+    assert [one["status"] for one in found] == ["skipped"] * 3
+    assert {one["reason"] for one in found} == {"left out: no time"}
+
+
+def test_a_new_process_continues_after_the_variant_that_ended_it(monkeypatch, tmp_path):
+    case = next(bench_selection.cases(True, torch.device("cpu")))
+    right = case.variants[-1]
+
+    def dies(inputs):
+        raise SystemExit
+
+    variants = (right, dataclasses.replace(right, name="dies", call=dies), right)
+    case = dataclasses.replace(case, variants=(*variants, case.ours))
+    monkeypatch.setattr(kernels, "all_cases", lambda small, device: [case])
+    record, path = kernels.new_record(True, []), tmp_path / "kernels.json"
+    with torch.no_grad():
+        with pytest.raises(SystemExit):
+            kernels.run(record, path, device.Clock(60))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert [one["status"] for one in record["results"]] == ["ok", "unavailable", "skipped", "skipped"]
+        assert kernels.run(record, path, device.Clock(60))
+    assert [one["status"] for one in record["results"]] == ["ok", "unavailable", "ok", "ok"]
+    assert record["results"][1]["reason"] == "the process ended here"
 
 
 @pytest.mark.parametrize(
@@ -820,23 +805,3 @@ def test_the_cases_run_under_pytest_benchmark():
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d+ passed, \d+ skipped", done.stdout)
-
-
-def test_savings_are_of_equal_results(tmp_path, monkeypatch):
-    """Every case is timed both ways, after its results were found equal; a wrong one is not timed."""
-    done = _run("bench.savings", "--small", "--rounds", ROUNDS, "--out", tmp_path / "savings.json")
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "savings.json").read_text(encoding="utf-8"))
-    for one in record["cases"]:
-        times = record["seconds"][one["name"]]
-        ratios = [a / b for a, b in zip(times["saving"], times["without"], strict=True)]
-        assert len(ratios) == ROUNDS and one["ratio"]["paired"] == pytest.approx(statistics.median(ratios))
-    assert len(record["cases"]) == 7 and "/" not in json.dumps(record["machine"])
-    table = "\n".join(report.savings(record))
-    assert all(one["name"] in table for one in record["cases"]) and "Tiny shapes" in table
-
-    real = savings.cases(models.SHAPES["small"])
-    wrong = real[1][0]._replace(saving=lambda: torch.zeros_like(real[1][0].without()))
-    monkeypatch.setattr(savings, "cases", lambda shape: (real[0], [wrong]))
-    with pytest.raises(RuntimeError, match="expected equal results"):
-        savings.measure(models.SHAPES["small"], 1, "wall", print)

@@ -61,8 +61,6 @@ def elements(launch):
     option = launch.options
     if launch.name == "cls_rows_kernel":
         return option["BLOCK"] * option["D_PAD"], 0, launch.arguments[1]
-    if launch.name == "cls_sums_kernel":
-        return option["BLOCK"] * option["H_BLOCK"] * option["D_PAD"], 0, launch.arguments[1]
     if launch.name == "attention_kernel":
         block = max(option["BLOCK"], option["BLOCK_M"] + 2 * option["BLOCK_N"])
         return block * option["D_PAD"], 0, launch.arguments[1]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from hero import HeroConfig, SignalWeights
-from hero.config import ALLOCATIONS, DEFAULT_KEEP_RATIO, POLICIES, resolve_layers
+from hero.config import ALLOCATIONS, DEFAULT_KEEP_RATIO
+from hero.policies import POLICIES, Hero, Policy
+from hero.policies.base import resolve_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN, INF = float("nan"), float("inf")
@@ -25,9 +28,9 @@ GIVEN = {
     "named": {"weights": SignalWeights(density=1, relevance=2)},
     "alpha": {"alpha": 0},
     "temperatures": {"temperature_cls": 1, "temperature_clip": 1e-3},
-    "within the encoder": {"encoder_keep": 1, "keep_ratio": 0.5},
-    "within the encoder, a count": {"encoder_keep": 0.1, "keep_tokens": 9},
     "released": {"allocation": "floor", "second_softmax": True},
+    "object": {"policy": Hero(alpha=0.7, tile_layers=(1,))},
+    "class": {"policy": "hero.policies.hero_plus:HeroPlus", "temperature_clip": 0.2},
     **{name: {"policy": name} for name in POLICIES},
 }
 
@@ -43,12 +46,13 @@ def given(request):
 def test_defaults():
     config = HeroConfig()
     assert (config.keep_ratio, config.keep_tokens) == (DEFAULT_KEEP_RATIO, None) == (0.2, None)
-    assert (config.policy, config.allocation, config.second_softmax) == ("hero", "exact", False)
-    assert (config.weights, config.alpha, config.encoder_keep) == (None, None, None)
+    policy = config.policy
+    assert (policy.name, config.allocation, policy.second_softmax) == ("hero", "exact", False)
+    assert (policy.weights, policy.alpha) == (None, None)
     # The paper: tiles by low to middle layers, the thumbnail by deep ones, whatever the depth.
     for depth in (6, 12, 24):
-        tile = resolve_layers("tile_layers", config.tile_layers, depth)
-        thumbnail = resolve_layers("thumbnail_layers", config.thumbnail_layers, depth)
+        tile = resolve_layers("tile_layers", policy.tile_layers, depth)
+        thumbnail = resolve_layers("thumbnail_layers", policy.thumbnail_layers, depth)
         assert max(tile) <= depth // 2 < depth * 3 // 4 <= min(thumbnail) <= max(thumbnail) < depth
 
 
@@ -59,28 +63,31 @@ def test_count_replaces_ratio():
 
 def test_frozen(given):
     config = HeroConfig(**given)
-    for field in dataclasses.fields(config):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(config, field.name, getattr(config, field.name))
+    for one in (config, config.policy):
+        for field in dataclasses.fields(one):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(one, field.name, getattr(one, field.name))
 
 
 def test_equal_configs_have_equal_hashes(given):
     config = HeroConfig(**given)
     assert config == HeroConfig(**given)
     assert hash(config) == hash(HeroConfig(**given))
-    other = dataclasses.replace(config, temperature_cls=0.123)
+    other = dataclasses.replace(config, policy=Hero(temperature_cls=0.123))
     assert len({config, HeroConfig(**given), other}) == 2
 
 
 def test_values_are_plain(given):
     """One representation of a value, so that equal configurations compare and print alike."""
     config = HeroConfig(**given)
-    for name in ("keep_ratio", "alpha", "temperature_cls", "temperature_clip", "encoder_keep"):
-        assert type(getattr(config, name)) in (float, type(None))
+    assert isinstance(config.policy, Policy)
+    values = {**vars(config), **vars(config.policy)}
+    for name in ("keep_ratio", "alpha", "temperature_cls", "temperature_clip"):
+        assert type(values.get(name)) in (float, type(None))
     assert type(config.keep_tokens) in (int, type(None))
-    for layers in (config.tile_layers, config.thumbnail_layers):
+    for layers in (values.get("tile_layers", ()), values.get("thumbnail_layers", ())):
         assert type(layers) is tuple and {type(layer) for layer in layers} <= {int, float}
-    assert type(config.weights) in (SignalWeights, type(None))
+    assert type(values.get("weights")) in (SignalWeights, type(None))
 
 
 def test_other_number_types():
@@ -95,7 +102,8 @@ def test_other_number_types():
 def test_json_round_trip(given):
     config = HeroConfig(**given)
     values = config.to_dict()
-    assert list(values) == [field.name for field in dataclasses.fields(HeroConfig)]
+    fields = [field.name for one in (config, config.policy) for field in dataclasses.fields(one)]
+    assert sorted(values) == sorted(fields)
     read = HeroConfig.from_dict(json.loads(json.dumps(values, allow_nan=False)))
     assert read == config
     assert hash(read) == hash(config)
@@ -165,7 +173,7 @@ def test_layer_outside_the_encoder(layers, depth):
     ],
 )
 def test_signal_weights(fields, with_relevance, expected):
-    weights = HeroConfig(**fields).signal_weights(with_relevance=with_relevance)
+    weights = HeroConfig(**fields).policy.signal_weights(with_relevance=with_relevance)
     assert isinstance(weights, SignalWeights)
     assert weights == pytest.approx(expected, abs=1e-15)
 
@@ -173,7 +181,7 @@ def test_signal_weights(fields, with_relevance, expected):
 @pytest.mark.parametrize("fields", [{"alpha": 0.99}, {"alpha": 0.0}, {"weights": {"relevance": 1e-9}}])
 def test_weight_of_relevance_needs_a_relevance_model(fields):
     with pytest.raises(ValueError, match=r"^relevance: expected .*, got None$"):
-        HeroConfig(**fields).signal_weights(with_relevance=False)
+        HeroConfig(**fields).policy.signal_weights(with_relevance=False)
 
 
 # --- refusals --------------------------------------------------------------------------------------------
@@ -234,14 +242,6 @@ FIELDS = {
         "negative": (-0.2, ValueError),
         "above 1": (1.0000001, ValueError),
         "percent": (20, ValueError),
-        "false": (False, TypeError),
-    },
-    "encoder_keep": {
-        **NUMBERS,
-        "zero": (0.0, ValueError),
-        "negative": (-0.2, ValueError),
-        "above 1": (1.01, ValueError),
-        "below the default keep_ratio": (0.19, ValueError),
         "false": (False, TypeError),
     },
     "keep_tokens": {
@@ -320,7 +320,6 @@ def test_integer_beyond_floats(field):
         ({"weights": {"size": 1}}, "{'size': 1}"),
         ({"weights": {"density": "much"}}, "'much'"),
         ({"keep_ratio": 0.2, "keep_tokens": 64}, "0.2 and 64"),
-        ({"keep_ratio": 0.5, "encoder_keep": 0.4}, "0.4"),
     ],
 )
 def test_message_ends_with_what_was_given(fields, value):
@@ -337,26 +336,53 @@ def test_message_lists_the_choices():
 
 
 @pytest.mark.parametrize(
-    ("values", "kind"),
+    ("values", "name"),
     [
-        ({"keep": 0.2}, ValueError),
-        ({"keep_ratio": 0.2, "layers": [1]}, ValueError),
-        ([("keep_ratio", 0.2)], TypeError),
-        ("keep_ratio", TypeError),
-        (None, TypeError),
-        ({"keep": 0.2, 3: 4}, ValueError),
+        ({"keep": 0.2}, "keep"),
+        ({"keep_ratio": 0.2, "layers": [1]}, "layers"),
+        ([("keep_ratio", 0.2)], "values"),
+        ("keep_ratio", "values"),
+        (None, "values"),
+        ({"keep": 0.2, 3: 4}, "values"),
     ],
 )
-def test_from_dict_refuses(values, kind):
-    with pytest.raises((TypeError, ValueError)) as error:
+def test_from_dict_refuses(values, name):
+    with pytest.raises(TypeError) as error:
         HeroConfig.from_dict(values)
-    assert error.type is kind
-    assert str(error.value).startswith("values: expected ") and ", got " in str(error.value)
+    assert str(error.value).startswith(f"{name}: expected ") and ", got " in str(error.value)
 
 
 def test_unknown_field():
     with pytest.raises(TypeError, match="keep_rate"):
         HeroConfig(keep_rate=0.2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_parameters_that_a_policy_does_not_have(policy):
+    fields = {field.name for field in dataclasses.fields(POLICIES[policy])}
+    everything = {"alpha": 0.5, "weights": None, "temperature_cls": 1.0, "temperature_clip": 1.0}
+    everything |= {"tile_layers": (0,), "thumbnail_layers": (0,), "second_softmax": True}
+    for name, value in everything.items():
+        if name in fields:
+            assert name in HeroConfig(policy=policy, **{name: value}).to_dict()
+            continue
+        with pytest.raises(TypeError, match=rf"^{name}: expected .* of policy '{re.escape(policy)}'.*, got "):
+            HeroConfig(policy=policy, **{name: value})
+
+
+def test_parameters_beside_a_policy_object():
+    with pytest.raises(TypeError, match=r"^alpha: expected .* of the policy object, got "):
+        HeroConfig(policy=Hero(), alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [("nowhere:Hero", ValueError), ("hero.policies:Heron", ValueError), ("hero.config:HeroConfig", TypeError)],
+)
+def test_policies_by_class(policy, kind):
+    assert HeroConfig(policy="hero.policies:Hero", alpha=0.3) == HeroConfig(alpha=0.3)
+    with pytest.raises(kind, match="^policy: expected one of 'hero', .*, got "):
+        HeroConfig(policy=policy)
 
 
 # --- imports ---------------------------------------------------------------------------------------------

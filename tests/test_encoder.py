@@ -1,4 +1,4 @@
-"""The drop-in encoder on its own: stages, seams for other families, capture."""
+"""The drop-in encoder on its own: stages, interfaces for other families, attention rows."""
 
 import numpy as np
 import pytest
@@ -18,9 +18,9 @@ from transformers import AttentionInterface
 
 import hero
 import hero_kernels as hk
-from hero import capture, policies, scoring
+from hero import attention_rows, policies, signals
 from hero.layout import Geometry, ImageLayout
-from hero.plan import plan_of
+from hero.plan import make_plan
 
 LAYERS = {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
 SIZES = [(120, 90), (60, 170)]
@@ -70,17 +70,17 @@ def test_drop_in_module(model, encoder, inputs):
 def test_stages_are_the_whole(encoder, inputs):
     with torch.no_grad():
         whole = encoder(inputs["pixel_values"], inputs["image_sizes"])
-        crops, batch = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
-        encoded = encoder.encode(crops, batch)
-        scored = encoder.score(encoded, batch)
-        budgets = encoder.budget(scored, batch)
-        gathered = encoder.select(encoded, scored, budgets, batch)
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, plan)
+        scored = encoder.score(encoded, plan)
+        budgets = encoder.budget(scored, plan)
+        gathered = encoder.select(encoded, scored, budgets, plan)
         tokens = encoder.project(gathered)
         fused = hk.segmented_topk_gather(
             encoded.features,
             scored.scores,
-            batch.segments,
-            valid=batch.valid,
+            plan.segments,
+            valid=plan.valid,
             signals=scored.signals,
         )
     assert torch.equal(tokens, whole.tokens)
@@ -92,13 +92,13 @@ def test_a_stage_can_be_replaced(encoder, inputs):
     """The first patches of every tile, by another score stage: the later stages don't notice."""
 
     def score(encoded, layouts, text=None):
-        falling = -torch.arange(16.0).expand(len(encoded.scores), 16)
+        falling = -torch.arange(16.0).expand(len(encoded.features), 16)
         return policies.Scored(falling, (hk.TileSignal(torch.ones(len(falling)), 1.0),))
 
     encoder.score = score
     with torch.no_grad():
         selection = encoder(inputs["pixel_values"][:1], inputs["image_sizes"][:1])
-    valid = plan_of(selection.layout, encoder.config, encoder.depth, torch.device("cpu")).valid
+    valid = encoder.prepare(inputs["pixel_values"][:1], inputs["image_sizes"][:1])[1].valid
     for keep, allowed, budget in zip(selection.keep_mask(), valid, selection.budgets, strict=True):
         assert keep.nonzero()[:, 0].tolist() == allowed.nonzero()[:, 0].tolist()[:budget]
 
@@ -147,22 +147,19 @@ def test_policies(model, inputs, name):
 
 def test_images_without_thumbnail_use_entropy():
     layout = ImageLayout((112, 56), (2, 1), 4, (0, 8), (0, 4), thumbnail="none", newlines=False)
-    scores, entropy, ranks = hk.finalize_scores(torch.rand(2, 1, 16), rank=True)
-    seen = policies.Seen(
-        scores=scores,
-        entropy=entropy,
-        ranks=ranks,
+    patches = hk.finalize_scores(torch.rand(2, 1, 16), rank=True)
+    policy = policies.Hero()
+    observed = policies.Observed(
+        attention={"patches": patches},
         valid=torch.ones(2, 16, dtype=torch.bool),
         cls=torch.randn(2, 8),
         layouts=(layout,),
-        places=scoring.places_of([layout]),
-        config=hero.HeroConfig(),
-        relevance=None,
-        constants=policies.policy_of("hero").constants([layout]),
+        places=signals.places_of([layout]),
+        constants=policy.constants([layout]),
     )
-    density, concentration = policies.policy_of("hero").score(seen).signals
+    density, concentration = policy.score(observed).signals
     assert (density.weight, concentration.weight) == (pytest.approx(0.2), pytest.approx(0.8))
-    torch.testing.assert_close(concentration.values, scoring.concentration(entropy, seen.valid))
+    torch.testing.assert_close(concentration.values, signals.concentration(patches.entropy, observed.valid))
 
 
 def test_plan_of_other_families():
@@ -170,16 +167,16 @@ def test_plan_of_other_families():
     geometry = Geometry(56, 14, ((56, 112), (112, 112)), thumbnail="last", stitched=False, newlines=False)
     config = hero.HeroConfig(keep_ratio=0.5, **LAYERS)
     layout = geometry.layout((100, 100))
-    batch = plan_of((layout,), config, 6, torch.device("cpu"))
-    segment = batch.segments.images[0]
+    plan = make_plan((layout,), config, config.policy.rows(6, 4), torch.device("cpu"))
+    segment = plan.segments.images[0]
     assert (segment.crops, segment.thumbnail, segment.grid_width, segment.newlines) == (5, 4, 1, 0)
-    assert batch.layer_weights[1].tolist() == [0.5, 0.5, 0.5, 0.5, 0.0]
-    assert batch.layer_weights[4].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert plan.weights["patches"][1].tolist() == [0.5, 0.5, 0.5, 0.5, 0.0]
+    assert plan.weights["patches"][4].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
     gathered = hk.segmented_topk_gather(
         torch.zeros(5, 16, 1),
         torch.rand(5, 16),
-        batch.segments,
-        valid=batch.valid,
+        plan.segments,
+        valid=plan.valid,
         signals=[hk.TileSignal(torch.ones(5), 1.0)],
     )
     crops = (gathered.index // 16).tolist()
@@ -188,7 +185,8 @@ def test_plan_of_other_families():
     assert (thumbnail_only.crops, thumbnail_only.tiles) == (1, 0)
     assert thumbnail_only.full_tokens == 17
     assert thumbnail_only.kept_tokens(config) == 9
-    assert plan_of((thumbnail_only,), config, 6, torch.device("cpu")).segments.images[0].thumbnail_newline
+    plan = make_plan((thumbnail_only,), config, config.policy.rows(6, 4), torch.device("cpu"))
+    assert plan.segments.images[0].thumbnail_newline
 
 
 class _Attention(nn.Module):
@@ -212,16 +210,16 @@ class _Config:
         return self._attn_implementation_internal
 
 
-def test_capture_of_encoders_without_cls():
+def test_rows_of_encoders_without_cls():
     module = _Attention(_Config())
     query, key, value = torch.randn(3, 2, 4, 9, 8).unbind(0)
-    capture.install({0: module}, received=True)
-    plain = capture.Collector({0: 1.0}, received=True)
-    with capture.collect(plain, {0: module}):
+    attention_rows.install({0: module}, received=True)
+    plain = attention_rows.Collector({0: 1.0}, received=True)
+    with attention_rows.collect(plain, {0: module}):
         output = module(query, key, value)
-    capture.remove({0: module})
-    assert "_hero_capture" not in module.__dict__
-    torch.testing.assert_close(plain.result().mean(1), hk.received_attention(query, key, 0.3))
+    attention_rows.remove({0: module})
+    assert "_hero_attention_rows" not in module.__dict__
+    torch.testing.assert_close(plain.result(), hk.received_attention(query, key, 0.3))
     wanted = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(output, wanted)
 
@@ -249,7 +247,7 @@ def test_base_attention_sees_the_users_configuration(model, inputs):
 
 
 def test_a_tower_that_skips_layers_is_an_error():
-    collector = capture.Collector({3: 1.0})
+    collector = attention_rows.Collector({3: 1.0})
     with pytest.raises(RuntimeError, match=r"did not run its attention in layers \[3\]"):
         collector.result()
 
@@ -360,14 +358,14 @@ def test_fused_attention_gives_the_same_tokens(model, inputs):
 
 
 def test_fused_attention_runs_instead(model, inputs, monkeypatch):
-    """In the captured layers that run whole, and nowhere else; the last runs at CLS alone."""
-    layers, attend = [], capture.Collector.attend
+    """In the layers that score patches and run as a whole, and nowhere else; the last runs at CLS alone."""
+    layers, attend = [], attention_rows.Collector.attend
 
     def spy(self, layer, *tensors):
         layers.append(layer)
         return attend(self, layer, *tensors)
 
-    monkeypatch.setattr(capture.Collector, "attend", spy)
+    monkeypatch.setattr(attention_rows.Collector, "attend", spy)
     config = hero.HeroConfig(0.3, attention="fused", tile_layers=(1, 2), thumbnail_layers=(-1,))
     encoder = hero.HeroVisionEncoder(model.model.vision_tower, config=config)
     with torch.no_grad():
@@ -379,10 +377,10 @@ def test_fused_attention_runs_instead(model, inputs, monkeypatch):
 def test_fused_attention_has_no_mask_and_no_dropout():
     module = _Attention(_Config())
     query, key, value = torch.randn(3, 2, 4, 9, 8).unbind(0)
-    capture.install({0: module}, fused=True)
-    attend = capture._attention
-    with capture.collect(capture.Collector({0: 1.0}), {0: module}):
+    attention_rows.install({0: module}, fused=True)
+    attend = attention_rows._attention
+    with attention_rows.collect(attention_rows.Collector({0: 1.0}), {0: module}):
         for mask, dropout in ((torch.zeros(2, 1, 9, 9), 0.0), (None, 0.1)):
             with pytest.raises(ValueError, match=r"attention: expected 'native'"):
                 attend(module, query, key, value, mask, scaling=0.3, dropout=dropout)
-    capture.remove({0: module})
+    attention_rows.remove({0: module})

@@ -12,7 +12,7 @@ from independent import tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_
 from test_launches import BATCHES, ONE, encoder_of, pixels, tower
 
 import hero
-from hero.graphs import LIMIT, Graphs
+from hero.cuda_graphs import LIMIT, CudaGraphs
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
@@ -34,7 +34,7 @@ def overwrite(old, new) -> None:
             overwrite(one, other)
 
 
-class OnCpu(Graphs):
+class OnCpu(CudaGraphs):
     """As on a GPU, save that the stand-in records what a graph cannot tell: how often it was made."""
 
     devices = ("cpu",)
@@ -49,8 +49,8 @@ class OnCpu(Graphs):
         return lambda: overwrite(result, step(state, value)), result
 
 
-def captured(encoder, device) -> hero.HeroVisionEncoder:
-    encoder.graphs = OnCpu() if device == "cpu" else Graphs()
+def with_graphs(encoder, device) -> hero.HeroVisionEncoder:
+    encoder.cuda_graphs = OnCpu() if device == "cpu" else CudaGraphs()
     return encoder
 
 
@@ -72,12 +72,12 @@ def test_replays_are_the_same(device, mode):
     ]
     with torch.no_grad():
         plain = [encoder(*batch) for batch in batches]
-    captured(encoder, device)
+    with_graphs(encoder, device)
     with mode():
         replayed = [encoder(*batch) for batch in batches]
     for one, other in zip(plain, replayed, strict=True):
         assert_same(one, other)
-    assert len(encoder.graphs) == 1 + len(BATCHES)
+    assert len(encoder.cuda_graphs) == 1 + len(BATCHES)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -91,19 +91,19 @@ def test_questions_between_two_graphs(device, shared):
     words = [["w1 w2", "w3"], ["describe", "what is in this picture ?"], ["w1 w2", "w3"]]
     with torch.no_grad():
         plain = [encoder(images, ONE * 2, text) for text in words]
-        captured(encoder, device)
+        with_graphs(encoder, device)
         again = [encoder(images, ONE * 2, text) for text in words]
         given = encoder(images, ONE * 2, relevance.text_embeddings(words[0]))
     for one, other in zip(plain, again, strict=True):
         assert_same(one, other)
     assert_same(given, plain[0])
     assert not torch.equal(plain[0].shares, plain[1].shares)
-    assert len(encoder.graphs) == 1
+    assert len(encoder.cuda_graphs) == 1
 
 
 def test_the_cache_is_bounded():
     encoder = encoder_of()
-    graphs = encoder.graphs = OnCpu(limit=2)
+    graphs = encoder.cuda_graphs = OnCpu(limit=2)
     sizes = {number: [(112, 112)] * number for number in (1, 2, 3)}
     with torch.no_grad():
         for number, made in ((1, 1), (2, 2), (1, 2), (3, 3), (1, 3), (2, 4), (1, 4)):
@@ -114,7 +114,7 @@ def test_the_cache_is_bounded():
 
 
 def test_a_graph_is_made_anew_when_it_would_be_wrong():
-    encoder = captured(encoder_of(), "cpu")
+    encoder = with_graphs(encoder_of(), "cpu")
     images = pixels(encoder, ONE)
     with torch.no_grad():
         encoder(images, ONE)
@@ -122,31 +122,31 @@ def test_a_graph_is_made_anew_when_it_would_be_wrong():
         encoder.projector.to(torch.float64)
         encoder.image_newline = encoder.image_newline.double()
         assert encoder(images.double(), ONE).tokens.dtype == torch.float64
-        assert encoder.graphs.made == 2
+        assert encoder.cuda_graphs.made == 2
         encoder.vision_tower.set_attn_implementation("eager")
         encoder(images.double(), ONE)
-        assert encoder.graphs.made == 3
+        assert encoder.cuda_graphs.made == 3
         encoder.vision_tower.to(torch.float32).to(torch.float64)  # the same key, other memory
         encoder(images.double(), ONE)
-        assert encoder.graphs.made == 4
+        assert encoder.cuda_graphs.made == 4
         before = encoder(images.double(), ONE).tokens
         encoder.projector[2].bias.add_(1.0)  # in place: the graph reads it
-        assert encoder.graphs.made == 4
+        assert encoder.cuda_graphs.made == 4
         after = encoder(images.double(), ONE)
         patches = after.index >= 0
         torch.testing.assert_close(after.tokens[patches], before[patches] + 1.0)
 
 
 def test_copies_start_without_graphs():
-    encoder = captured(encoder_of(), "cpu")
+    encoder = with_graphs(encoder_of(), "cpu")
     with torch.no_grad():
         plain = encoder(pixels(encoder, ONE), ONE)
         twin = copy.deepcopy(encoder)
-        assert (len(encoder.graphs), len(twin.graphs)) == (1, 0)
+        assert (len(encoder.cuda_graphs), len(twin.cuda_graphs)) == (1, 0)
         assert_same(twin(pixels(encoder, ONE), ONE), plain)
-    assert len(pickle.loads(pickle.dumps(encoder.graphs))) == 0
+    assert len(pickle.loads(pickle.dumps(encoder.cuda_graphs))) == 0
     encoder.remove()
-    assert len(encoder.graphs) == 0
+    assert len(encoder.cuda_graphs) == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -155,7 +155,7 @@ def test_threads_share_graphs(device):
     images = {number: pixels(encoder, ONE * 2, device) * number for number in range(1, 5)}
     with torch.no_grad():
         plain = {number: encoder(values, ONE * 2) for number, values in images.items()}
-    captured(encoder, device)
+    with_graphs(encoder, device)
     wrong = []
 
     def work(number):
@@ -173,33 +173,33 @@ def test_threads_share_graphs(device):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(encoder.graphs) == 1
+    assert not wrong and len(encoder.cuda_graphs) == 1
 
 
-def test_capture_refuses():
+def test_refusals():
     encoder = encoder_of()
-    with pytest.raises(TypeError, match=r"^capture: expected a bool, got 1"):
-        hero.HeroVisionEncoder(tower(), capture=1)
-    with pytest.raises(ValueError, match=r"^capture: expected False with allocation='floor'"):
-        hero.HeroVisionEncoder(tower(), config=hero.HeroConfig(allocation="floor"), capture=True)
-    encoder.graphs = Graphs()
+    with pytest.raises(TypeError, match=r"^cuda_graphs: expected a bool, got 1"):
+        hero.HeroVisionEncoder(tower(), cuda_graphs=1)
+    with pytest.raises(ValueError, match=r"^cuda_graphs: expected False with allocation='floor'"):
+        hero.HeroVisionEncoder(tower(), config=hero.HeroConfig(allocation="floor"), cuda_graphs=True)
+    encoder.cuda_graphs = CudaGraphs()
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match=r"^capture: expected pixel_values on a CUDA device, got cpu"),
+        pytest.raises(ValueError, match=r"^cuda_graphs: expected pixel_values on a CUDA device, got cpu"),
     ):
         encoder(pixels(encoder, ONE), ONE)
-    captured(encoder, "cpu")
-    with pytest.raises(ValueError, match=r"^capture: expected torch.no_grad"):
+    with_graphs(encoder, "cpu")
+    with pytest.raises(ValueError, match=r"^cuda_graphs: expected torch.no_grad"):
         encoder(pixels(encoder, ONE), ONE)
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match=r"^capture: expected nothing asked of the vision tower"),
+        pytest.raises(ValueError, match=r"^cuda_graphs: expected no arguments for the vision tower"),
     ):
         encoder.run(pixels(encoder, ONE), ONE, output_hidden_states=True)
     encoder.projector.to("meta")
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match=r"^capture: expected all weights on cpu, got some on"),
+        pytest.raises(ValueError, match=r"^cuda_graphs: expected all weights on cpu, got some on"),
     ):
         encoder(pixels(encoder, ONE), ONE)
 
@@ -209,11 +209,11 @@ def test_attached(device):
     model, processor = tiny_model().to(device), tiny_processor()
     images = [tiny_image(100, 80, 0), tiny_image(60, 170, 1)]
     answers = []
-    for capture in (False, True):
-        with hero.attach(model, processor, keep_ratio=0.3, capture=capture) as handle:
-            assert (handle.encoder.graphs is not None) == capture
-            if capture:
-                captured(handle.encoder, device)
+    for cuda_graphs in (False, True):
+        with hero.attach(model, processor, keep_ratio=0.3, cuda_graphs=cuda_graphs) as handle:
+            assert (handle.encoder.cuda_graphs is not None) == cuda_graphs
+            if cuda_graphs:
+                with_graphs(handle.encoder, device)
             text = ["USER : <image> describe ASSISTANT :"] * 2
             inputs = processor(images=images, text=text, padding=True, return_tensors="pt").to(device)
             answers.append([model.generate(**inputs, max_new_tokens=4, do_sample=False) for _ in range(2)])

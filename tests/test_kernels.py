@@ -44,18 +44,16 @@ def view_of(*shape):
 OPTIONS = {
     "plain": lambda T, H, n: {},
     "weighted": lambda T, H, n: {"weight": 0.3},
-    "per head": lambda T, H, n: {"per_head": True, "weight": torch.arange(T) % 3 * 0.75},
-    "added": lambda T, H, n: {"weight": torch.arange(2 * T)[1::2] % 3 * 0.75, "out": view_of(T, n)},
-    "added per head": lambda T, H, n: {
-        "per_head": True,
+    "per crop": lambda T, H, n: {"weight": torch.arange(2 * T)[1::2] % 3 * 0.75},
+    "added": lambda T, H, n: {
         "weight": torch.arange(T) % 2 * -2.0,
         "out": view_of(T, H, n).contiguous(),
     },
-    "added per head, view": lambda T, H, n: {"per_head": True, "weight": 2.0, "out": view_of(T, H, n)},
+    "added, view": lambda T, H, n: {"weight": 2.0, "out": view_of(T, H, n)},
 }
 
 
-LAYERS = ("plain", "added per head")  # what an encoder asks for
+LAYERS = ("plain", "added")  # what an encoder asks for
 
 
 def placed(value, way):
@@ -67,11 +65,10 @@ def placed(value, way):
     return memory.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def layered(rows, weight=1.0, out=None, per_head=False):
+def layered(rows, weight=1.0, out=None):
     """What rows per head ``[T, H, n]`` become under an operation's options, in their dtype."""
     weight = torch.as_tensor(weight, dtype=rows.dtype).view(-1, 1, 1)
     rows = torch.where(weight == 0, 0.0, rows * weight)
-    rows = rows if per_head else rows.mean(1)
     return rows if out is None else out + rows
 
 
@@ -110,35 +107,6 @@ def test_cls_attention(case, options, second_softmax, way):
     options = OPTIONS[options](case.crops, case.heads, case.tokens - 1)
     tensors = without_ignored(query, key, options)
     check_rows(way, "cls_attention", case, tensors, rows, options, second_softmax=second_softmax)
-
-
-# Not of logits that reach 1e5: the last place of their log-sum-exp is a percent of every probability.
-MODERATE = [case for case in ATTENTION if abs(case.scale) < 1]
-
-
-@pytest.mark.parametrize(
-    ("case", "options"),
-    combined(MODERATE, OPTIONS, lambda case, options: options in ("plain", "added") or case.tokens < 60),
-)
-@pytest.mark.parametrize("given", ["all rows", "row 0"])
-def test_cls_attention_given_the_lse(given, case, options, way):
-    """Computed from it, whatever it is: here it is larger than the true one by 1."""
-    query, key, _ = case.tensors()
-
-    def logits(dtype):
-        return torch.einsum("thd,thnd->thn", query[:, :, 0].to(dtype), key.to(dtype)) * case.scale
-
-    lse = torch.full((case.crops, case.heads, 2 * case.tokens), NAN)
-    lse[..., 0] = logits(torch.float64).logsumexp(-1) + 1.0
-    lse = lse[..., :1] if given == "row 0" else lse[..., : case.tokens]
-
-    def rows(dtype):
-        return (logits(dtype) - lse[..., :1].to(dtype)).exp()[..., 1:]
-
-    options = OPTIONS[options](case.crops, case.heads, case.tokens - 1)
-    seen, keys = without_ignored(query, key, options)
-    seen = seen[:, :, :1] if given == "row 0" else seen
-    check_rows(way, "cls_attention", case, (seen, keys), rows, options, lse=lse)
 
 
 @pytest.mark.parametrize(
@@ -423,22 +391,17 @@ def test_an_image_does_not_depend_on_its_batch(order, way):
                 assert torch.equal(torch.where(index < 0, index, index + shift), want_index)
 
 
-@pytest.mark.parametrize("form", ["plain", "per head", "lse"])
 @pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
-def test_a_crop_does_not_depend_on_its_batch(operation, form, way):
+def test_a_crop_does_not_depend_on_its_batch(operation, way):
     """Of kernels: PyTorch's matrix products may add in another order for another batch."""
     if not way.kernel:
         pytest.skip("promised of kernels alone")
-    if form == "lse" and operation != "cls_attention":
-        pytest.skip("takes none")
     case = next(case for case in ATTENTION if case.name == "odd sizes")
     tensors = case.tensors()[: 3 if operation == "attention_with_cls" else 2]
-    lse = torch.randn(case.crops, case.heads, 1, generator=generator("lse"))
 
     def run(crops):
-        options = {"plain": {}, "per head": {"per_head": True}, "lse": {"lse": lse[crops].to(way.device)}}
         seen = case.seen([tensor[crops] for tensor in tensors], way.device)
-        result = way.run(operation, *seen, 0.3, **options[form])
+        result = way.run(operation, *seen, 0.3)
         return result if isinstance(result, tuple) else (result,)
 
     whole = run([0, 1])
@@ -482,10 +445,9 @@ def test_block_sizes_of_attention(name, factor, way, monkeypatch):
     """Within the tolerance whatever the blocks."""
     if not way.kernel:
         pytest.skip("the twins have no blocks")
-    with_blocks(monkeypatch, factor, BLOCK=8, BLOCK_M=16, BLOCK_N=16, H_BLOCK=1)
+    with_blocks(monkeypatch, factor, BLOCK=8, BLOCK_M=16, BLOCK_N=16)
     case = next(case for case in ATTENTION if case.name == name)
     test_cls_attention(case, "plain", False, way)
-    test_cls_attention_given_the_lse("row 0", case, "added", way)
     test_attention_with_cls(case, "plain", way)
     test_received_attention(case, "plain", way)
 
@@ -518,19 +480,15 @@ def vast(way, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [0, 1, 2], ids=["crops", "heads", "tokens"])
-@pytest.mark.parametrize("operation", ["cls_attention", "lse", "attention_with_cls", "received_attention"])
+@pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
 def test_attention_far_apart(operation, dimension, way, vast):
     if not way.kernel:
         pytest.skip("of kernels: PyTorch addresses by itself")
     tensors = [x.half() for x in draw_attention("far", crops=2, heads=2, tokens=21, width=16, count=3)]
     tensors = tensors[: 3 if operation == "attention_with_cls" else 2]
-    options = {}
-    if operation == "lse":
-        operation, options["lse"] = "cls_attention", torch.zeros(2, 2, 1)
-    options = {name: value.to(way.device) for name, value in options.items()}
     far = [vast(x, dimension, f"{n}") for n, x in enumerate(tensors)]
-    result = getattr(hk, operation)(*far, 0.3, **options)  # not way.run, which copies whole storages
-    expected = getattr(hk, operation)(*(x.to(way.device) for x in tensors), 0.3, **options)
+    result = getattr(hk, operation)(*far, 0.3)  # not way.run, which copies whole storages
+    expected = getattr(hk, operation)(*(x.to(way.device) for x in tensors), 0.3)
     assert all(same_bits(*pair) for pair in zip(tensors_in(result), tensors_in(expected)))
 
 
@@ -560,17 +518,14 @@ def test_selection_far_apart(dimension, way, vast):
 
 @pytest.mark.slow
 def test_buffers_far_apart(way, vast):
-    """Rows added to a buffer whose crops lie far apart, and a mean written there."""
+    """Rows added to a buffer whose crops lie far apart."""
     if not way.kernel:
         pytest.skip("of kernels: PyTorch addresses by itself")
     query, key = draw_attention("far out", crops=2, heads=2, tokens=21, width=16)
-    lse = torch.zeros(2, 2, 1)
-    for n, options in enumerate(({}, {"lse": lse})):
-        far = vast(torch.ones(2, 20), 0, f"out{n}")
-        given = {name: value.to(way.device) for name, value in options.items()}
-        hk.cls_attention(query.to(way.device), key.to(way.device), 0.3, out=far, **given)
-        expected = reference.cls_attention(query, key, 0.3, out=torch.ones(2, 20), **options)
-        torch.testing.assert_close(far.cpu(), expected, rtol=1e-5, atol=1e-6)
+    far = vast(torch.ones(2, 2, 20), 0, "out")
+    hk.cls_attention(query.to(way.device), key.to(way.device), 0.3, out=far)
+    expected = reference.cls_attention(query, key, 0.3, out=torch.ones(2, 2, 20))
+    torch.testing.assert_close(far.cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -582,7 +537,7 @@ def test_rows_beyond_2_31(way):
     crops, heads, patches = 8192, 64, 4112
     query, key = (torch.randn(1, 1, patches + 1, 16, device="cuda") for _ in range(2))
     query, key = (x.expand(crops, heads, -1, -1) for x in (query, key))
-    rows = hk.cls_attention(query, key, 0.3, per_head=True)
+    rows = hk.cls_attention(query, key, 0.3)
     assert rows.numel() > 2**31
     for t in (0, crops // 2, crops - 1):
         assert same_bits(rows[t, heads - 1], rows[0, 0])

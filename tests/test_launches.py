@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 import hero
-from hero.config import POLICIES
+from hero.policies import POLICIES
 from hero_kernels.testing import OperationCounter, peak_bytes
 
 ONE = [(112, 112)]  # 5 crops
@@ -113,7 +113,6 @@ def test_a_new_layout_is_planned_without_waiting(layouts):
     encoder = encoder_of("meta")
     sizes = [(112, 100 + number) for number in range(layouts)]
     images = pixels(encoder, sizes, "meta")
-    hero.plan.plan_of.cache_clear()
     with OperationCounter() as counter, torch.no_grad():
         encoder(images, sizes)
     assert counter.waits == []
@@ -324,7 +323,7 @@ def test_a_gpu_is_not_waited_for(case):
         encoder, images = on_gpu(sizes, **ALL[case])
         with torch.no_grad():
             encoder(images, sizes)  # compiles kernels
-            hero.plan.plan_of.cache_clear()
+            encoder._plans.clear()
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):  # once planning, once planned

@@ -16,9 +16,10 @@ from transformers.models.llava_next.modeling_llava_next import (
 import hero
 import hero_kernels as hk
 from hero import Geometry, HeroConfig, count_tokens
-from hero.config import POLICIES
-from hero.layout import LLAVA_NEXT_PINPOINTS, floor_ratio
-from hero.plan import plan_of
+from hero.policies import POLICIES
+from hero._checks import floor_ratio
+from hero.layout import LLAVA_NEXT_PINPOINTS
+from hero.plan import make_plan
 
 GROUPS, DRAWS = 500, 20  # of a geometry and a configuration; of an image size in each
 LLAVA_NEXT = Geometry()
@@ -82,7 +83,7 @@ def expected_count(config: HeroConfig, ratio: Fraction | None, patches: int, til
     if ratio is None:
         return min(config.keep_tokens, patches + valid) + rows
     share = ratio.numerator, ratio.denominator
-    if config.policy in ("hired", "hero+"):
+    if config.policy.name in ("hired", "hero+"):
         total = share[0] * (tiles + 1) * patches // share[1]
         thumbnail = min(total // 2, patches)
         return thumbnail + min(total - thumbnail, valid) + rows
@@ -104,12 +105,12 @@ def stock_index(layout, unpadded, first_crop: int) -> list[int]:
 
 def pack(layouts, config, draw: random.Random) -> hk.Gathered:
     """What is packed of images with random scores and one-wide random features."""
-    batch = plan_of(tuple(layouts), config, 6, torch.device("cpu"))
+    plan = make_plan(tuple(layouts), config, config.policy.rows(6, 4), torch.device("cpu"))
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
-    scores = torch.rand(batch.valid.shape, generator=generator)
+    scores = torch.rand(plan.valid.shape, generator=generator)
     signals = (hk.TileSignal(torch.ones(len(scores)), 1.0),)
-    given = {"valid": batch.valid, "signals": signals, "allocation": config.allocation}
-    return hk.segmented_topk_gather(scores[..., None] + 1.0, scores, batch.segments, **given)
+    given = {"valid": plan.valid, "signals": signals, "allocation": config.allocation}
+    return hk.segmented_topk_gather(scores[..., None] + 1.0, scores, plan.segments, **given)
 
 
 def test_against_transformers():

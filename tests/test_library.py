@@ -35,18 +35,15 @@ def inputs(device="cpu", seed=0):
         "valid": valid.to(device),
         "weight": (torch.arange(T) % 3 * 0.5).to(device),
         "rows": torch.zeros(T, 2, P, device=device),
-        "scores": torch.zeros(T, P, device=device),
     }
 
 
-def vision(query, key, value, features, values, valid, weight, rows, scores):
+def vision(query, key, value, features, values, valid, weight, rows):
     """Every operation in one function, in each of its forms; buffers are added to in place."""
     scale = query.shape[-1] ** -0.5
-    lse = torch.einsum("thd,thnd->thn", query[:, :, 0].float(), key.float()).mul(scale).logsumexp(-1)
-    hk.cls_attention(query, key, scale, out=rows, per_head=True)
-    hk.cls_attention(query, key, scale, lse=lse[..., None], weight=weight, out=scores)
+    hk.cls_attention(query, key, scale, out=rows)
     more = hk.cls_attention(query[:, :, :1], key, scale, weight=weight, second_softmax=True)
-    output, _ = hk.attention_with_cls(query, key, value, scale, weight=weight, out=rows, per_head=True)
+    output, _ = hk.attention_with_cls(query, key, value, scale, weight=weight, out=rows)
     plain, again = hk.attention_with_cls(query, key, value, scale)
     received = hk.received_attention(query, key, scale, weight=weight)
     hk.received_attention(query, key, scale, out=received)
@@ -69,7 +66,7 @@ def vision(query, key, value, features, values, valid, weight, rows, scores):
     )
     in_steps = hk.segmented_topk_gather(features, finalized.scores, SEGMENTS, valid=valid, budgets=budgets)
     return {
-        "rows": [rows, scores, more, again, received, output, plain],
+        "rows": [rows, more, again, received, output, plain],
         "scores": [*finalized[:2], *unranked[:2], budgets.shares],
         "selected": [finalized.ranks, keep, budgets.budgets, at_once.index, in_steps.index],
         "tokens": [at_once.tokens, in_steps.tokens, at_once.tokens * 2],
@@ -99,8 +96,7 @@ def calls():
     query, key, value, features, valid = (
         given[name] for name in ("query", "key", "value", "features", "valid")
     )
-    weights, lse = given["weight"], torch.randn(T, 2, 1, generator=generator("lse"))
-    rows, sums = torch.zeros(T, 2, P), torch.zeros(T, P)
+    weights, rows = given["weight"], torch.zeros(T, 2, P)
     signals = (list(given["values"]), [0.3, 0.7], [0.0, 0.2])
     counts = valid.sum(1, dtype=torch.int32)
     budgets = torch.arange(T, dtype=torch.int32)
@@ -108,17 +104,17 @@ def calls():
     scores = torch.rand(T, P, generator=generator("scores"))
     no_signals = ([], [], [])
     return [
-        ("cls_attention", (query, key, 0.3, None, None, 0.5, False, False)),
-        ("cls_attention", (offset(query), offset(key), 0.3, lse, weights, 0.0, False, False)),
-        ("cls_attention", (query.bfloat16(), key.bfloat16(), 0.3, None, weights, 0.0, True, True)),
-        ("cls_attention_", (sums, query, key, 0.3, lse, None, 0.5, False, False)),
-        ("cls_attention_", (rows, offset(query), offset(key), 0.3, None, weights, 0.0, True, True)),
-        ("attention_with_cls", (query, key, value, 0.3, None, 0.5, False, False)),
-        ("attention_with_cls", (offset(query), offset(key), offset(value), 0.3, weights, 0.0, True, True)),
-        ("received_attention", (query, key, 0.3, weights, 0.0, False)),
-        ("received_attention", (offset(query), offset(key), 0.3, None, 0.5, True)),
-        ("received_attention_", (torch.zeros(T, P + 1), query, key, 0.3, weights, 0.0, False)),
-        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, None, 0.5, True)),
+        ("cls_attention", (query, key, 0.3, None, 0.5, False)),
+        ("cls_attention", (offset(query), offset(key), 0.3, weights, 0.0, False)),
+        ("cls_attention", (query.bfloat16(), key.bfloat16(), 0.3, weights, 0.0, True)),
+        ("cls_attention_", (rows, query, key, 0.3, None, 0.5, False)),
+        ("cls_attention_", (rows.mT.clone().mT, offset(query), offset(key), 0.3, weights, 0.0, True)),
+        ("attention_with_cls", (query, key, value, 0.3, None, 0.5, False)),
+        ("attention_with_cls", (offset(query), offset(key), offset(value), 0.3, weights, 0.0, True)),
+        ("received_attention", (query, key, 0.3, weights, 0.0)),
+        ("received_attention", (offset(query), offset(key), 0.3, None, 0.5)),
+        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, weights, 0.0)),
+        ("received_attention_", (torch.zeros(T, 2, P + 1).mT.clone().mT, query, key, 0.3, None, 0.5)),
         ("finalize_scores", (query[..., 1:, 0], valid, True)),
         ("finalize_scores", (query[..., 1:, 0].contiguous(), None, False)),
         ("tile_budgets", (*signals, counts, NUMBERS, SIDE, TABLE, True)),
@@ -193,7 +189,7 @@ def test_compiled_without_a_length(operation):
         return hk.tile_budgets(signals, given["valid"].sum(1), SEGMENTS, allocation="floor")
 
     def gather():
-        features, scores = given["features"], given["scores"]
+        features, scores = given["features"], torch.zeros(T, P)
         return hk.segmented_topk_gather(features, scores, SEGMENTS, signals=signals, allocation="floor")
 
     torch._dynamo.reset()
@@ -220,9 +216,9 @@ def test_compiled_lengths_are_those_promised():
     compiled = torch.compile(gather, fullgraph=True, backend="eager")
     for served in (budgets, TileBudgets(torch.full((T,), 7), *budgets[1:])):  # too few, too many
         exact = reference.segmented_topk_gather(
-            given["features"], given["scores"], SEGMENTS, valid=valid, budgets=served
+            given["features"], torch.zeros(T, P), SEGMENTS, valid=valid, budgets=served
         )
-        result = compiled(given["features"], given["scores"], served)
+        result = compiled(given["features"], torch.zeros(T, P), served)
         assert result.lengths == SEGMENTS.lengths and len(result.index) == sum(SEGMENTS.lengths)
         images = zip(result.index.split(result.lengths), exact.index.split(exact.lengths))
         for index, want in images:
@@ -280,7 +276,7 @@ def test_gradient_of_the_gather(form, served):
 def test_gradient_of_attention(form):
     given, function = inputs(), formed(form, "attention_with_cls")
     tensors = [given[name] for name in ("query", "key", "value")]
-    options = {"weight": 1.0, "out": None, "second_softmax": False, "per_head": False}
+    options = {"weight": 1.0, "out": None, "second_softmax": False}
 
     def output(function):
         return lambda *tensors: function(*tensors, 0.3, **options)[0]
@@ -299,8 +295,8 @@ def test_gradient_of_attention(form):
 def test_no_gradient_runs_through_scores():
     given = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs().items()}
     query, key, value, features = (given[name] for name in ("query", "key", "value", "features"))
-    rows = hk.cls_attention(query, key, 0.3, per_head=True)
-    _, scores = hk.attention_with_cls(query, key, value, 0.3)
+    rows = hk.cls_attention(query, key, 0.3)
+    scores = hk.attention_with_cls(query, key, value, 0.3)[1].mean(1)
     signals = [TileSignal(given["values"][0], 1.0)]
     gathered = hk.segmented_topk_gather(features, scores, SEGMENTS, signals=signals)
     finalized = hk.finalize_scores(given["rows"], rank=True)

@@ -574,7 +574,7 @@ def test_nothing_stays_in_memory(model, rule):
     handle, processor = attached(model, "patched", config_of(RULES[rule]))
     references = []
     run = handle.encoder._tower.run
-    add = hero.capture.Collector._take
+    add = hero.attention_rows.Collector._take
 
     def spy_run(*args, **kwargs):
         features, cls, pooled, output = run(*args, **kwargs)
@@ -587,14 +587,14 @@ def test_nothing_stays_in_memory(model, rule):
 
     with handle:
         handle.encoder._tower.run = spy_run
-        hero.capture.Collector._take = spy_take
+        hero.attention_rows.Collector._take = spy_take
         try:
             with torch.no_grad():
                 inputs = batch(processor, "two sizes")
                 model(**inputs)
                 model.generate(**inputs, max_new_tokens=2)
         finally:
-            hero.capture.Collector._take = add
+            hero.attention_rows.Collector._take = add
             del handle.encoder._tower.run
         gc.collect()
         alive = [reference() for reference in references if reference() is not None]
@@ -651,8 +651,8 @@ def test_compiled_tower(model, reference):
         for _ in range(2):
             assert_rows_equal(model(**inputs).logits, logits, 1e-5)
             assert handle.last.index.tolist() == results[0].index
-        modules = handle.encoder._modules_captured().values()
-        assert all(module.__dict__["_hero_capture"].rows is None for module in modules)
+        modules = handle.encoder._scored_modules().values()
+        assert all(module.__dict__["_hero_attention_rows"].rows is None for module in modules)
 
 
 def test_tower_compiled_before_attach(reference):

@@ -36,8 +36,6 @@ def attention(operation, name, options="plain"):
         function = getattr(tests, f"test_{operation}")
         if operation == "cls_attention":
             function(case, options, False, way())
-        elif operation == "cls_attention_given_the_lse":
-            function("row 0", case, options, way())
         else:
             function(case, options, way())
 
@@ -54,9 +52,8 @@ def selection(test, name, *more):
 
 CHECKS = {
     "cls": attention("cls_attention", "P 36", "plain"),
-    "cls, added": attention("cls_attention", "P 36", "added per head"),
-    "cls, NaN": attention("cls_attention", "P 36", "per head"),
-    "cls, lse": attention("cls_attention_given_the_lse", "many heads"),
+    "cls, added": attention("cls_attention", "P 36", "added"),
+    "cls, NaN": attention("cls_attention", "P 36", "per crop"),
     "attention": attention("attention_with_cls", "narrow"),
     "received": attention("received_attention", "narrow"),
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
@@ -117,7 +114,6 @@ KERNELS = [
         "    if True:\n        p = ",
         "cls, NaN",
     ),
-    Mutant("heads beyond the last", "cls_attention", "tl.where(in_h[None, :], p, 0.0)", "p", "cls, lse"),
     Mutant("keys beyond the last", "attention", "if not EVEN:", "if EVEN:", "attention", False),
     Mutant(
         "CLS key left out",

@@ -20,11 +20,9 @@ from torch.utils._pytree import tree_map_only
 import hero
 import hero_kernels as hk
 from hero import encoder as encoders
-from hero import plan as plans
-from hero import scoring
-from hero.config import POLICIES
+from hero import signals
 from hero.layout import Geometry
-from hero.policies import SCORES, Map, Needs, Policy, Scored, equal_shares, policy_of
+from hero.policies import POLICIES, Needs, Policy, Rows, Scored, make_policy
 
 KEEPS = {
     "0.05": {"keep_ratio": 0.05},
@@ -248,8 +246,8 @@ def test_compiled_tower(model, reference, policy):
             assert selection.index.tolist() == [place for result in results for place in result.index]
             tokens = torch.cat([result.tokens for result in results])
             torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
-        for module in handle.encoder._modules_captured().values():
-            state = module.__dict__["_hero_capture"]
+        for module in handle.encoder._scored_modules().values():
+            state = module.__dict__["_hero_attention_rows"]
             assert state.rows is None and state.keys is None
 
 
@@ -269,7 +267,7 @@ def test_scores_come_from_the_layer_of_the_features(policy, layer):
     with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
         selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
         last = {-1: 5, 0: 0}.get(layer if isinstance(layer, int) else None, 2)
-        assert handle.encoder._captured == tuple(sorted({last, *([0] if policy == "hired" else [])}))
+        assert handle.encoder._scored_layers == tuple(sorted({last, *([0] if policy == "hired" else [])}))
     if layer == 0:
         return  # embeddings have no last layer: the first one scores
     reference = IndependentPeers(model)
@@ -287,17 +285,19 @@ def test_nothing_waits_for_the_device(model, policy):
         encoder, inputs = handle.encoder, batch(tiny_processor(), "two sizes")
         crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
         encoded = encoder.encode(crops, plan)
-        budgets = encoder.budget(encoder.score(encoded, plan), plan)  # and the plans are made
+        budgets = encoder.budget(encoder.score(encoded, plan), plan)  # and all plans are made
         valid = plan.valid
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
 
             def faked(tree):
                 return tree_map_only(torch.Tensor, fake.from_tensor, tree)
 
-            fields = ("features", "scores", "entropy", "ranks", "maps", "keys")
+            fields = ("features", "attention", "keys")
             encoded = dataclasses.replace(encoded, **{name: faked(getattr(encoded, name)) for name in fields})
             scored = encoder.score(encoded, plan)
-            replaced = policy_of(policy).replace(encoded, scored, faked(budgets), faked(valid))
+            replaced = encoder.config.policy.replace(
+                encoded.features, encoded.keys, scored, faked(budgets), faked(valid)
+            )
         assert scored.scores.shape == valid.shape
         assert (replaced is not None) == (policy == "visionzip")
         if replaced is not None:
@@ -350,7 +350,7 @@ def test_merged_tokens_carry_gradients(model):
 
 # ------------------------------------------------------------------------- no more than a policy needs
 
-CAPTURED = {  # layers, and maps that are finalised
+READ = {  # layers, and attention rows that are finalised
     "hero": ((1, 2, 4), 1),
     "hero+": ((1, 2, 4), 1),
     "uniform": ((1, 2, 4), 1),
@@ -363,8 +363,8 @@ CAPTURED = {  # layers, and maps that are finalised
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_captured_is_what_is_needed(model, monkeypatch, policy):
-    layers, maps = CAPTURED[policy]
+def test_a_policy_reads_no_more_than_it_needs(model, monkeypatch, policy):
+    layers, rows = READ[policy]
     calls = []
     for name in ("cls_attention", "finalize_scores", "tile_budgets", "segmented_topk_gather"):
         operation = getattr(hk, name)
@@ -374,13 +374,14 @@ def test_captured_is_what_is_needed(model, monkeypatch, policy):
             return operation(*args, **kwargs)
 
         monkeypatch.setattr(hk, name, counted)
-    config = hero.HeroConfig(0.3, policy=policy, tile_layers=(1, 2), thumbnail_layers=(4,))
+    own = {} if policy in (*PEERS, "random") else {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
+    config = hero.HeroConfig(0.3, policy=policy, **own)
     with hero.attach(model, config=config) as handle, torch.no_grad():
-        assert handle.encoder._captured == layers
+        assert handle.encoder._scored_layers == layers
         assert (handle.encoder.needs_cls, handle.encoder.needs_text) == (policy == "hero", False)
         inputs = batch(tiny_processor(), "two sizes")
         handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
-    assert calls == ["cls_attention"] * len(layers) + ["finalize_scores"] * maps + [
+    assert calls == ["cls_attention"] * len(layers) + ["finalize_scores"] * rows + [
         "tile_budgets",
         "segmented_topk_gather",
     ]
@@ -391,18 +392,9 @@ def test_a_relevance_model_is_asked_by_those_that_read(model, policy):
     relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
     with hero.attach(model, tiny_processor(), policy=policy, relevance=relevance) as handle:
         assert handle.encoder.needs_text == (policy in ("hero", "hero+"))
-    if policy not in ("hero", "hero+"):
-        hero.attach(model, policy=policy, alpha=0.5).remove()  # it weighs nothing, so none is missing
-
-
-@pytest.mark.parametrize("policy", PEERS)
-def test_fields_that_do_not_apply_have_no_effect(model, policy):
-    inputs = batch(tiny_processor(), "two sizes")
-    plain = encode(model, hero.HeroConfig(0.4, policy=policy), inputs)
-    options = {"tile_layers": (0,), "thumbnail_layers": (-1,), "second_softmax": True}
-    options |= {"weights": {"entropy": 1.0}, "temperature_cls": 9.0, "temperature_clip": 9.0}
-    other = encode(model, hero.HeroConfig(0.4, policy=policy, **options), inputs)
-    assert torch.equal(plain.tokens, other.tokens) and torch.equal(plain.scores, other.scores)
+    if policy != "hero":
+        with pytest.raises(TypeError, match=r"^alpha: expected "):
+            hero.attach(model, policy=policy, alpha=0.5)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -437,13 +429,14 @@ PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "do
 def test_names():
     """Each name is a policy, its file names its paper, and the pages speak of it."""
     for name in POLICIES:
-        policy = policy_of(name)
-        text = sys.modules[policy.__module__].__doc__
-        assert policy is policy_of(name) and isinstance(policy, Policy)
+        policy = make_policy(name)
+        text = sys.modules[type(policy).__module__].__doc__
+        assert policy == make_policy(name) and isinstance(policy, Policy) and policy.name == name
+        assert policy is make_policy(policy) and policy.summary
         assert ("https://arxiv.org/abs/" in text) == (name not in ("hero+", "uniform", "random"))
         assert all(f"`{name}`" in page for page in PAGES)
     with pytest.raises(ValueError, match=r"^policy: expected one of 'hero', .*, got 'best'$"):
-        policy_of("best")
+        make_policy("best")
 
 
 # ------------------------------------------------------------------------------------------- regions
@@ -463,8 +456,8 @@ def test_regions_cover_the_thumbnail():
     for _ in range(100):
         layouts = draw_layouts(draw)
         scores = torch.rand(sum(layout.crops for layout in layouts), layouts[0].patches)
-        places, regions = scoring.places_of(layouts), scoring.regions_of(layouts)
-        sums, first = scoring.region_sums(scores, places, regions), 0
+        places, regions = signals.places_of(layouts), signals.regions_of(layouts)
+        sums, first = signals.region_sums(scores, places, regions), 0
         for layout in layouts:
             own = sums[first : first + layout.crops]
             assert own[0] == 0
@@ -482,8 +475,8 @@ def test_resized_thumbnails_are_interpolated():
         layouts = draw_layouts(draw)
         side = layouts[0].side
         scores = torch.rand(sum(layout.crops for layout in layouts), side * side)
-        places, resize = scoring.places_of(layouts), scoring.resize_of(layouts)
-        resized, first = scoring.resized_thumbnails(scores, places, resize), 0
+        places, resize = signals.places_of(layouts), signals.resize_of(layouts)
+        resized, first = signals.resized_thumbnails(scores, places, resize), 0
         for layout in layouts:
             own = resized[first : first + layout.crops]
             assert torch.equal(own[0], scores[first])
@@ -504,7 +497,7 @@ def test_tile_softmax(more):
     for _ in range(30):
         layouts = draw_layouts(draw)
         values = torch.randn(sum(layout.crops for layout in layouts)) * 20
-        shares, first = scoring.tile_softmax(values, scoring.places_of(layouts), more), 0
+        shares, first = signals.tile_softmax(values, signals.places_of(layouts), more), 0
         for layout in layouts:
             own = slice(first + 1, first + layout.crops)
             wanted = values[own].softmax(0) + more / layout.tiles
@@ -513,8 +506,8 @@ def test_tile_softmax(more):
 
 
 SEEN_IN_THE_THUMBNAIL = (
-    (scoring.region_sums, scoring.regions_of),
-    (scoring.resized_thumbnails, scoring.resize_of),
+    (signals.region_sums, signals.regions_of),
+    (signals.resized_thumbnails, signals.resize_of),
 )
 
 
@@ -529,15 +522,15 @@ def test_regions_follow_the_thumbnail():
         scores = torch.rand(first[0].crops, first[0].patches)
         for function, constant in SEEN_IN_THE_THUMBNAIL:
             one, other = (
-                function(values, scoring.places_of(layouts), constant(layouts))
+                function(values, signals.places_of(layouts), constant(layouts))
                 for values, layouts in ((scores.roll(-1, 0), last), (scores, first))
             )
             assert torch.equal(one, other.roll(-1, 0))
     alone = [Geometry(56, 14, ()).layout((30, 40))]
-    scores, places = torch.rand(1, 16), scoring.places_of(alone)
-    assert scoring.region_sums(scores, places, scoring.regions_of(alone)).tolist() == [0.0]
-    assert torch.equal(scoring.resized_thumbnails(scores, places, scoring.resize_of(alone)), scores)
-    assert scoring.tile_softmax(torch.zeros(1), places, 1.0).isfinite().all()
+    scores, places = torch.rand(1, 16), signals.places_of(alone)
+    assert signals.region_sums(scores, places, signals.regions_of(alone)).tolist() == [0.0]
+    assert torch.equal(signals.resized_thumbnails(scores, places, signals.resize_of(alone)), scores)
+    assert signals.tile_softmax(torch.zeros(1), places, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -555,52 +548,50 @@ def test_thumbnail_alone(model, policy):
         encoder.remove()
 
 
-# ---------------------------------------------------------------------------- the seam, for policies to come
+# ---------------------------------------------------------------------------- policies of users
 
 
 class _ByPatch(Policy):
-    """Patches by the question, tiles by their best patch and a map of another layer."""
+    """Patches by the question, tiles by their best patch and rows of other layers."""
 
-    def maps(self, config, depth, feature_layer):
-        return {"middle": Map.mean([], [2, 3], ranked=False)}
+    def rows(self, depth, feature_layer):
+        return {"middle": Rows.mean([], [2, 3], ranked=False)}
 
-    def needs(self, config, with_relevance):
+    def needs(self, with_relevance):
         return Needs(relevance=True, patch_relevance=True)
 
-    def score(self, seen):
-        scores = seen.patch_relevance()
-        best = scores.masked_fill(~seen.valid, -math.inf).amax(1)
-        middle = seen.maps["middle"].scores.sum(1)
-        tiles = hk.TileSignal(seen.relevance(), 1.0, 0.1)
+    def score(self, observed):
+        scores = observed.patch_relevance()
+        best = scores.masked_fill(~observed.valid, -math.inf).amax(1)
+        middle = observed.attention["middle"].scores.sum(1)
+        tiles = hk.TileSignal(observed.relevance(), 1.0, 0.1)
         return Scored(scores, (hk.TileSignal(best, 1.0, 0.1), hk.TileSignal(middle, 1.0), tiles))
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared weights", "second pass"])
-def test_relevance_of_patches(model, monkeypatch, shared):
+def test_relevance_of_patches(model, shared):
     clip, tokenizer = tiny_clip(), tiny_tokenizer()
     if shared:
         clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
-    for module in (encoders, plans):
-        monkeypatch.setattr(module, "policy_of", lambda name: _ByPatch())
     inputs = batch(tiny_processor(), "two sizes")
     texts = ["what is in this picture ?", "describe"]
     relevance = hero.ClipRelevance(clip, tokenizer, second_pass=True)
-    plans.plan_of.cache_clear()
-    with hero.attach(model, tokenizer=tokenizer, relevance=relevance, keep_ratio=0.4) as handle:
+    given = {"tokenizer": tokenizer, "policy": _ByPatch(), "keep_ratio": 0.4}
+    with hero.attach(model, relevance=relevance, **given) as handle:
         assert handle.encoder.needs_text and handle.encoder._shared == shared
-        assert handle.encoder._captured == (2, 3)
+        assert handle.encoder._scored_layers == (2, 3)
         with torch.no_grad():
             crops, plan = handle.encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
             encoded = handle.encoder.encode(crops, plan)
             selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], texts)
             stock = model.model.vision_tower(crops, output_hidden_states=True).hidden_states
-    plans.plan_of.cache_clear()
     clip.config.vision_config.patch_size = 28
     with pytest.raises(ValueError, match=r"^relevance: expected a CLIP model of 4 × 4 patches"):
-        hero.attach(model, tokenizer=tokenizer, relevance=relevance)
-    with pytest.raises(ValueError, match=r"^relevance: expected a hero.ClipRelevance for policy 'hero'"):
-        hero.attach(model)
-    assert (encoded.patches is not None) == shared and encoded.scores is None
+        hero.attach(model, relevance=relevance, **given)
+    name = "test_policies:_ByPatch"
+    with pytest.raises(ValueError, match=rf"^relevance: expected a hero.ClipRelevance for policy '{name}'"):
+        hero.attach(model, policy=name)
+    assert (encoded.patches is not None) == shared and set(encoded.attention) == {"middle"}
     torch.testing.assert_close(encoded.features, stock[-2][:, 1:])
     with torch.no_grad():
         hidden = clip.vision_model(pixel_values=crops).last_hidden_state[:, 1:]
@@ -616,21 +607,68 @@ def test_relevance_of_patches(model, monkeypatch, shared):
     assert selection.lengths == [layout.kept_tokens(hero.HeroConfig(0.4)) for layout in plan.layouts]
 
 
-def test_a_policy_without_scores_ranks_by_itself(monkeypatch, model):
-    """Seen.scores is there only for policies with a map of that name."""
+class _Flat(Policy):
+    """The first patches of each crop; reads no attention."""
 
-    class Flat(Policy):
-        def maps(self, config, depth, feature_layer):
-            return {}
+    def rows(self, depth, feature_layer):
+        return {}
 
-        def score(self, seen):
-            assert seen.scores is None and seen.maps == {} and SCORES not in seen.maps
-            return Scored(seen.valid.float(), (equal_shares(seen.valid),))
+    def score(self, observed):
+        assert observed.attention == {}
+        return Scored(observed.valid.float(), (signals.equal_shares(observed.valid),))
 
-    for module in (encoders, plans):
-        monkeypatch.setattr(module, "policy_of", lambda name: Flat())
-    plans.plan_of.cache_clear()
-    selection = encode(model, hero.HeroConfig(0.25), batch(tiny_processor(), "one image"))
-    plans.plan_of.cache_clear()
+
+def test_a_policy_without_rows(model):
+    config = hero.HeroConfig(0.25, policy=_Flat())
+    selection = encode(model, config, batch(tiny_processor(), "one image"))
     first = selection.index[selection.index < 16].tolist()
     assert [place for place in first if place >= 0] == [0, 1, 2, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Thumbnail(Policy):
+    """Nearly all tokens to the thumbnail, patches by the attention of one layer."""
+
+    layer: int = 3
+    most: int = 12
+
+    def divide(self, keep_ratio, keep_tokens, patches, tiles):
+        total = int(keep_ratio * (tiles + 1) * patches)
+        return min(self.most, total), total - min(self.most, total)
+
+    def rows(self, depth, feature_layer):
+        return {"patches": Rows.mean([self.layer], [self.layer])}
+
+    def score(self, observed):
+        patches = observed.attention["patches"]
+        return Scored(patches.scores, (signals.equal_shares(observed.valid),), patches.ranks)
+
+
+def test_a_policy_of_a_user_works_as_one_of_ours(model):
+    """By object and by class; counted, packed, generated; in JSON and back."""
+    own, by_class = _Thumbnail(most=9), {"policy": "test_policies:_Thumbnail", "most": 9}
+    config = hero.HeroConfig(0.3, policy=own)
+    assert config == hero.HeroConfig(0.3, **by_class) == hero.HeroConfig.from_dict(config.to_dict())
+    with pytest.raises(TypeError, match=r"^least: expected .*test_policies:_Thumbnail.*\(layer, most\), got"):
+        hero.HeroConfig(**by_class, least=3)
+    found = []
+    for given in ({"policy": own}, by_class):
+        processor = tiny_processor()
+        with hero.attach(model, processor, keep_ratio=0.3, **given) as handle:
+            inputs = batch(processor, "two sizes")
+            found.append(model.generate(**inputs, max_new_tokens=3, do_sample=False))
+            assert handle.last.policy == "test_policies:_Thumbnail"
+            assert handle.last.lengths == [handle.count_tokens(one.image_size) for one in handle.last.layout]
+            assert handle.last.budgets[0] == 9
+            assert handle.encoder._scored_layers == (3,)
+    assert torch.equal(*found)
+
+
+def test_errors_of_a_policy_are_named(model):
+    inputs = batch(tiny_processor(), "one image")
+    with pytest.raises(ValueError, match=r"^policy .*_Thumbnail': expected divide\(\) to return .*, got \(17, "):
+        encode(model, hero.HeroConfig(0.9, policy=_Thumbnail(most=17)), inputs)
+    with pytest.raises(ValueError, match=r"^policy .*_Thumbnail': expected rows\(\) to name .* got \[6\]"):
+        hero.attach(model, policy=_Thumbnail(layer=6))
+    with pytest.raises(TypeError, match=r"^policy: expected one of 'hero', .*, got <class"):
+        hero.attach(model, policy=_Thumbnail)

@@ -87,15 +87,11 @@ def test_shrink(side):
     assert torch.equal(inputs["input_ids"], ids)  # a copy
 
 
-def test_shrink_without_mask_pads_where_told():
+def test_shrink_without_mask_pads_on_the_left():
     ids = torch.tensor([[IMAGE, IMAGE, 1, 2], [IMAGE, 3, 4, 5]])
-    for side, wanted in (
-        ("left", [[8, IMAGE, 1, 2], [IMAGE, 3, 4, 5]]),
-        ("right", [[IMAGE, 1, 2, 8], [IMAGE, 3, 4, 5]]),
-    ):
-        short = shrink({"input_ids": ids}, IMAGE, [(2, 1), (1, 1)], pad_token_id=8, padding_side=side)
-        assert short["input_ids"].tolist() == wanted
-        assert torch.equal(short["attention_mask"], (short["input_ids"] != 8).long())
+    short = shrink({"input_ids": ids}, IMAGE, [(2, 1), (1, 1)], pad_token_id=8)
+    assert short["input_ids"].tolist() == [[8, IMAGE, 1, 2], [IMAGE, 3, 4, 5]]
+    assert torch.equal(short["attention_mask"], (short["input_ids"] != 8).long())
 
 
 def test_shrink_keeps_the_mask_of_a_cache():

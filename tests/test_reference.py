@@ -21,7 +21,6 @@ from oracles import (
     oracle_floor,
     oracle_index,
     oracle_keep,
-    oracle_lse,
     oracle_order,
     oracle_output,
     oracle_received,
@@ -66,38 +65,28 @@ def test_cls_attention(tokens, dtype, view, second_softmax):
     scale = 8**-0.5
     expected = oracle_cls(query, key, scale, second_softmax)
     assert max(map(max, expected)) > 1.05 * min(map(min, expected)) or tokens == 2  # not uniform
-    lse = torch.tensor(oracle_lse(query[:, :, :1], key, scale)).float()
-    whole = torch.full((*query.shape[:2], tokens + 1), NAN)  # with strides of its own; only row 0 is read
-    whole[..., 0] = lse[..., 0]
     query[:, :, 1:] = NAN
     for rows in (view(query), view(query[:, :, :1])):
-        for sums in (None, lse, whole[..., :tokens]):
-            scores = hk.cls_attention(rows, view(key), scale, lse=sums, second_softmax=second_softmax)
-            assert scores.dtype == torch.float32
-            close(scores, expected)
-
-
-def test_cls_attention_uses_the_lse():
-    query, key = draw_attention("lse")
-    lse = torch.tensor(oracle_lse(query[:, :, :1], key, 0.3)).float()
-    expected = torch.tensor(oracle_cls(query, key, 0.3)) / 2
-    close(hk.cls_attention(query, key, 0.3, lse=lse + math.log(2)), expected.tolist())
+        scores = hk.cls_attention(rows, view(key), scale, second_softmax=second_softmax)
+        assert scores.dtype == torch.float32
+        close(scores.mean(1), expected)
 
 
 def test_cls_attention_of_a_double():
     query, key = draw_attention("double", dtype=torch.float64)
     scores = hk.cls_attention(query, key, 0.3)
     assert scores.dtype == torch.float32
-    close(scores, oracle_cls(query, key, 0.3), rtol=1e-4, atol=1e-6)
+    close(scores.mean(1), oracle_cls(query, key, 0.3), rtol=1e-4, atol=1e-6)
 
 
 def test_cls_attention_of_extreme_logits():
     query, key = draw_attention("extreme", tokens=37)
     for scale in (1e4, -1e4):  # one key takes all; exponentials of the bare logits would overflow
         scores = hk.cls_attention(query, key, scale)
-        close(scores, oracle_cls(query, key, scale))
-        assert float(scores.max()) > 0.3
-    close(hk.cls_attention(query, key, 0.0), [[1 / 37] * 36] * 2)  # the CLS column is dropped, no more
+        close(scores.mean(1), oracle_cls(query, key, scale))
+        assert float(scores.mean(1).max()) > 0.3
+    flat = hk.cls_attention(query, key, 0.0).mean(1)
+    close(flat, [[1 / 37] * 36] * 2)  # the CLS column is dropped, without renormalising
 
 
 @pytest.mark.parametrize("operation", ["cls_attention", "attention_with_cls", "received_attention"])
@@ -105,9 +94,9 @@ def test_accumulation(operation):
     """Three layers, weighted by numbers and crop by crop, added to what stands in the buffer."""
     function = getattr(hk, operation)
     size = 37 if operation == "received_attention" else 36
-    memory = torch.full((4, size + 2), NAN)
-    out = memory[1:-1, 1:-1].copy_(torch.randn(2, size, generator=generator("out")))
-    expected = out.double()
+    memory = torch.full((4, 3, size + 2), NAN)
+    out = memory[1:-1, :, 1:-1].copy_(torch.randn(2, 3, size, generator=generator("out")))
+    expected = out.double().mean(1)
     weights = [0.25, torch.tensor([0.5, 0.0]), torch.tensor([[3.0, NAN], [1.0, NAN]])[:, 0]]
     for layer, weight in enumerate(weights):
         query, key, value = draw_attention("layer", layer, count=3)
@@ -120,8 +109,8 @@ def test_accumulation(operation):
             else oracle_cls(query, key, 0.4)
         )
         expected += rows * (weight[:, None] if isinstance(weight, torch.Tensor) else weight)
-        close(out, expected.tolist())
-    memory[1:-1, 1:-1] = NAN
+        close(out.mean(1), expected.tolist())
+    memory[1:-1, :, 1:-1] = NAN
     assert memory.isnan().all()  # nothing was written around the buffer
 
 
@@ -135,7 +124,7 @@ def test_weight_without_a_buffer(weight):
     ):
         rows = oracle(query, key, 0.4)
         expected = [[factor * score for score in row] for factor, row in zip(factors, rows)]
-        close(function(query, key, 0.4, weight=weight), expected)
+        close(function(query, key, 0.4, weight=weight).mean(1), expected)
 
 
 def shapes(tokens):
@@ -156,7 +145,7 @@ def test_attention_with_cls(tokens, dtype):
             )
             assert (output.dtype, scores.dtype) == (dtype, torch.float32)
             close(output, expected, **ROUNDED[dtype])
-            close(scores, rows)
+            close(scores.mean(1), rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,22 +156,21 @@ def test_received_attention(tokens, dtype):
     for view in VIEWS.values():
         scores = hk.received_attention(view(query), view(key), 0.4)
         assert scores.dtype == torch.float32
-        close(scores, expected)
-        close(scores.sum(1), [1.0] * len(scores))
+        close(scores.mean(1), expected)
+        close(scores.mean(1).sum(1), [1.0] * len(scores))
 
 
 @pytest.mark.parametrize("second_softmax", [False, True], ids=["", "second softmax"])
 def test_rows_per_head(second_softmax):
-    """``per_head`` leaves the mean over heads out, of every operation that has it."""
     query, key, value = draw_attention("per head", count=3)
     heads = [slice(head, head + 1) for head in range(3)]
     cls = [oracle_cls(query[:, h], key[:, h], 0.4, second_softmax) for h in heads]
     received = [oracle_received(query[:, h], key[:, h], 0.4) for h in heads]
-    options = {"per_head": True, "second_softmax": second_softmax}
+    options = {"second_softmax": second_softmax}
     for rows, expected in (
         (hk.cls_attention(query, key, 0.4, **options), cls),
         (hk.attention_with_cls(query, key, value, 0.4, **options)[1], cls),
-        (hk.received_attention(query, key, 0.4, per_head=True), received),
+        (hk.received_attention(query, key, 0.4), received),
     ):
         close(rows.transpose(0, 1), expected)
     out = torch.ones(2, 3, 36)
@@ -190,22 +178,21 @@ def test_rows_per_head(second_softmax):
     close(out.transpose(0, 1), (1 + 2 * torch.tensor(cls)).tolist())
 
 
-@pytest.mark.parametrize("per_head", [False, True], ids=["", "per head"])
 @pytest.mark.parametrize("operation", ["cls_attention", "received_attention"])
-def test_crops_of_weight_zero_are_left(operation, per_head):
+def test_crops_of_weight_zero_are_left(operation):
     """Whatever their keys: NaN and infinity there change nothing, not even the sign of a zero."""
     query, key = draw_attention("zero weight", crops=3)
     key[1], key[2, 0, 5] = NAN, INF
     size = 37 if operation == "received_attention" else 36
-    shape = (3, 3, size) if per_head else (3, size)
+    shape = (3, 3, size)
     function = getattr(hk, operation)
-    alone = function(query[:1], key[:1], 0.4, weight=0.5, per_head=per_head)
+    alone = function(query[:1], key[:1], 0.4, weight=0.5)
     weight = torch.tensor([0.5, 0.0, -0.0])
-    result = function(query, key, 0.4, weight=weight, per_head=per_head)
+    result = function(query, key, 0.4, weight=weight)
     close(result, torch.cat([alone, torch.zeros(2, *shape[1:])]).tolist())
     for factor, left, start in ((weight, 1, 7.0), (0.0, 0, -1.0), (torch.zeros(3), 0, 3.0)):
         out = torch.full(shape, start)
-        assert function(query, key, 0.4, weight=factor, out=out, per_head=per_head) is out
+        assert function(query, key, 0.4, weight=factor, out=out) is out
         assert (out[left:] == start).all()
 
 
@@ -958,24 +945,16 @@ ATTENTION = [
     ({"weight": torch.ones(2, 1)}, ValueError, "weight"),
     ({"weight": torch.ones(2, dtype=torch.float64)}, TypeError, "weight"),
     ({"weight": torch.ones(2, device="meta")}, ValueError, "weight"),
-    ({"per_head": 1}, TypeError, "per_head"),
-    ({"per_head": True, "out": torch.zeros(2, 4)}, ValueError, "out"),
-    ({"out": torch.zeros(2, 2, 4)}, ValueError, "out"),
+    ({"out": torch.zeros(2, 4)}, ValueError, "out"),
     ({"out": [0.0]}, TypeError, "out"),
-    ({"out": torch.zeros(2, 3)}, ValueError, "out"),
-    ({"out": torch.zeros(1, 4)}, ValueError, "out"),
-    ({"out": torch.zeros(2, 4, dtype=torch.float16)}, TypeError, "out"),
-    ({"out": torch.zeros(2, 4, device="meta")}, ValueError, "out"),
+    ({"out": torch.zeros(2, 2, 3)}, ValueError, "out"),
+    ({"out": torch.zeros(1, 2, 4)}, ValueError, "out"),
+    ({"out": torch.zeros(2, 2, 4, dtype=torch.float16)}, TypeError, "out"),
+    ({"out": torch.zeros(2, 2, 4, device="meta")}, ValueError, "out"),
 ]
 CLS_ALONE = [
     ({"query": torch.ones(2, 2, 0, 4)}, ValueError, "query"),
     ({"key": torch.ones(2, 2, 1, 4), "query": torch.ones(2, 2, 1, 4)}, ValueError, "key"),
-    ({"lse": 1.0}, TypeError, "lse"),
-    ({"lse": torch.ones(2, 2)}, ValueError, "lse"),
-    ({"lse": torch.ones(2, 3, 5)}, ValueError, "lse"),
-    ({"lse": torch.ones(1, 2, 5)}, ValueError, "lse"),
-    ({"lse": torch.ones(2, 2, 5, dtype=torch.int64)}, TypeError, "lse"),
-    ({"lse": torch.ones(2, 2, 5, device="meta")}, ValueError, "lse"),
 ]
 ALL_ROWS = [({"query": torch.ones(2, 2, 1, 4)}, ValueError, "query")]
 WITH_VALUE = [
@@ -1094,7 +1073,7 @@ REFUSED = [
         "received_attention",
         lambda **c: attend("received_attention", **c),
         [case for case in ATTENTION if case[0].keys() != {"out"}],
-        [({"out": torch.zeros(2, 4)}, ValueError, "out")],
+        [({"out": torch.zeros(2, 2, 4)}, ValueError, "out")],
         ALL_ROWS,
     ),
     *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
@@ -1115,17 +1094,9 @@ def test_refused(call, change, kind, name):
     assert rest.startswith("expected ") and ", got " in rest
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        ("query", torch.ones(2, 2, 3, 4)),  # of five tokens, neither all rows nor one
-        ("lse", torch.ones(2, 2, 3)),
-        ("lse", torch.ones(2, 2, 0)),
-    ],
-)
-def test_some_of_the_rows(name, tensor):
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):
-        attend("cls_attention", **{name: tensor})
+def test_some_of_the_rows():
+    with pytest.raises(ValueError, match=r"^query: expected .*, got "):
+        attend("cls_attention", query=torch.ones(2, 2, 3, 4))  # of five tokens, neither all rows nor one
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..layout import Geometry
-from . import Adapter, Parts, Patch, tower_for
+from . import tower_for
+from .base import Adapter, Parts, Patch
 
 __all__ = ["ADAPTER"]
 
@@ -20,8 +21,8 @@ def get_image_features(
 ):
     """Kept visual tokens of each image: ``pooler_output`` is a list of ``[n_i, D]``, newlines included.
 
-    Takes the place of the model's own method, whose parameter names ``generate`` reads. Hidden states come
-    along where they are asked for; otherwise the tower runs no further than it must, and there are none.
+    Replaces the model's own method, whose parameter names ``generate`` reads. Hidden states are returned only
+    if they are asked for; otherwise the tower runs no further than needed.
     """
     strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
     _check_strategy(strategy)
@@ -39,7 +40,7 @@ def get_image_features(
 
 
 def get_number_of_features(self, orig_height, orig_width, height, width):
-    """Visual tokens of an image, and CLS where callers subtract it again."""
+    """Visual tokens of an image, plus the CLS token that callers subtract again."""
     counts = self._hero
     if (height, width) != (counts.geometry.crop_size,) * 2:
         raise ValueError(

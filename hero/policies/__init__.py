@@ -1,210 +1,119 @@
-"""Policies: which visual tokens to keep. One file each, alike in form, all on the same operations.
+"""Policies decide which visual tokens are kept: one frozen dataclass a file (docs/method.md, section 6).
 
-A policy says what it must see of the encoder (:meth:`Policy.maps`, :meth:`Policy.needs`) and makes of it
-patch scores and tile signals (:meth:`Policy.score`); some also replace features of what is kept
-(:meth:`Policy.replace`). How many tokens that comes to follows from the image's size and stands in
-``hero/layout.py``, which counts without torch. Names and one-line descriptions are in ``config.POLICIES``;
-the module of that name (``hero_plus`` for ``hero+``) holds the policy as ``POLICY`` and is imported on use.
+Importing them needs the standard library only. A policy of your own is a subclass of :class:`Policy`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+from .._checks import error
+from .base import PATCHES, LayerPolicy, Needs, Observed, Policy, Replacement, Rows, Scored
+from .fastervlm import FasterVLM
+from .globalcom2 import GlobalCom2
+from .hero import Hero, SignalWeights
+from .hero_plus import HeroPlus
+from .hired import HiRED
+from .random import Random
+from .uniform import Uniform
+from .visionzip import VisionZip
 
-from hero_kernels import Finalized, TileBudgets, TileSignal
+__all__ = [
+    "PATCHES",
+    "POLICIES",
+    "FasterVLM",
+    "GlobalCom2",
+    "Hero",
+    "HeroPlus",
+    "HiRED",
+    "LayerPolicy",
+    "Needs",
+    "Observed",
+    "Policy",
+    "Random",
+    "Replacement",
+    "Rows",
+    "Scored",
+    "SignalWeights",
+    "Uniform",
+    "VisionZip",
+    "check_supported",
+    "make_policy",
+]
 
-from ..config import POLICIES, HeroConfig
-from ..layout import ImageLayout
-from ..models import Encoded
-from ..scoring import Places
-
-__all__ = ["Map", "Needs", "Policy", "Replacement", "Scored", "Seen", "equal_shares", "policy_of"]
-
-SCORES = "scores"  # the map that Seen holds by itself: the one map of most policies
-
-
-class Map(NamedTuple):
-    """Attention rows to accumulate over layers: ``{layer: weight}`` for thumbnails and for tiles.
-
-    Attributes:
-        thumbnail, tiles: weights by 0-based layer; a layer in neither is not captured.
-        ranked: whether the order of the scores is wanted.
-    """
-
-    thumbnail: Mapping[int, float]
-    tiles: Mapping[int, float]
-    ranked: bool = True
-
-    @classmethod
-    def mean(cls, thumbnail: Sequence[int], tiles: Sequence[int], *, ranked: bool = True) -> Map:
-        """The mean over layers; over none, nothing."""
-        weights = [{layer: 1.0 / len(layers) for layer in layers} for layers in (thumbnail, tiles)]
-        return cls(*weights, ranked)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """All layers, in order."""
-        return tuple(sorted({*self.thumbnail, *self.tiles}))
+_BUILT_IN = (Hero, HeroPlus, HiRED, FasterVLM, VisionZip, GlobalCom2, Uniform, Random)
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _BUILT_IN}
+"""The policies of this package by name."""
 
 
-class Needs(NamedTuple):
-    """What a policy must see besides its maps.
+def make_policy(policy: str | Policy, options: dict[str, Any] | None = None) -> Policy:
+    """The policy that a name and its options describe.
 
-    Attributes:
-        cls: the encoder's last layer at CLS.
-        relevance: the question's relevance to each tile; the caller must then give the question.
-        patch_relevance: the question's relevance to each patch; likewise.
-        keys: the mean key of each patch in the last layer of the features.
-        second_softmax: a second softmax over the patches of each head, before the mean over heads.
-    """
-
-    cls: bool = False
-    relevance: bool = False
-    patch_relevance: bool = False
-    keys: bool = False
-    second_softmax: bool = False
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a policy may look at; T crops of P patches.
-
-    Attributes:
-        scores: ``[T, P]`` fp32, its map ``"scores"``, if it has one.
-        entropy: ``[T]`` fp32, of the scores over the valid patches.
-        ranks: ``[T, P]`` int16, the order of the scores.
-        valid: ``[T, P]`` bool.
-        cls: ``[T, C]`` the encoder's last layer at CLS, if a signal needs it.
-        layouts: the images of the batch.
-        places: where its crops belong.
-        config: the configuration.
-        relevance: gives the cosines ``[T]`` of tile and question when called; ``None`` without a
-            relevance model.
-        patch_relevance: gives the cosines ``[T, P]`` of patch and question when called; ``None`` without
-            a relevance model.
-        maps: every map by name, ``"scores"`` among them, as :func:`hero_kernels.finalize_scores` returns it.
-        constants: what :meth:`Policy.constants` made of the layouts, on the device.
-    """
-
-    scores: Tensor | None
-    entropy: Tensor | None
-    ranks: Tensor | None
-    valid: Tensor
-    cls: Tensor | None
-    layouts: Sequence[ImageLayout]
-    places: Places
-    config: HeroConfig
-    relevance: Callable[[], Tensor] | None
-    patch_relevance: Callable[[], Tensor] | None = None
-    maps: Mapping[str, Finalized] = field(default_factory=dict)
-    constants: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a policy decides.
-
-    Attributes:
-        scores: ``[T, P]`` fp32, patch scores.
-        signals: what shares each image's tokens among its tiles.
-        ranks: ``[T, P]`` int16, the order of the scores, where the policy left that as it was.
-    """
-
-    scores: Tensor
-    signals: tuple[TileSignal, ...]
-    ranks: Tensor | None = None
-
-
-class Replacement(NamedTuple):
-    """Features that stand in for those of kept patches.
-
-    Attributes:
-        ranks: ``[T, P]`` int16; of each crop, the valid patches whose rank is below the budget are kept. They
-            must be as many as the budget; their order does not matter.
-        slots: ``[T, P]`` int64, which of the crop's values takes the place of the patch's; −1 for none.
-        values: ``[T, S, C]`` in the dtype of the features.
-    """
-
-    ranks: Tensor
-    slots: Tensor
-    values: Tensor
-
-
-class Policy(ABC):
-    """How to choose; stateless, one instance for all encoders.
-
-    Attributes:
-        by_cls: whether it is defined by the attention of a CLS token, which not every encoder has.
-        by_thumbnail: whether it is defined by what the thumbnail attends to.
-    """
-
-    by_cls: bool = False
-    by_thumbnail: bool = False
-
-    @abstractmethod
-    def maps(self, config: HeroConfig, depth: int, feature_layer: int) -> dict[str, Map]:
-        """The attention rows it needs, by name; only these are captured.
-
-        Args:
-            config: the configuration.
-            depth: layers of the encoder.
-            feature_layer: the 0-based layer whose output the features are, the last where there are several:
-                ``depth − 2`` for LLaVA, which takes hidden state −2.
-
-        Raises:
-            ValueError: layers of the configuration that the encoder does not have, by name.
-        """
-
-    def needs(self, config: HeroConfig, with_relevance: bool) -> Needs:
-        """What else it needs; nothing unless said otherwise.
-
-        Raises:
-            ValueError: the configuration asks for relevance where there is no relevance model.
-        """
-        return Needs()
-
-    def constants(self, layouts: Sequence[ImageLayout]) -> Mapping[str, Tensor | tuple[Tensor, ...]]:
-        """Tensors, or named tuples of them, that follow from layouts alone, on the CPU: made once."""
-        return {}
-
-    @abstractmethod
-    def score(self, seen: Seen) -> Scored:
-        """Patch scores and tile signals."""
-
-    def replace(
-        self, encoded: Encoded, scored: Scored, budgets: TileBudgets, valid: Tensor
-    ) -> Replacement | None:
-        """Features to put in place of kept ones, once budgets are known; ``None`` to keep them as they are.
-
-        Args:
-            encoded: what the encoder made of the crops.
-            scored: what :meth:`score` returned.
-            budgets: patches to keep of each crop, on the device: waiting for them is not allowed.
-            valid: ``[T, P]`` bool.
-        """
-        return None
-
-
-def equal_shares(valid: Tensor) -> TileSignal:
-    """Every tile of an image the same share. ``valid`` is ``[T, P]``."""
-    return TileSignal(torch.ones(len(valid), device=valid.device), 1.0)
-
-
-@cache
-def policy_of(name: str) -> Policy:
-    """The policy of a name in ``config.POLICIES``.
+    Args:
+        policy: a name in :data:`POLICIES`, ``"module:Class"`` of a subclass of :class:`Policy`, or an object,
+            which is returned as it is.
+        options: parameters of the policy.
 
     Raises:
-        ValueError: another name.
+        TypeError: a parameter that the policy does not have, or that is of the wrong type.
+        ValueError: an unknown name, or a parameter out of range.
     """
-    if name not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(map(repr, POLICIES))}, got {name!r}")
-    return importlib.import_module(f"{__name__}.{name.replace('+', '_plus')}").POLICY
+    options = options or {}
+    if isinstance(policy, Policy):
+        if options:
+            raise TypeError(
+                f"{', '.join(options)}: expected as parameters of the policy object, got beside {policy!r}"
+            )
+        return policy
+    expected = f"one of {', '.join(map(repr, POLICIES))}, 'module:Class' or a hero.policies.Policy"
+    if not isinstance(policy, str):
+        raise error(TypeError, "policy", expected, policy)
+    found: Any = POLICIES.get(policy)
+    if found is None and ":" in policy:
+        module, _, name = policy.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as problem:
+            raise ValueError(f"policy: expected {expected}, got {policy!r}: {problem}") from problem
+        if not (isinstance(found, type) and issubclass(found, Policy)):
+            raise error(TypeError, "policy", expected, found)
+    if found is None:
+        raise error(ValueError, "policy", expected, policy)
+    fields = [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
+    unknown = [name for name in options if name not in fields]
+    if unknown:
+        given = {name: options[name] for name in unknown}
+        own = ", ".join(fields) or "none"
+        raise TypeError(
+            f"{', '.join(unknown)}: expected options among those of hero.HeroConfig and of policy {policy!r} "
+            f"({own}), got {given}"
+        )
+    return found(**options)
+
+
+def check_supported(
+    policy: Policy, rows: Mapping[str, Rows], depth: int, has_cls: bool, has_thumbnail: bool
+) -> None:
+    """Raise ``ValueError`` unless a policy is defined for an encoder and its images.
+
+    Args:
+        policy: the policy.
+        rows: its attention rows (:meth:`Policy.rows`).
+        depth: number of the encoder's layers.
+        has_cls: whether the encoder has a CLS token.
+        has_thumbnail: whether images have a thumbnail.
+    """
+    for required, given, where in (
+        ("requires_cls", has_cls, "an encoder without CLS"),
+        ("requires_thumbnail", has_thumbnail, "images without a thumbnail"),
+    ):
+        if getattr(policy, required) and not given:
+            others = ", ".join(repr(name) for name, one in POLICIES.items() if not getattr(one, required))
+            raise ValueError(f"policy: expected one of {others} for {where}, got {policy.name!r}")
+    layers = {layer for one in rows.values() for layer in one.layers}
+    if not layers <= set(range(depth)):
+        expected = f"rows() to name layers in [0, {depth})"
+        raise error(ValueError, f"policy {policy.name!r}", expected, sorted(layers))

@@ -3,26 +3,36 @@
     score_c[j] = mean over heads of a^{l,h}_c[j]      l the last layer of the features (22 of 24)
     every crop keeps the share R of its patches, the thumbnail like a tile
 
-Paper and released code floor R·P for each crop by itself, and tiles with fewer valid patches keep fewer. Here
-the tiles' total min(⌊R·K·P⌋, Σ valid) is dealt out equally and to the last token, tiles never above
-their valid patches; ``allocation="floor"`` loses what is left over, as theirs does. Newlines stay.
+Paper and released code round R·P down for each crop, and tiles with fewer valid patches keep fewer. Here the
+tiles' total min(⌊R·K·P⌋, Σ valid) is divided equally and completely, with at most the valid patches of a
+tile; ``allocation="floor"`` loses what is left over, as the released code does. Newlines stay.
 """
 
 from __future__ import annotations
 
-from . import SCORES, Map, Policy, Scored, equal_shares
+from dataclasses import dataclass
 
-__all__ = ["POLICY"]
+from .base import PATCHES, Policy, Rows, Scored
+
+__all__ = ["FasterVLM"]
 
 
+@dataclass(frozen=True)
 class FasterVLM(Policy):
-    by_cls = True
+    """FasterVLM (arXiv 2412.01818): equal tile budgets, patches by CLS attention of the features' layer.
 
-    def maps(self, config, depth, feature_layer):
-        return {SCORES: Map.mean([feature_layer], [feature_layer])}
+    It has no parameters: ``hero.attach(model, processor, policy="fastervlm")``.
+    """
 
-    def score(self, seen):
-        return Scored(seen.scores, (equal_shares(seen.valid),), seen.ranks)
+    name = "fastervlm"
+    summary = "equal budgets; patches by CLS attention of the features' layer (arXiv 2412.01818)"
+    requires_cls = True
 
+    def rows(self, depth, feature_layer):
+        return {PATCHES: Rows.mean([feature_layer], [feature_layer])}
 
-POLICY = FasterVLM()
+    def score(self, observed):
+        from .. import signals
+
+        patches = observed.attention[PATCHES]
+        return Scored(patches.scores, (signals.equal_shares(observed.valid),), patches.ranks)

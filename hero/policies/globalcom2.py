@@ -5,45 +5,56 @@
     r_i        = R · (1 + σ_i − 1/K), the keep ratio of tile i; R that of the thumbnail
     score_i[j] = ½ · a_i[j] + ½ · (a_thumbnail resized to the image's patches)_i[j]
 
-A tile's region is what it shows of the image, padding left out; a patch of the thumbnail that straddles
-regions is divided among them by area. The thumbnail is resized bilinearly (pixel centres, no antialiasing) to
-the un-padded grid, which shows the same picture. The ratio is one of the tile's valid patches, as in the
-released code: share_i ∝ valid_i · (1 + σ_i − 1/K).
+The region of a tile is the part of the image that it shows, without padding; a patch of the thumbnail that
+lies in several regions is divided among them by area. The thumbnail is resized bilinearly (pixel centres, no
+antialiasing) to the grid without padding. The ratio applies to the tile's valid patches, as in the released
+code: share_i ∝ valid_i · (1 + σ_i − 1/K).
 
-Paper and released code floor each tile's ⌊r_i·valid_i⌋. Here the tiles' total min(⌊R·K·P⌋, Σ valid) is dealt
-out by these shares to the last token; ``allocation="floor"`` loses what is left over. The released code also
+Paper and released code round each tile's r_i·valid_i down. Here the tiles' total min(⌊R·K·P⌋, Σ valid) is
+divided completely by these shares; ``allocation="floor"`` loses what is left over. The released code also
 ignores padding in s_i, takes a from the encoder's last layer, and scales both halves of a score to unit
-length over the tile before adding them; here they are added as the paper has it. Newlines stay.
+length over the tile before it adds them; here they are added as in the paper. Newlines stay.
 """
 
 from __future__ import annotations
 
-from hero_kernels import TileSignal
+from dataclasses import dataclass
 
-from .. import scoring
-from . import SCORES, Map, Policy, Scored
+from .base import PATCHES, Policy, Rows, Scored
 
-__all__ = ["POLICY"]
+__all__ = ["GlobalCom2"]
 
 TEMPERATURE = 10.0
 
 
+@dataclass(frozen=True)
 class GlobalCom2(Policy):
-    by_cls = True
-    by_thumbnail = True
+    """GlobalCom² (arXiv 2501.05179): tile budgets and patches by the thumbnail's attention and their own.
 
-    def maps(self, config, depth, feature_layer):
-        return {SCORES: Map.mean([feature_layer], [feature_layer], ranked=False)}
+    It has no parameters: ``hero.attach(model, processor, policy="globalcom2")``.
+    """
+
+    name = "globalcom2"
+    summary = "tile budgets and patches by the thumbnail's attention and their own (arXiv 2501.05179)"
+    requires_cls = True
+    requires_thumbnail = True
+
+    def rows(self, depth, feature_layer):
+        return {PATCHES: Rows.mean([feature_layer], [feature_layer], ranked=False)}
 
     def constants(self, layouts):
-        return {"regions": scoring.regions_of(layouts), "resize": scoring.resize_of(layouts)}
+        from .. import signals
 
-    def score(self, seen):
-        sums = scoring.region_sums(seen.scores, seen.places, seen.constants["regions"])
-        excess = scoring.tile_softmax(sums / TEMPERATURE, seen.places, -1.0)
-        signal = TileSignal(seen.valid.sum(1) * (1.0 + excess), 1.0)
-        resized = scoring.resized_thumbnails(seen.scores, seen.places, seen.constants["resize"])
-        return Scored(0.5 * seen.scores + 0.5 * resized, (signal,))
+        return {"regions": signals.regions_of(layouts), "resize": signals.resize_of(layouts)}
 
+    def score(self, observed):
+        from hero_kernels import TileSignal
 
-POLICY = GlobalCom2()
+        from .. import signals
+
+        scores, places = observed.attention[PATCHES].scores, observed.places
+        sums = signals.region_sums(scores, places, observed.constants["regions"])
+        excess = signals.tile_softmax(sums / TEMPERATURE, places, -1.0)
+        signal = TileSignal(observed.valid.sum(1) * (1.0 + excess), 1.0)
+        resized = signals.resized_thumbnails(scores, places, observed.constants["resize"])
+        return Scored(0.5 * scores + 0.5 * resized, (signal,))

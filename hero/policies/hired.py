@@ -4,42 +4,58 @@
     share_i    ∝ Σ over the thumbnail's patches in the region of tile i, Σ_h of a^{0,h}_thumbnail
     score_c[j] = Σ_h a^{l,h}_c[j]                     l the last layer of the features (22 of 24)
 
-Sums over heads order as means do, and means are what is computed. A tile's region is what it shows of the
-image, padding left out; a patch of the thumbnail that straddles regions is divided among them by area.
+Means over heads are computed instead of sums, which order patches alike. The region of a tile is the part of
+the image that it shows, without padding; a patch of the thumbnail that lies in several regions is divided
+among them by area.
 
-The paper floors each tile's part and caps it at P, and the rest is lost. Here it is dealt out to the last
-token, tiles never above their valid patches, so the count follows from the size; ``allocation="floor"`` loses
-it. With ``keep_tokens`` the thumbnail takes what the tiles cannot, as in every policy. The released code
-counts the top patches in flat runs of the thumbnail's sequence in place of summing over regions, and drops
-newlines; here regions are the paper's and newlines stay.
+The paper rounds each tile's part down, caps it at P and loses the rest. Here the tiles' tokens are divided
+completely, with at most the valid patches of a tile, so the count follows from the image size;
+``allocation="floor"`` loses the rest. With ``keep_tokens`` the thumbnail takes what the tiles cannot, as in
+every policy. The released code counts the top patches in flat runs of the thumbnail's sequence instead of
+summing over regions, and drops newlines; here regions are the paper's and newlines stay.
 """
 
 from __future__ import annotations
 
-from hero_kernels import TileSignal
+from dataclasses import dataclass
 
-from .. import scoring
-from . import SCORES, Map, Policy, Scored
+from .base import PATCHES, Policy, Rows, Scored, half_to_thumbnail
 
-__all__ = ["POLICY"]
+__all__ = ["HiRED"]
 
 
+@dataclass(frozen=True)
 class HiRED(Policy):
-    by_cls = True
-    by_thumbnail = True
+    """HiRED (arXiv 2408.10945): half to the thumbnail; tile budgets by its attention to their regions.
 
-    def maps(self, config, depth, feature_layer):
+    It has no parameters: ``hero.attach(model, processor, policy="hired")``.
+    """
+
+    name = "hired"
+    summary = "half to the thumbnail; tile budgets by its attention to their regions (arXiv 2408.10945)"
+    requires_cls = True
+    requires_thumbnail = True
+
+    def divide(self, keep_ratio, keep_tokens, patches, tiles):
+        return half_to_thumbnail(keep_ratio, keep_tokens, patches, tiles)
+
+    def rows(self, depth, feature_layer):
         return {
-            SCORES: Map.mean([feature_layer], [feature_layer]),
-            "regions": Map.mean([0], [], ranked=False),
+            PATCHES: Rows.mean([feature_layer], [feature_layer]),
+            "regions": Rows.mean([0], [], ranked=False),
         }
 
     def constants(self, layouts):
-        return {"regions": scoring.regions_of(layouts)}
+        from .. import signals
 
-    def score(self, seen):
-        sums = scoring.region_sums(seen.maps["regions"].scores, seen.places, seen.constants["regions"])
-        return Scored(seen.scores, (TileSignal(sums, 1.0),), seen.ranks)
+        return {"regions": signals.regions_of(layouts)}
 
+    def score(self, observed):
+        from hero_kernels import TileSignal
 
-POLICY = HiRED()
+        from .. import signals
+
+        patches = observed.attention[PATCHES]
+        scores = observed.attention["regions"].scores
+        sums = signals.region_sums(scores, observed.places, observed.constants["regions"])
+        return Scored(patches.scores, (TileSignal(sums, 1.0),), patches.ranks)

@@ -1,33 +1,43 @@
-"""Equal budgets, patches at random: the floor that every policy has to clear.
+"""Equal budgets, patches at random: the baseline that every policy has to beat.
 
     score_c[j] uniform in [0, 1) from a fixed seed,  share_i = 1/K
 
-The same patches for every image of the same layout, on every run and in every batch. Ours, for comparison;
-the counts are HERO's. Nothing of the encoder is captured.
+Images of the same layout keep the same patches, on every run and in every batch. Ours, for comparison. It
+reads no attention.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from . import Policy, Scored, equal_shares
+from .base import Policy, Scored
 
-__all__ = ["POLICY"]
+__all__ = ["Random"]
 
 
+@dataclass(frozen=True)
 class Random(Policy):
-    def maps(self, config, depth, feature_layer):
+    """Equal tile budgets, patches at random, the same ones on every run (ours, for comparison).
+
+    It has no parameters: ``hero.attach(model, processor, policy="random")``.
+    """
+
+    name = "random"
+    summary = "equal tile budgets; patches at random, the same ones on every run"
+
+    def rows(self, depth, feature_layer):
         return {}
 
     def constants(self, layouts):
+        import torch
+
         parts = []
         for layout in layouts:
             generator = torch.Generator().manual_seed(0)
             parts.append(torch.rand((layout.crops, layout.patches), generator=generator))
         return {"scores": torch.cat(parts)}
 
-    def score(self, seen):
-        return Scored(seen.constants["scores"], (equal_shares(seen.valid),))
+    def score(self, observed):
+        from .. import signals
 
-
-POLICY = Random()
+        return Scored(observed.constants["scores"], (signals.equal_shares(observed.valid),))

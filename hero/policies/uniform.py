@@ -1,27 +1,34 @@
-"""Equal budgets, patches by CLS attention: what HERO's choice of layers does without its tile signals.
+"""Equal budgets, patches by CLS attention: HERO's choice of layers without its tile signals.
 
-    score_c[j] as HERO has it,  share_i = 1/K
+    score_c[j] as in HERO,  share_i = 1/K
 
-Ours, for comparison; the counts are HERO's.
+Ours, for comparison.
 """
 
 from __future__ import annotations
 
-from . import SCORES, Needs, Policy, Scored, equal_shares
-from .hero import configured_map
+from dataclasses import dataclass
 
-__all__ = ["POLICY"]
+from .base import PATCHES, LayerPolicy, Scored
 
-
-class Uniform(Policy):
-    def maps(self, config, depth, feature_layer):
-        return {SCORES: configured_map(config, depth)}
-
-    def needs(self, config, with_relevance):
-        return Needs(second_softmax=config.second_softmax)
-
-    def score(self, seen):
-        return Scored(seen.scores, (equal_shares(seen.valid),), seen.ranks)
+__all__ = ["Uniform"]
 
 
-POLICY = Uniform()
+@dataclass(frozen=True)
+class Uniform(LayerPolicy):
+    """Equal tile budgets, patches by CLS attention of HERO's layers (ours, for comparison).
+
+    Example: ``hero.attach(model, processor, policy="uniform", tile_layers=(0.5,))``.
+
+    Args:
+        tile_layers, thumbnail_layers, second_softmax: as in :class:`LayerPolicy`.
+    """
+
+    name = "uniform"
+    summary = "equal tile budgets; patches by CLS attention"
+
+    def score(self, observed):
+        from .. import signals
+
+        patches = observed.attention[PATCHES]
+        return Scored(patches.scores, (signals.equal_shares(observed.valid),), patches.ranks)

@@ -71,7 +71,6 @@ def attention_kernel(
         cls_row(
             query,
             key,
-            query,
             rows,
             weights,
             weight,
@@ -85,8 +84,6 @@ def attention_kernel(
             stride_kh,
             stride_kn,
             stride_kd,
-            0,
-            0,
             scale,
             patches,
             ALIGN,
@@ -95,7 +92,6 @@ def attention_kernel(
             BLOCK,
             BLOCKS,
             HAS_WEIGHTS,
-            False,
             SECOND,
             ADD,
         )
@@ -150,15 +146,13 @@ def attention_kernel(
         tl.store(place, acc.to(output.dtype.element_ty), mask=in_m[:, None] & in_d[None, :])
 
 
-def attention_with_cls(
-    query, key, value, scale, *, weight=1.0, out=None, second_softmax=False, per_head=False
-):
+def attention_with_cls(query, key, value, scale, *, weight=1.0, out=None, second_softmax=False):
     check_dtype(key)
     crops, heads, tokens, width = key.shape
     patches = tokens - 1
     check_patches(patches)
     output = torch.empty((crops, tokens, heads, width), dtype=key.dtype, device=key.device).transpose(1, 2)
-    rows, add = rows_buffer((crops, heads, patches), out, per_head, key.device)
+    rows, add = rows_buffer((crops, heads, patches), out, key.device)
     weights, weight, has_weights = weight_arguments(weight, key)
     padded = power_of_2(width, 16)
     options = configuration(by_precision("attention", key.dtype), padded, key.device)
@@ -178,7 +172,7 @@ def attention_with_cls(
         UPCAST=SWITCHES.interpret,
         **{**options, **row_blocks(patches, options["BLOCK"])},
     )
-    return output, finish_rows(rows, out, per_head)
+    return output, finish_rows(rows, out)
 
 
 def check_dtype(key: torch.Tensor) -> None:

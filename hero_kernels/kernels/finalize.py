@@ -37,16 +37,12 @@ def finalize_kernel(
     ranks,
     stride_vt,
     stride_vp,
-    stride_st,
-    stride_sp,
     heads,
     patches,
     P_PAD: tl.constexpr,
     SLICE: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    ENTROPY: tl.constexpr,
     RANK: tl.constexpr,
-    ADD: tl.constexpr,
 ):
     s = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64)
@@ -57,19 +53,14 @@ def finalize_kernel(
     if HAS_VALID:
         ok = inside & (tl.load(valid + t * stride_vt + p.to(tl.int64) * stride_vp, mask=inside, other=0) != 0)
     if s == 0:
-        place = scores + t * stride_st + p.to(tl.int64) * stride_sp
-        if ADD:
-            tl.store(place, tl.load(place, mask=inside, other=0.0) + score, mask=inside)
-        else:
-            tl.store(place, score, mask=inside)
-        if ENTROPY:
-            weight = tl.where(ok & (score > 0.0), score, 0.0)
-            total = tl.sum(weight, 0)
-            share = weight / tl.maximum(total, 1.1754943508222875e-38)
-            some = share > 0.0
-            value = -tl.sum(tl.where(some, share * tl.log(tl.where(some, share, 1.0)), 0.0), 0)
-            count = tl.maximum(tl.sum(ok.to(tl.int32), 0), 1).to(tl.float32)
-            tl.store(entropy + t, tl.where((total > 0.0) & (total < float("inf")), value, tl.log(count)))
+        tl.store(scores + t * patches + p, score, mask=inside)
+        weight = tl.where(ok & (score > 0.0), score, 0.0)
+        total = tl.sum(weight, 0)
+        share = weight / tl.maximum(total, 1.1754943508222875e-38)
+        some = share > 0.0
+        value = -tl.sum(tl.where(some, share * tl.log(tl.where(some, share, 1.0)), 0.0), 0)
+        count = tl.maximum(tl.sum(ok.to(tl.int32), 0), 1).to(tl.float32)
+        tl.store(entropy + t, tl.where((total > 0.0) & (total < float("inf")), value, tl.log(count)))
     if RANK:
         key = order_key(score, ok)
         q = s * SLICE + tl.arange(0, SLICE)
@@ -86,43 +77,23 @@ def finalize_kernel(
         tl.store(ranks + t * patches + q, rank.to(tl.int16), mask=q < patches)
 
 
-def finalize(rows, valid, scores, entropy, ranks, add):
-    """Launch; ``entropy`` and ``ranks`` may be ``None``."""
-    crops, heads, patches = rows.shape
-    options = configuration("finalize", patches, rows.device)
-    size = options.pop("SLICE")
-    launch(
-        finalize_kernel,
-        (triton.cdiv(patches, size) if ranks is not None else 1, crops),
-        rows,
-        mask_arguments(valid, rows)[0],
-        scores,
-        rows if entropy is None else entropy,
-        rows if ranks is None else ranks,
-        *mask_arguments(valid, rows)[1:],
-        *(*scores.stride(), heads, patches),
-        P_PAD=power_of_2(patches, 16),
-        SLICE=size,
-        HAS_VALID=valid is not None,
-        ENTROPY=entropy is not None,
-        RANK=ranks is not None,
-        ADD=add,
-        **options,
-    )
-
-
-def add_mean(rows, out):
-    """The mean over heads, in a new tensor or added to ``out``."""
-    scores = rows.new_empty((rows.shape[0], rows.shape[2])) if out is None else out
-    finalize(rows, None, scores, None, None, out is not None)
-    return scores
-
-
 def finalize_scores(rows, *, valid=None, rank=False):
     rows = rows.contiguous()
-    crops, _, patches = rows.shape
+    crops, heads, patches = rows.shape
     scores = rows.new_empty((crops, patches))
     entropy = rows.new_empty((crops,))
     ranks = torch.empty((crops, patches), dtype=torch.int16, device=rows.device) if rank else None
-    finalize(rows, valid, scores, entropy, ranks, False)
+    options = configuration("finalize", patches, rows.device)
+    size = options.pop("SLICE")
+    mask, *strides = mask_arguments(valid, rows)
+    launch(
+        finalize_kernel,
+        (triton.cdiv(patches, size) if rank else 1, crops),
+        *(rows, mask, scores, entropy, ranks if rank else rows, *strides, heads, patches),
+        P_PAD=power_of_2(patches, 16),
+        SLICE=size,
+        HAS_VALID=valid is not None,
+        RANK=rank,
+        **options,
+    )
     return Finalized(scores, entropy, ranks)

@@ -1,6 +1,6 @@
 """Attention that tokens receive, averaged over queries and heads: the column mean of the softmax.
 
-    out[t, n] += w_t / (H·N) · Σ_h Σ_m softmax_j(scale · q[t, h, m] · k[t, h, j])[n]     (docs/method.md, 1)
+    rows[t, h, n] += w_t / N · Σ_m softmax_j(scale · q[t, h, m] · k[t, h, j])[n]     (docs/method.md, 1)
 
 The softmax runs along rows and the sum along columns, so the keys are passed over twice and no N × N map
 is ever in memory. ``log_sums``: grid (query blocks, H, T), the log-sum-exp of each query, ``[T, H, N]``.
@@ -140,11 +140,11 @@ def columns_kernel(
     tl.store(place, total, mask=n < tokens)
 
 
-def received_attention(query, key, scale, *, weight=1.0, out=None, per_head=False):
+def received_attention(query, key, scale, *, weight=1.0, out=None):
     check_dtype(key)
     crops, heads, tokens, width = key.shape
     lse = torch.empty((crops, heads, tokens), dtype=torch.float32, device=key.device)
-    rows, add = rows_buffer((crops, heads, tokens), out, per_head, key.device)
+    rows, add = rows_buffer((crops, heads, tokens), out, key.device)
     weights, weight, has_weights = weight_arguments(weight, key)
     padded = power_of_2(width, 16)
     options = configuration(by_precision("received_attention", key.dtype), padded, key.device)
@@ -169,4 +169,4 @@ def received_attention(query, key, scale, *, weight=1.0, out=None, per_head=Fals
         *(query, key, lse, rows, weights, weight, heads, *numbers),
         **{"ADD": add, **options},
     )
-    return finish_rows(rows, out, per_head)
+    return finish_rows(rows, out)

@@ -1,14 +1,13 @@
-"""Scores as a by-product of the encoder's own attention, whichever implementation the user chose.
+"""Attention rows, computed beside the encoder's own attention, whichever implementation the user chose.
 
-One attention function is registered with transformers' ``AttentionInterface`` when capture is first
-installed. Each chosen attention module gets a private copy of its configuration that names it; the
-original stays beside it and decides, call by call, which implementation does the attention. The
-function adds the CLS row of the call to the collectors of the current context and otherwise stays out
-of the way, so attention is never forced to be eager and results do not mix between threads.
+One attention function is registered with transformers' ``AttentionInterface`` on first use. Each attention
+module that scores patches gets a private copy of its configuration that names this function. The original
+configuration decides, at each call, which implementation computes the attention. The function then adds the
+call's rows to the collectors of the current context. Attention is never forced to be eager, and threads do
+not see one another's rows.
 
-Under ``torch.compile`` a context variable cannot be read: there each module keeps its row until
-:func:`collect` fetches it. Like transformers' own output capture, that is not safe to run from several
-threads at once.
+``torch.compile`` cannot read a context variable: there each module stores its rows until :func:`collect`
+takes them. Like transformers' own output capturing, that is not safe to run from several threads at once.
 """
 
 from __future__ import annotations
@@ -17,51 +16,45 @@ import contextlib
 import contextvars
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import hero_kernels as hk
 
-__all__ = ["Collector", "KeyCollector", "collect", "fetch", "install", "installed", "remove", "uncaptured"]
+__all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remove"]
 
-NAME = "hero_capture"
-_STATE = "_hero_capture"
+NAME = "hero_attention_rows"
+_STATE = "_hero_attention_rows"
 _collectors: contextvars.ContextVar[tuple] = contextvars.ContextVar("hero_collectors", default=())
 
 
 class Collector:
-    """Attention rows of one pass of the encoder, accumulated over layers; heads are averaged at the end.
-
-    One collector is one map; a pass may fill several.
+    """Attention rows of one pass of the encoder, accumulated over layers. Heads are averaged at the end.
 
     Args:
-        weights: of each captured layer, ``[T]`` fp32 or a number: its weight in the mean over layers,
-            one a crop, since thumbnails and tiles are scored by different layers.
+        weights: of each layer, ``[T]`` fp32 or a number: its weight in the mean over layers, one for each
+            crop, since thumbnails and tiles are scored by different layers.
         second_softmax: as in :func:`hero_kernels.cls_attention`.
         received: score by received attention, for encoders without CLS.
     """
 
     def __init__(
-        self,
-        weights: Mapping[int, Tensor],
-        *,
-        second_softmax: bool = False,
-        received: bool = False,
+        self, weights: Mapping[int, Tensor | float], *, second_softmax: bool = False, received: bool = False
     ):
         self.weights = weights
         self.second_softmax = second_softmax
         self.received = received
         self.seen: set[int] = set()
         self.rows: Tensor | None = None  # [T, H, P] fp32
-        self.whole: tuple[Tensor, Tensor] | None = None  # rows of all crops, and which of them go on
 
     def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Add the rows of one layer; query and key are ``[T, H, N, D]``, query at least at CLS."""
         if layer not in self.weights:
             return
-        query, key = query.detach(), key.detach()  # selection is discrete: no gradient runs through scores
+        query, key = query.detach(), key.detach()  # selection is discrete: scores have no gradient
         options = self._options(layer, query.device)
         if self.received:
             rows = hk.received_attention(query, key, scale, **options)
@@ -70,7 +63,7 @@ class Collector:
         self._take(layer, rows, options["out"])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention ``[T, H, N, D]`` of one layer, its rows added on the way."""
+        """Attention ``[T, H, N, D]`` of one layer; its rows are added."""
         options = self._options(layer, query.device)
         output, rows = hk.attention_with_cls(
             query, key, value, scale, second_softmax=self.second_softmax, **options
@@ -78,28 +71,23 @@ class Collector:
         self._take(layer, rows, options["out"])
         return output
 
-    def add_rows(self, layer: int, rows: Tensor) -> None:
-        """Add the unweighted rows ``[T, H, P]`` of one layer."""
-        if layer not in self.weights:
+    def fetch(self, state: _State) -> None:
+        """Add the rows that a compiled call stored, unless they were added before."""
+        layer, rows = state.layer, state.rows
+        if rows is None or layer in self.seen or layer not in self.weights:
             return
         weight = self.weights[layer]
         if isinstance(weight, Tensor):
             weight = weight.to(rows.device)[:, None, None]
         self._take(layer, rows * weight, None)
 
-    def fetch(self, state: _State) -> None:
-        """Add the rows that a compiled call left behind, unless they are here already."""
-        if state.rows is not None and state.layer not in self.seen:
-            self.add_rows(state.layer, state.rows)
-
     def _options(self, layer: int, device: torch.device) -> dict[str, object]:
         weight = self.weights[layer]
-        # Layers may sit on several devices: the rows stay on the first one's.
+        # Layers may be on several devices: the rows stay on the first one's.
         local = self.rows is not None and self.rows.device == device
         return {
             "weight": weight.to(device) if isinstance(weight, Tensor) else weight,
             "out": self.rows if local else None,
-            "per_head": True,
         }
 
     def _take(self, layer: int, rows: Tensor, added: Tensor | None) -> None:
@@ -109,38 +97,13 @@ class Collector:
         elif added is None:
             self.rows += rows.to(self.rows.device)
 
-    def narrow(self, crops: Tensor, weights: Mapping[int, float]) -> None:
-        """From here on, some of the crops are all that this collector sees.
-
-        Args:
-            crops: ``[G]`` int64, these.
-            weights: of the layers to come.
-
-        Raises:
-            RuntimeError: the encoder ran without passing the captured layers before.
-        """
-        self._check(set(self.weights) - set(weights))
-        self.whole = self.rows, crops
-        self.rows = self.rows.index_select(0, crops)
-        self.weights = weights
-        if not len(crops):
-            self.seen.update(weights)  # with nothing left to see
-
-    def _check(self, layers: Iterable[int]) -> None:
-        missing = sorted(set(layers) - self.seen)
-        if missing:
-            raise RuntimeError(f"the vision encoder did not run its attention in layers {missing}")
-
     def result(self) -> Tensor:
         """The rows ``[T, H, P]`` fp32, for :func:`hero_kernels.finalize_scores`.
 
         Raises:
-            RuntimeError: the encoder ran without passing the captured layers.
+            RuntimeError: the encoder did not run the attention of all its layers.
         """
-        self._check(self.weights)
-        if self.whole is not None:
-            rows, crops = self.whole
-            self.rows, self.whole = rows.index_copy_(0, crops, self.rows), None
+        _check_ran(set(self.weights) - self.seen)
         return self.rows
 
 
@@ -161,7 +124,7 @@ class KeyCollector:
             self.keys = _mean_keys(key)
 
     def fetch(self, state: _State) -> None:
-        """Take the keys that a compiled call left behind, unless they are here already."""
+        """Take the keys that a compiled call stored, unless they were taken before."""
         if state.layer in self.weights and state.keys is not None and self.keys is None:
             self.keys = state.keys
 
@@ -169,11 +132,15 @@ class KeyCollector:
         """The keys ``[T, P, D]`` fp32, without CLS.
 
         Raises:
-            RuntimeError: the encoder ran without passing the layer.
+            RuntimeError: the encoder did not run the attention of the layer.
         """
-        if self.keys is None:
-            raise RuntimeError(f"the vision encoder did not run its attention in layers {[*self.weights]}")
+        _check_ran(self.weights if self.keys is None else ())
         return self.keys
+
+
+def _check_ran(missing) -> None:
+    if missing:
+        raise RuntimeError(f"the vision encoder did not run its attention in layers {sorted(missing)}")
 
 
 def _mean_keys(key: Tensor) -> Tensor:
@@ -196,27 +163,19 @@ class _View:
         return getattr(self._module, name)
 
 
+@dataclass
 class _State:
-    """What capture keeps on an attention module."""
+    """What :func:`install` keeps on an attention module."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        layer: int,
-        received: bool,
-        second_softmax: bool,
-        fused: bool,
-        keeps_keys: bool,
-    ):
-        self.config = module.config
-        self.view = _View(module, module.config)
-        self.layer = layer
-        self.received = received
-        self.second_softmax = second_softmax
-        self.fused = fused
-        self.keeps_keys = keeps_keys
-        self.rows: Tensor | None = None  # of a compiled call, until fetched
-        self.keys: Tensor | None = None
+    config: object  # the user's
+    view: _View
+    layer: int
+    received: bool
+    second_softmax: bool
+    fused: bool
+    keeps_keys: bool
+    rows: Tensor | None = field(default=None, repr=False)  # of a compiled call, until fetched
+    keys: Tensor | None = field(default=None, repr=False)
 
 
 def _base(module: nn.Module, config: object):
@@ -227,15 +186,8 @@ def _base(module: nn.Module, config: object):
     return _interface()[name]
 
 
-def uncaptured(module, query, key, value, attention_mask, **kwargs):
-    """Attention of a module, captured or not, that no collector sees."""
-    state = module.__dict__.get(_STATE)
-    config, view = (module.config, module) if state is None else (state.config, state.view)
-    return _base(module, config)(view, query, key, value, attention_mask, **kwargs)
-
-
 def _attention(module, query, key, value, attention_mask, **kwargs):
-    """The registered attention function: the user's implementation, and scores for the collector."""
+    """The registered attention function: the user's implementation, and rows for the collectors."""
     state = module.__dict__[_STATE]
     base = _base(module, state.config)
     compiling = torch.compiler.is_compiling()
@@ -255,9 +207,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
             )
         if compiling:
             second = state.second_softmax
-            output, state.rows = hk.attention_with_cls(
-                query, key, value, scale, second_softmax=second, per_head=True
-            )
+            output, state.rows = hk.attention_with_cls(query, key, value, scale, second_softmax=second)
         else:
             output = attending.attend(state.layer, query, key, value, scale)
         output = output.transpose(1, 2), None
@@ -265,10 +215,9 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
         attending = None
         output = base(state.view, query, key, value, attention_mask, **kwargs)
         if compiling and state.received:
-            state.rows = hk.received_attention(query, key, scale, per_head=True)
+            state.rows = hk.received_attention(query, key, scale)
         elif compiling:
-            second = state.second_softmax
-            state.rows = hk.cls_attention(query, key, scale, second_softmax=second, per_head=True)
+            state.rows = hk.cls_attention(query, key, scale, second_softmax=state.second_softmax)
     for collector in collectors:
         if collector is not attending:
             collector.add(state.layer, query, key, scale)
@@ -289,13 +238,16 @@ def install(
     fused: bool = False,
     keys: Sequence[int] = (),
 ) -> None:
-    """Capture the given attention modules, ``{layer: module}``.
+    """Make the attention modules ``{layer: module}`` compute rows for the collectors of each pass.
 
-    ``fused`` has them run attention that yields the rows, instead of their own with the rows beside it;
-    ``keys`` are the layers whose keys are wanted of a compiled encoder.
+    Args:
+        modules: the attention modules of the layers that score patches.
+        received, second_softmax: as in :class:`Collector`.
+        fused: run attention that returns the rows, instead of the module's own with the rows beside it.
+        keys: layers whose keys are read.
 
     Raises:
-        ValueError: one of them is captured already.
+        ValueError: one of the modules has hero attached already.
     """
     if any(installed(module) for module in modules.values()):
         raise ValueError(
@@ -304,42 +256,40 @@ def install(
     if NAME not in _interface():
         type(_interface()).register(NAME, _attention)
     for layer, module in modules.items():
-        module.__dict__[_STATE] = _State(module, layer, received, second_softmax, fused, layer in keys)
+        view = _View(module, module.config)
+        module.__dict__[_STATE] = _State(
+            module.config, view, layer, received, second_softmax, fused, layer in keys
+        )
         module.config = copy.copy(module.config)
         module.config._attn_implementation_internal = NAME
 
 
 def installed(module: nn.Module) -> bool:
-    """Whether an attention module is captured."""
+    """Whether :func:`install` was called on an attention module."""
     return _STATE in module.__dict__
 
 
 def remove(modules: Mapping[int, nn.Module]) -> None:
-    """Undo :func:`install`, exactly."""
+    """Undo :func:`install` exactly."""
     for module in modules.values():
         module.config = module.__dict__.pop(_STATE).config
-
-
-def fetch(collectors: Iterable[Collector | KeyCollector], modules: Mapping[int, nn.Module]) -> None:
-    """Have collectors take what a compiled pass left on the modules so far."""
-    for collector in collectors:
-        for module in modules.values():
-            collector.fetch(module.__dict__[_STATE])
 
 
 @contextlib.contextmanager
 def collect(
     collectors: Collector | Sequence[Collector | KeyCollector], modules: Mapping[int, nn.Module]
 ) -> Iterator[None]:
-    """Send what the passes inside the block score to ``collectors``, one or several."""
+    """Send the rows of the passes inside the block to one or several collectors."""
     collectors = (collectors,) if isinstance(collectors, Collector) else tuple(collectors)
     token = None if torch.compiler.is_compiling() else _collectors.set(collectors)
+    states = [module.__dict__[_STATE] for module in modules.values()]
     try:
         yield
-        fetch(collectors, modules)
+        for collector in collectors:
+            for state in states:
+                collector.fetch(state)
     finally:
         if token is not None:
             _collectors.reset(token)
-        for module in modules.values():
-            state = module.__dict__[_STATE]
+        for state in states:
             state.rows = state.keys = None

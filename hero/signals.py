@@ -1,8 +1,8 @@
-"""Tile signals: what makes one tile of an image worth more tokens than another (docs/method.md, 2 and 6).
+"""Tile signals, by which an image's tokens are divided among its tiles (docs/method.md, sections 2 and 6).
 
-Values are raw; the budget operation normalises them over the tiles of each image. What follows from layouts
-alone is made on the host, once (:mod:`hero.plan` keeps it on the device), and every result of an image is the
-same in whatever batch it comes.
+Values are raw; :func:`hero_kernels.tile_budgets` normalises them over the tiles of each image. What follows
+from layouts alone is computed once, on the CPU (:mod:`hero.plan` copies it to the device). The result of an
+image does not depend on the other images of its batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hero_kernels import TileSignal
+
 from .layout import ImageLayout
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Resize",
     "concentration",
     "density_of",
+    "equal_shares",
     "places_of",
     "region_sums",
     "regions_of",
@@ -37,9 +40,9 @@ class Places(NamedTuple):
     Attributes:
         images: ``[T]`` int64, the image of the crop.
         crops: ``[T]`` int64, which of the image's crops it is.
-        thumbnails: ``[T]`` int64, the thumbnail of its image; the image's first crop where there is none.
-        tiles: ``[T, most tiles]`` int64, the tiles of its image, filled up with any crop.
-        is_tile: ``[T, most tiles]`` fp64, 1 for tiles, 0 for what fills up.
+        thumbnails: ``[T]`` int64, the thumbnail of its image; the image's first crop if it has none.
+        tiles: ``[T, most tiles]`` int64, the tiles of its image, padded with any crop.
+        is_tile: ``[T, most tiles]`` fp64, 1 for tiles, 0 for padding.
     """
 
     images: Tensor
@@ -54,7 +57,7 @@ def places_of(layouts: Sequence[ImageLayout]) -> Places:
     most = max(1, *(layout.tiles for layout in layouts))
     images, crops, thumbnails, tiles, counts, first = [], [], [], [], [], 0
     for number, layout in enumerate(layouts):
-        own = [first + layout.first_tile + tile for tile in range(layout.tiles)]
+        own = [first + crop for crop in layout.tile_crops]
         images += [number] * layout.crops
         crops += range(layout.crops)
         thumbnails += [first + max(layout.thumbnail_crop, 0)] * layout.crops
@@ -70,12 +73,13 @@ def density_of(layouts: Sequence[ImageLayout]) -> Tensor:
     """``[T]`` fp32: the share of each tile's patches that are not padding; 1 for thumbnails."""
     densities = []
     for layout in layouts:
-        own = [1.0] * layout.crops
-        own[layout.first_tile : layout.first_tile + layout.tiles] = (
-            count / layout.patches for count in layout.valid_counts
-        )
-        densities += own
+        densities += layout.per_crop(1.0, [count / layout.patches for count in layout.valid_counts])
     return torch.tensor(densities)
+
+
+def equal_shares(valid: Tensor) -> TileSignal:
+    """The signal that gives every tile of an image the same share. ``valid`` is ``[T, P]``."""
+    return TileSignal(torch.ones(len(valid), device=valid.device), 1.0)
 
 
 def saliency(cls: Tensor, places: Places) -> Tensor:
@@ -147,7 +151,7 @@ def _steps(begin: int, valid: tuple[int, int], side: int) -> list[tuple[int, int
 def regions_of(layouts: Sequence[ImageLayout]) -> Tensor:
     """``[T, P]`` fp32: share of each patch of the image's thumbnail that lies in a tile; 0 for thumbnails.
 
-    The un-padded stitched grid and the thumbnail show the same picture, so patches of the one are patches
+    The un-padded stitched grid and the thumbnail show the same picture, so a patch of one is a patch
     of the other stretched by p / rows and p / columns.
     """
     areas = []
@@ -157,7 +161,7 @@ def regions_of(layouts: Sequence[ImageLayout]) -> Tensor:
             y, x = (number * side for number in divmod(tile, layout.grid[1]))
             down = torch.tensor(_overlaps(y + top, y + bottom, layout.rows, side))
             across = torch.tensor(_overlaps(x + left, x + right, layout.columns, side))
-            areas_here[layout.first_tile + tile] = torch.outer(down, across).flatten()
+            areas_here[layout.tile_crops[tile]] = torch.outer(down, across).flatten()
         areas.append(areas_here)
     return torch.cat(areas)
 
@@ -166,15 +170,12 @@ def resize_of(layouts: Sequence[ImageLayout]) -> Resize:
     """How the thumbnail is resized to the un-padded grid of its image, for each crop; thumbnails stay."""
     rows, columns = [], []
     for layout in layouts:
-        side = layout.side
-        itself = [(patch, patch, 0.0) for patch in range(side)]
-        down, across = [itself] * layout.crops, [itself] * layout.crops
-        for tile in range(layout.tiles):
-            y, x = (number * side for number in divmod(tile, layout.grid[1]))
-            down[layout.first_tile + tile] = _steps(y, layout.rows, side)
-            across[layout.first_tile + tile] = _steps(x, layout.columns, side)
-        rows += down
-        columns += across
+        itself = [(patch, patch, 0.0) for patch in range(layout.side)]
+        corners = [
+            tuple(n * layout.side for n in divmod(tile, layout.grid[1])) for tile in range(layout.tiles)
+        ]
+        rows += layout.per_crop(itself, [_steps(y, layout.rows, layout.side) for y, _ in corners])
+        columns += layout.per_crop(itself, [_steps(x, layout.columns, layout.side) for _, x in corners])
     axes = (torch.tensor(steps, dtype=torch.float64).unbind(-1) for steps in (rows, columns))
     return Resize(*(values for low, high, part in axes for values in (low.long(), high.long(), part.float())))
 
@@ -182,8 +183,8 @@ def resize_of(layouts: Sequence[ImageLayout]) -> Resize:
 def region_sums(scores: Tensor, places: Places, regions: Tensor) -> Tensor:
     """Sum of the thumbnail's scores over the region that each tile shows, padding left out.
 
-    The thumbnail is the whole image squashed to a square; its patches that straddle regions are divided among
-    them by area. A tile that is all padding has sum 0.
+    The thumbnail is the whole image resized to a square; a patch that lies in several regions is divided
+    among them by area. A tile that is all padding has sum 0.
 
     Args:
         scores: ``[T, P]`` fp32; those of tiles are not read.
@@ -210,7 +211,7 @@ def resized_thumbnails(scores: Tensor, places: Places, resize: Resize) -> Tensor
         ``[T, P]`` fp32; a thumbnail's are its own, those of padding have no meaning.
     """
     side = resize.row_low.shape[1]
-    # Gathers and products one by one, not a matrix product: the batch must not decide how it is rounded.
+    # Gathers and element-wise products, no matrix product, whose rounding would depend on the batch.
     grid = scores[places.thumbnails].view(-1, side, side)
     ends = [grid.gather(1, index[..., None].expand_as(grid)) for index in (resize.row_low, resize.row_high)]
     grid = torch.lerp(*ends, resize.row_part[..., None])
@@ -223,7 +224,7 @@ def resized_thumbnails(scores: Tensor, places: Places, resize: Resize) -> Tensor
 def tile_softmax(values: Tensor, places: Places, more: float) -> Tensor:
     """The softmax over an image's tiles plus ``more / K``, the same for each of its K tiles.
 
-    With ``more = −1`` by how much the softmax exceeds that of equal values.
+    With ``more = −1`` this is by how much the softmax exceeds that of equal values.
 
     Args:
         values: ``[T]`` floating; those of thumbnails are not read.
@@ -232,7 +233,7 @@ def tile_softmax(values: Tensor, places: Places, more: float) -> Tensor:
     Returns:
         ``[T]`` fp32; those of thumbnails have no meaning.
     """
-    # In fp64, so that zeros that fill up the batch's smaller images cannot tip a rounding of the fp32 result.
+    # In fp64, so that the zeros that pad smaller images of the batch do not change the fp32 result.
     own = values.double()[places.tiles].masked_fill(places.is_tile == 0, -torch.inf)
     highest = own.amax(1)
     highest = highest.masked_fill(highest.isinf(), 0.0)  # no tile at all

@@ -1,4 +1,4 @@
-"""CUDA graphs of the vision stage, one a layout: one launch of the host where there were hundreds."""
+"""CUDA graphs of the vision stage, one for each batch layout: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Graphs"]
+__all__ = ["CudaGraphs"]
 
-LIMIT = 8  # graphs kept; each holds on to what its kernels write
+LIMIT = 8  # graphs kept; each keeps the memory that its kernels write
 Step = Callable[[object, Tensor], object]  # (what the step before returned, its input) → what it returns
 
 
@@ -23,12 +23,12 @@ class _Recorded:
     inputs: list[Tensor]
     replays: list[Callable[[], None]]
     outputs: Sequence[Tensor]
-    held: object  # what the graphs read besides: it must not be freed before them
+    held: object  # owns other memory that the graphs read, which must not be freed before them
     weights: list[tuple[Tensor, int]]
     done: torch.cuda.Event | None = None
 
     def is_stale(self) -> bool:
-        """Whether weights were moved or converted, so that the graphs would read what is no longer there."""
+        """Whether weights were moved or converted, so that the graphs would read freed memory."""
         return any(weight.data_ptr() != address for weight, address in self.weights)
 
 
@@ -37,7 +37,7 @@ def _record(step: Step, state: object, value: Tensor, pool: object) -> tuple[Cal
     with torch.cuda.device(value.device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, loads and caches what only first calls do
+        with torch.cuda.stream(side):  # warm up: compile kernels, load modules, fill caches
             for _ in range(2):
                 step(state, value)
         torch.cuda.current_stream().wait_stream(side)
@@ -47,11 +47,11 @@ def _record(step: Step, state: object, value: Tensor, pool: object) -> tuple[Cal
     return graph.replay, result
 
 
-class Graphs:
-    """Graphs of recent calls, the least recently used dropped first. Safe to use from several threads.
+class CudaGraphs:
+    """CUDA graphs of recent calls, the least recently used dropped first. Safe to use from several threads.
 
-    Recording waits for the device and takes as long as a few calls; a replay does neither. All graphs share
-    one pool of memory, in which what a call computes is overwritten by the next: results are copied out.
+    Recording synchronises with the device and takes as long as a few calls; a replay does neither. All graphs
+    share one memory pool, which each call overwrites: results are copied out of it.
 
     Args:
         limit: how many graphs to keep.
@@ -86,26 +86,32 @@ class Graphs:
         weights: Callable[[], Sequence[Tensor]],
         held: object,
     ) -> list[Tensor]:
-        """What the last step returns, from graphs; recorded on the first call with a key.
+        """Run the steps by replaying graphs, which the first call with a key records.
 
         Args:
-            key: of what the steps do beside their inputs' values: sizes, types, options.
+            key: what the steps depend on besides their inputs: sizes, options.
             steps: each takes what the one before returned, ``None`` first, and its input; the last returns
                 tensors.
-            inputs: gives the input of each step, called right before the step is launched.
-            weights: gives those that the steps read: where one was moved or converted since, the graph is
-                made anew.
+            inputs: return the input of each step, called right before the step is launched.
+            weights: returns the weights that the steps read. If one was moved or converted since, the graph
+                is recorded again.
             held: owns other memory that the steps read.
+
+        Returns:
+            what the last step returned, copied.
 
         Raises:
             ValueError: not on a CUDA device, or with gradients.
         """
         value = inputs[0]()
+        device = value.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (key, value.device, value.dtype, autocast)
         if value.device.type not in self.devices:
-            raise ValueError(f"capture: expected pixel_values on a CUDA device, got {value.device}")
+            raise ValueError(f"cuda_graphs: expected pixel_values on a CUDA device, got {value.device}")
         if torch.is_grad_enabled():
             expected = "torch.no_grad() or torch.inference_mode()"
-            raise ValueError(f"capture: expected {expected}, got gradients enabled")
+            raise ValueError(f"cuda_graphs: expected {expected}, got gradients enabled")
         with self._lock:
             recorded = self._recorded.get(key)
             if recorded is None or recorded.is_stale():
@@ -131,14 +137,14 @@ class Graphs:
         device = values[0].device
         elsewhere = {weight.device for weight in weights} - {device}
         if elsewhere:
-            raise ValueError(f"capture: expected all weights on {device}, got some on {elsewhere}")
+            raise ValueError(f"cuda_graphs: expected all weights on {device}, got some on {elsewhere}")
         if device.type == "cuda" and device not in self._pools:
             self._pools[device] = torch.cuda.graph_pool_handle()
-        with torch.inference_mode(False), torch.no_grad():  # or it could be written in inference mode alone
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
             inputs = [value.clone() for value in values]
         replays, state = [], None
         for step, static in zip(steps, inputs, strict=True):
             replay, state = self.record(step, state, static, self._pools.get(device))
-            replay()  # recording runs nothing, and the next step reads what this one writes
+            replay()  # recording runs no kernel, and the next step reads what this one writes
             replays.append(replay)
         return _Recorded(inputs, replays, state, held, [(weight, weight.data_ptr()) for weight in weights])

@@ -1,0 +1,123 @@
+"""Checks of arguments that every torch-free module shares. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_layers",
+    "check_positive",
+    "check_real",
+    "error",
+    "floor_ratio",
+]
+
+
+def error(kind: type[Exception], name: str, expected: str, value: object) -> Exception:
+    """An exception that names the argument, what was expected and what was given."""
+    return kind(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_real(name: str, expected: str, value: object) -> float:
+    """``value`` as a finite float.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise error(TypeError, name, expected, value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise error(ValueError, name, expected, value)
+    return number
+
+
+def check_positive(name: str, value: object) -> float:
+    """``value`` as a finite float > 0.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    expected = "a finite number > 0"
+    number = check_real(name, expected, value)
+    if number <= 0:
+        raise error(ValueError, name, expected, value)
+    return number
+
+
+def check_integer(name: str, value: object, low: int = 1) -> int:
+    """``value`` as an integer >= ``low``.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    expected = f"an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise error(TypeError, name, expected, value)
+    if value < low:
+        raise error(ValueError, name, expected, value)
+    return int(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """``value`` as a bool.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise error(TypeError, name, "a bool", value)
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` as one of ``choices``.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: another string.
+    """
+    expected = "one of " + ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise error(TypeError, name, expected, value)
+    if value not in choices:
+        raise error(ValueError, name, expected, value)
+    return value
+
+
+def check_layers(name: str, value: object) -> tuple[int | float, ...]:
+    """``value`` as layer indices (int) and fractions of depth (float in [0, 1]), at least one.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    expected = "layer indices (int) or fractions of depth (float in [0, 1]), at least one"
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise error(TypeError, name, expected, value)
+    if not value:
+        raise error(ValueError, name, expected, value)
+    layers: list[int | float] = []
+    for layer in value:
+        if isinstance(layer, bool) or not isinstance(layer, Real):
+            raise error(TypeError, name, expected, value)
+        if isinstance(layer, Integral):
+            layers.append(int(layer))
+        elif 0.0 <= float(layer) <= 1.0:  # also false for NaN
+            layers.append(float(layer))
+        else:
+            raise error(ValueError, name, expected, value)
+    return tuple(layers)
+
+
+def floor_ratio(value: float) -> int:
+    """``floor(value + 1e-9)``: 0.29 · 100 is 29 although the product falls just short of it."""
+    return math.floor(value + 1e-9)

@@ -1,0 +1,267 @@
+"""The interface of a policy, which decides how many tokens each crop keeps and which.
+
+A policy names the attention rows and other tensors it reads (:meth:`Policy.rows`, :meth:`Policy.needs`) and
+computes patch scores and tile signals from them (:meth:`Policy.score`). It may also replace features of kept
+patches (:meth:`Policy.replace`). How an image's tokens are divided between thumbnail and tiles is plain
+arithmetic (:meth:`Policy.divide`).
+
+Modules of policies import torch inside methods only, so that :func:`hero.count_tokens` works without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from .._checks import check_flag, check_layers, error, floor_ratio
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hero_kernels import Finalized, TileBudgets, TileSignal
+
+__all__ = ["PATCHES", "LayerPolicy", "Needs", "Observed", "Policy", "Replacement", "Rows", "Scored"]
+
+PATCHES = "patches"  # the attention rows that most policies score patches by
+
+
+class Rows(NamedTuple):
+    """Attention rows to accumulate: ``{layer: weight}`` for thumbnails and for tiles.
+
+    Attributes:
+        thumbnail, tiles: weights by 0-based layer.
+        ranked: whether :func:`hero_kernels.finalize_scores` should also rank the patches.
+    """
+
+    thumbnail: Mapping[int, float]
+    tiles: Mapping[int, float]
+    ranked: bool = True
+
+    @classmethod
+    def mean(cls, thumbnail: Sequence[int], tiles: Sequence[int], *, ranked: bool = True) -> Rows:
+        """The mean over layers; an empty sequence reads no layer."""
+        weights = [{layer: 1.0 / len(layers) for layer in layers} for layers in (thumbnail, tiles)]
+        return cls(*weights, ranked)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers, sorted."""
+        return tuple(sorted({*self.thumbnail, *self.tiles}))
+
+
+class Needs(NamedTuple):
+    """What a policy reads besides attention rows.
+
+    Attributes:
+        cls: the CLS feature of the encoder's last layer.
+        relevance: the relevance of each tile to the question; callers must then pass the question.
+        patch_relevance: the relevance of each patch to the question; likewise.
+        keys: the key of each patch in the features' last layer, averaged over heads.
+        second_softmax: whether each head's row gets a second softmax over the patches.
+    """
+
+    cls: bool = False
+    relevance: bool = False
+    patch_relevance: bool = False
+    keys: bool = False
+    second_softmax: bool = False
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a policy may read; T crops of P patches.
+
+    Attributes:
+        attention: the policy's attention rows by name, finalised (:class:`hero_kernels.Finalized`: scores
+            ``[T, P]`` fp32, entropy ``[T]`` fp32, ranks ``[T, P]`` int16 or ``None``).
+        valid: ``[T, P]`` bool, patches that are not padding.
+        cls: ``[T, C]``, the CLS feature of the encoder's last layer, if the policy needs it.
+        layouts: the :class:`hero.layout.ImageLayout` of each image.
+        places: the :class:`hero.signals.Places` of the crops.
+        constants: what :meth:`Policy.constants` returned, on the device.
+        relevance: returns the cosine ``[T]`` of each tile and the question; ``None`` without a relevance
+            model.
+        patch_relevance: returns the cosine ``[T, P]`` of each patch and the question; likewise.
+    """
+
+    attention: Mapping[str, Finalized]
+    valid: Tensor
+    cls: Tensor | None
+    layouts: Sequence[Any]
+    places: Any
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    relevance: Callable[[], Tensor] | None = None
+    patch_relevance: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a policy decides.
+
+    Attributes:
+        scores: ``[T, P]`` fp32, patch scores.
+        signals: the signals that divide each image's tile tokens among its tiles.
+        ranks: ``[T, P]`` int16, the order of ``scores`` if it is known.
+    """
+
+    scores: Tensor
+    signals: tuple[TileSignal, ...]
+    ranks: Tensor | None = None
+
+
+class Replacement(NamedTuple):
+    """Features that replace those of kept patches.
+
+    Attributes:
+        ranks: ``[T, P]`` int16; in each crop the valid patches whose rank is below the budget are kept. There
+            must be as many as the budget; their order does not matter.
+        slots: ``[T, P]`` int64, which of the crop's values replaces the feature of a patch; −1 for none.
+        values: ``[T, S, C]`` in the dtype of the features.
+    """
+
+    ranks: Tensor
+    slots: Tensor
+    values: Tensor
+
+
+class Policy(ABC):
+    """Which visual tokens to keep. Subclasses are frozen dataclasses whose fields are the parameters.
+
+    Attributes:
+        name: the name in :data:`hero.policies.POLICIES`; ``"module:Class"`` for classes that are not listed.
+        summary: one line for help texts.
+        requires_cls: whether the policy is defined by the attention of a CLS token.
+        requires_thumbnail: whether the policy is defined by the attention of the thumbnail.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    requires_cls: ClassVar[bool] = False
+    requires_thumbnail: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
+
+    def divide(
+        self, keep_ratio: float | None, keep_tokens: int | None, patches: int, tiles: int
+    ) -> tuple[int, int]:
+        """Patch tokens for (the thumbnail, all tiles together) of an image with a thumbnail, before caps.
+
+        By default both keep the same share of their patches (docs/method.md, section 3).
+
+        Args:
+            keep_ratio, keep_tokens: a share or a number of the image's tokens; one of them is ``None``.
+            patches: P, patches of a crop.
+            tiles: K, tiles of the image.
+        """
+        if keep_tokens is None:
+            return floor_ratio(keep_ratio * patches), floor_ratio(keep_ratio * (tiles * patches))
+        thumbnail = min(keep_tokens // (tiles + 1), patches)
+        return thumbnail, keep_tokens - thumbnail
+
+    @abstractmethod
+    def rows(self, depth: int, feature_layer: int) -> dict[str, Rows]:
+        """The attention rows it reads, by name; only these are computed.
+
+        Args:
+            depth: number of the encoder's layers.
+            feature_layer: the last layer, 0-based, whose output is among the features: ``depth − 2`` for
+                LLaVA, which takes hidden state −2.
+
+        Raises:
+            ValueError: a layer that the encoder does not have, by name.
+        """
+
+    def needs(self, with_relevance: bool) -> Needs:
+        """What else it reads; nothing by default.
+
+        Raises:
+            ValueError: the policy needs relevance, and there is no relevance model.
+        """
+        return Needs()
+
+    def constants(self, layouts: Sequence[Any]) -> Mapping[str, Any]:
+        """CPU tensors, or named tuples of them, that follow from the layouts alone. Computed once a batch."""
+        return {}
+
+    @abstractmethod
+    def score(self, observed: Observed) -> Scored:
+        """Patch scores and tile signals."""
+
+    def replace(
+        self, features: Tensor, keys: Tensor | None, scored: Scored, budgets: TileBudgets, valid: Tensor
+    ) -> Replacement | None:
+        """Features that replace those of kept patches; ``None`` keeps them as they are.
+
+        Args:
+            features: ``[T, P, C]``.
+            keys: ``[T, P, D]`` fp32, if the policy needs them.
+            scored: what :meth:`score` returned.
+            budgets: patches to keep of each crop. Reading their values would synchronise with the device.
+            valid: ``[T, P]`` bool.
+        """
+        return None
+
+
+def half_to_thumbnail(
+    keep_ratio: float | None, keep_tokens: int | None, patches: int, tiles: int
+) -> tuple[int, int]:
+    """:meth:`Policy.divide` of policies that give the thumbnail half of all tokens, at most P."""
+    total = floor_ratio(keep_ratio * ((tiles + 1) * patches)) if keep_tokens is None else keep_tokens
+    thumbnail = min(total // min(2, tiles + 1), patches)
+    return thumbnail, total - thumbnail
+
+
+@dataclass(frozen=True)
+class LayerPolicy(Policy):
+    """A policy that scores patches by CLS attention averaged over chosen layers.
+
+    Args:
+        tile_layers: layers that score the patches of tiles (paper: low to middle layers, which attend to
+            objects). Integers are 0-based indices, negative from the end; floats in [0, 1] are fractions of
+            depth, ``round(f · (depth − 1))``.
+        thumbnail_layers: the same for the thumbnail (paper: deep layers, which attend to global tokens).
+        second_softmax: whether each head's row gets a second softmax over the patches, as in the paper's
+            released code.
+
+    Raises:
+        TypeError, ValueError: a parameter of the wrong type or out of range, by name.
+    """
+
+    tile_layers: tuple[int | float, ...] = (0.2, 0.3, 0.4, 0.5)
+    thumbnail_layers: tuple[int | float, ...] = (0.95, 1.0)
+    second_softmax: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tile_layers", "thumbnail_layers"):
+            object.__setattr__(self, name, check_layers(name, getattr(self, name)))
+        check_flag("second_softmax", self.second_softmax)
+
+    def rows(self, depth, feature_layer):
+        tiles = resolve_layers("tile_layers", self.tile_layers, depth)
+        return {PATCHES: Rows.mean(resolve_layers("thumbnail_layers", self.thumbnail_layers, depth), tiles)}
+
+    def needs(self, with_relevance):
+        return Needs(second_softmax=self.second_softmax)
+
+
+def resolve_layers(name: str, layers: Sequence[int | float], depth: int) -> tuple[int, ...]:
+    """0-based indices of ``layers`` in an encoder of ``depth`` layers, sorted, without duplicates.
+
+    Raises:
+        ValueError: an index outside ``[-depth, depth)``.
+    """
+    resolved = set()
+    for layer in layers:
+        if isinstance(layer, float):
+            resolved.add(int(layer * (depth - 1) + 0.5))
+        elif -depth <= layer < depth:
+            resolved.add(layer % depth)
+        else:
+            expected = f"indices in [{-depth}, {depth}) for an encoder of {depth} layers"
+            raise error(ValueError, name, expected, layer)
+    return tuple(sorted(resolved))

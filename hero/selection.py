@@ -1,0 +1,86 @@
+"""What the vision encoder returns, and what its stages pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hero_kernels import Finalized
+
+from .layout import ImageLayout
+
+__all__ = ["Encoded", "Selection"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What :meth:`hero.HeroVisionEncoder.encode` returns for T crops of P patches.
+
+    Attributes:
+        features: ``[T, P, C]``, the features that the model uses, without CLS; may be a strided view.
+        cls: ``[T, C]``, the last layer at CLS before the final layer norm; ``None`` if no signal needs it.
+        pooled: ``[T, C]``, the same after it.
+        attention: the policy's attention rows by name, finalised (:class:`hero_kernels.Finalized`).
+        pixel_values: ``[T, 3, S, S]``, the crops.
+        output: what the tower returned; ``None`` if only the layers needed were run.
+        keys: ``[T, P, D]`` fp32, the key of each patch in the features' last layer, averaged over heads, if
+            the policy needs it.
+        patches: ``[T, P, C]``, the last layer at the patches, if the policy compares them with the question
+            and CLIP shares the tower's weights.
+    """
+
+    features: Tensor
+    cls: Tensor | None
+    pooled: Tensor | None
+    attention: Mapping[str, Finalized]
+    pixel_values: Tensor
+    output: object | None = field(repr=False, default=None)
+    keys: Tensor | None = None
+    patches: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The visual tokens kept of a batch of images, packed, and how they were chosen.
+
+    Attributes:
+        tokens: ``[total, D]`` projected features and newlines, image after image; ``None`` in
+            ``handle.last``, which keeps no features in memory.
+        lengths: rows of each image.
+        cu_seqlens: ``[B + 1]`` int32, where each image begins.
+        index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline.
+        budgets: ``[T]`` int32, patches kept of each crop.
+        shares: ``[T]`` fp32, each tile's share of its image's tile tokens before caps; 0 for thumbnails.
+        scores: ``[T, P]`` fp32, the patch scores.
+        layout: the images of the batch.
+        policy: the name of the policy.
+    """
+
+    tokens: Tensor | None
+    lengths: list[int]
+    cu_seqlens: Tensor
+    index: Tensor
+    budgets: Tensor
+    shares: Tensor
+    scores: Tensor
+    layout: tuple[ImageLayout, ...]
+    policy: str = "hero"
+
+    def per_image(self) -> list[Tensor]:
+        """The tokens of each image, ``[n_i, D]``.
+
+        Raises:
+            ValueError: the selection has no tokens, as ``handle.last``.
+        """
+        if self.tokens is None:
+            raise ValueError("tokens: expected those of an encoder's result, got None: handle.last has none")
+        return list(self.tokens.split(self.lengths))
+
+    def keep_mask(self) -> Tensor:
+        """``[T, P]`` bool, true for kept patches."""
+        keep = torch.zeros(self.scores.numel(), dtype=torch.bool, device=self.index.device)
+        keep[self.index[self.index >= 0].long()] = True
+        return keep.view_as(self.scores)
