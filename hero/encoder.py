@@ -20,7 +20,7 @@ from .layout import Geometry, grid_pinpoints
 from .models import hidden_states, tower_for
 from .plan import Plan, Plans, constant_sizes
 from .policies import Observed, Scored, check_supported
-from .relevance import ClipRelevance, check_questions
+from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
 
 __all__ = ["HeroVisionEncoder"]
@@ -100,7 +100,9 @@ class HeroVisionEncoder(nn.Module):
         if config.attention == "fused" and not self._tower.has_cls:
             raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
-        self._check_relevance(relevance)
+        if self.needs_text:
+            patches_side = geometry.side if needs.patch_relevance else None
+            check_relevance(relevance, policy.name, patches_side, shared=self._shared)
         if check_flag("cuda_graphs", cuda_graphs) and config.allocation != "exact":
             raise ValueError(
                 f"cuda_graphs: expected False with allocation={config.allocation!r}, whose number of tokens "
@@ -126,24 +128,6 @@ class HeroVisionEncoder(nn.Module):
             fused=config.attention == "fused",
             keys=keys,
         )
-
-    def _check_relevance(self, relevance: ClipRelevance | None) -> None:
-        """Raise ``ValueError`` unless the relevance model can serve the policy."""
-        name, side = self.config.policy.name, self.geometry.side
-        if not self.needs_text:
-            return
-        if relevance is None:
-            raise ValueError(f"relevance: expected a hero.ClipRelevance for policy {name!r}, got None")
-        if self._needs.patch_relevance and relevance.side != side:
-            raise ValueError(
-                f"relevance: expected a CLIP model of {side} × {side} patches a crop for policy {name!r}, "
-                f"got one of {relevance.side} × {relevance.side}"
-            )
-        if not self._shared and not relevance.second_pass:
-            raise ValueError(
-                "relevance: expected a CLIP model with the vision weights of the model's own tower, or "
-                "ClipRelevance(..., second_pass=True), which runs CLIP's vision encoder too, got others"
-            )
 
     @property
     def needs_text(self) -> bool:

@@ -9,7 +9,7 @@ from numbers import Integral
 import numpy as np
 from PIL import Image, ImageOps
 
-from .encoder import Selection
+from .selection import Selection
 
 __all__ = ["visualize"]
 
@@ -141,7 +141,7 @@ class _Kept:
         )
         shape = (layout.crops, layout.side, layout.side)
         self.keep, self.scores = keep.reshape(shape), scores.astype(np.float64).reshape(shape)
-        tiles = slice(layout.first_tile, layout.first_tile + layout.tiles)
+        tiles = slice(layout.tile_crops.start, layout.tile_crops.stop)
         self.labels = [f"{n} · {_percent(share)}" for n, share in zip(budgets[tiles], shares[tiles])]
         self.length = selection.lengths[image_index]
         self.detail = "random" if selection.policy == "random" else "CLS attention"
@@ -150,8 +150,8 @@ class _Kept:
 
     def tiles(self, values: np.ndarray) -> np.ndarray:
         """``[crops, p, p]`` of the tiles, as the grid that they were cut from."""
-        (rows, columns), side, first = self.layout.grid, self.layout.side, self.layout.first_tile
-        grid = values[first : first + self.layout.tiles].reshape(rows, columns, side, side)
+        (rows, columns), side = self.layout.grid, self.layout.side
+        grid = values[list(self.layout.tile_crops)].reshape(rows, columns, side, side)
         return grid.swapaxes(1, 2).reshape(rows * side, columns * side)
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -358,9 +358,9 @@ class _Page:
     def _labels(self, axes, size: int) -> None:
         """Write the labels on the tiles: top left, or in the corner where they hide fewest kept patches."""
         layout = self.kept.layout
-        for tile, text in enumerate(self.kept.labels):
+        for tile, (crop, text) in enumerate(zip(layout.tile_crops, self.kept.labels)):
             row, column = divmod(tile, layout.grid[1])
-            halves = np.array_split(self.kept.keep[layout.first_tile + tile], 3)[::2]
+            halves = np.array_split(self.kept.keep[crop], 3)[::2]
             parts = {(y, x): np.array_split(halves[y], 3, 1)[::2][x].mean() for y in (0, 1) for x in (0, 1)}
             y, x = min(parts, key=lambda corner: max(parts[corner], 0.2))
             axes.annotate(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hero_kernels.segments import to_device
 
-__all__ = ["ClipRelevance", "check_questions", "question_of"]
+__all__ = ["ClipRelevance", "check_questions", "check_relevance", "question_of"]
 
 # The markers around the user's words in the chat templates of published checkpoints: (begin, end).
 _TEMPLATES = (
@@ -249,3 +249,27 @@ class ClipRelevance:
 def _pooled(output) -> Tensor:
     """The embedding in what ``get_*_features`` returned: a tensor, or an output that holds it."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def check_relevance(
+    relevance: ClipRelevance | None, policy: str, patches_side: int | None, *, shared: bool
+) -> None:
+    """Raise ``ValueError`` unless a relevance model can serve a policy.
+
+    Args:
+        policy: the name of the policy, which needs relevance.
+        patches_side: patches along one side of a crop, if the policy compares patches with the question.
+        shared: whether CLIP has the vision weights of the model's own tower.
+    """
+    if relevance is None:
+        raise ValueError(f"relevance: expected a hero.ClipRelevance for policy {policy!r}, got None")
+    if patches_side is not None and relevance.side != patches_side:
+        raise ValueError(
+            f"relevance: expected a CLIP model of {patches_side} × {patches_side} patches a crop for policy "
+            f"{policy!r}, got one of {relevance.side} × {relevance.side}"
+        )
+    if not shared and not relevance.second_pass:
+        raise ValueError(
+            "relevance: expected a CLIP model with the vision weights of the model's own tower, or "
+            "ClipRelevance(..., second_pass=True), which runs CLIP's vision encoder too, got others"
+        )

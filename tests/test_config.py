@@ -377,7 +377,11 @@ def test_parameters_beside_a_policy_object():
 
 @pytest.mark.parametrize(
     ("policy", "kind"),
-    [("nowhere:Hero", ValueError), ("hero.policies:Heron", ValueError), ("hero.config:HeroConfig", TypeError)],
+    [
+        ("nowhere:Hero", ValueError),
+        ("hero.policies:Heron", ValueError),
+        ("hero.config:HeroConfig", TypeError),
+    ],
 )
 def test_policies_by_class(policy, kind):
     assert HeroConfig(policy="hero.policies:Hero", alpha=0.3) == HeroConfig(alpha=0.3)

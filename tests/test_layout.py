@@ -16,10 +16,10 @@ from transformers.models.llava_next.modeling_llava_next import (
 import hero
 import hero_kernels as hk
 from hero import Geometry, HeroConfig, count_tokens
-from hero.policies import POLICIES
 from hero._checks import floor_ratio
 from hero.layout import LLAVA_NEXT_PINPOINTS
 from hero.plan import make_plan
+from hero.policies import POLICIES
 
 GROUPS, DRAWS = 500, 20  # of a geometry and a configuration; of an image size in each
 LLAVA_NEXT = Geometry()
@@ -213,7 +213,7 @@ def test_other_sequences(thumbnail, stitched, newlines):
             assert layout.crops == layout.tiles + (thumbnail != "none")
     first, crops = layouts[0], layouts[0].crops
     assert first.thumbnail_crop == {"first": 0, "last": crops - 1, "none": -1}[thumbnail]
-    assert first.first_tile == (thumbnail == "first")
+    assert first.tile_crops.start == (thumbnail == "first")
 
 
 @pytest.mark.parametrize("newlines", [True, False])

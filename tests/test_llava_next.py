@@ -577,9 +577,9 @@ def test_nothing_stays_in_memory(model, rule):
     add = hero.attention_rows.Collector._take
 
     def spy_run(*args, **kwargs):
-        features, cls, pooled, output = run(*args, **kwargs)
-        references.extend(map(weakref.ref, (features, cls)))
-        return features, cls, pooled, output
+        ran = run(*args, **kwargs)
+        references.extend(map(weakref.ref, (ran.features, ran.cls)))
+        return ran
 
     def spy_take(self, layer, rows, added):
         references.append(weakref.ref(rows))

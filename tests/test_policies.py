@@ -666,7 +666,9 @@ def test_a_policy_of_a_user_works_as_one_of_ours(model):
 
 def test_errors_of_a_policy_are_named(model):
     inputs = batch(tiny_processor(), "one image")
-    with pytest.raises(ValueError, match=r"^policy .*_Thumbnail': expected divide\(\) to return .*, got \(17, "):
+    with pytest.raises(
+        ValueError, match=r"^policy .*_Thumbnail': expected divide\(\) to return .*, got \(17, "
+    ):
         encode(model, hero.HeroConfig(0.9, policy=_Thumbnail(most=17)), inputs)
     with pytest.raises(ValueError, match=r"^policy .*_Thumbnail': expected rows\(\) to name .* got \[6\]"):
         hero.attach(model, policy=_Thumbnail(layer=6))
