@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hero_kernels as hk
 from hero_kernels import reference
@@ -33,8 +34,6 @@ from .kernels import (
 )
 from .registry import CLIP, Shape, shapes
 
-__all__ = ["cases", "make_attention"]
-
 ROWS = 1e-3  # tolerance of rows computed in fp32
 ROUNDED = 2e-2  # tolerance if logits or maps are rounded to bf16
 COMPILED_CROPS = (5, 160)  # compiling takes long: only these, and only for CLIP
@@ -43,7 +42,7 @@ RECEIVED_CHUNK = 8  # crops whose maps a peer holds at a time
 
 def make_attention(shape: Shape, device: torch.device, seed: int) -> SimpleNamespace:
     """Make query, key, value, accumulators, and random rows to finalise."""
-    geometry, crops = shape.geometry, shape.batch.crops
+    geometry, crops = shape.geometry, shape.crops
     generator = torch.Generator(device).manual_seed(seed)
     dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
     size = (crops, geometry.tokens, geometry.heads, geometry.width)
@@ -55,6 +54,8 @@ def make_attention(shape: Shape, device: torch.device, seed: int) -> SimpleNames
         query=query,
         key=key,
         value=value,
+        qk=(query, key, geometry.scale),
+        qkv=(query, key, value, geometry.scale),
         rows=torch.zeros(rows, device=device),
         valid=torch.ones(crops, geometry.patches, dtype=torch.bool, device=device),
         random_rows=torch.rand(rows, device=device, generator=generator),
@@ -69,20 +70,12 @@ def reset(inputs: SimpleNamespace) -> None:
 # Peers: PyTorch's attention.
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return the output of flash attention."""
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
-    return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
-
-
-def cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return the output of cuDNN's attention."""
-    if query.device.type != "cuda":
+def sdpa(backend: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return the output of one of PyTorch's attention backends."""
+    if backend == "CUDNN_ATTENTION" and query.device.type != "cuda":
         raise Unavailable("cuDNN needs a GPU")
-    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
-    return attention(query, key, value, None, True, scale=scale)[0]
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -115,24 +108,20 @@ def check_rows(shape: Shape, tolerance: float, inputs: SimpleNamespace, rows: Te
 
 
 def rows_case(shape: Shape, device: torch.device) -> Case:
-    scale = shape.geometry.scale
-
     def compiled(x):
-        if device.type != "cuda" or shape.geometry != CLIP or shape.batch.crops not in COMPILED_CROPS:
+        if device.type != "cuda" or shape.geometry != CLIP or shape.crops not in COMPILED_CROPS:
             raise Unavailable("compiled only on a GPU, for CLIP at T = 5 and 160, to save time")
-        return _compiled_row()(x.query, x.key, scale)
+        return _compiled_row()(*x.qk)
 
     exact, rounded = (partial(check_rows, shape, tolerance) for tolerance in (ROWS, ROUNDED))
-
-    def ours(x):
-        return hk.cls_attention(x.query, x.key, scale, out=x.rows)
-
     variants = (
-        Variant("cls_attention", ours, exact, ours=True, reset=reset),
-        Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(x.query, x.key, scale), rounded),
+        Variant(
+            "cls_attention", lambda x: hk.cls_attention(*x.qk, out=x.rows), exact, ours=True, reset=reset
+        ),
+        Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(*x.qk), rounded),
         Variant("softmax(q₀Kᵀ), compiled", compiled, rounded),
     )
-    return _case("cls_attention", shape, device, shape.cls_rows(), variants)
+    return _case("cls_attention", shape, device, variants)
 
 
 # Attention, with or without CLS rows.
@@ -150,31 +139,29 @@ def check_attention(shape: Shape, tolerance: float, inputs: SimpleNamespace, res
 
 
 def attention_case(shape: Shape, device: torch.device) -> Case:
-    scale = shape.geometry.scale
-
     def alone(attention, x):
-        return attention(x.query, x.key, x.value, scale), None
+        return attention(*x.qkv), None
 
     def with_rows(attention, x):
-        output = attention(x.query, x.key, x.value, scale)
-        return output, hk.cls_attention(x.query, x.key, scale, out=x.rows)
+        return attention(*x.qkv), hk.cls_attention(*x.qk, out=x.rows)
 
     def with_maps(x):
-        output, maps = eager(x.query, x.key, x.value, scale)
+        output, maps = eager(*x.qkv)
         return output, maps[:, :, 0, 1:], maps  # keeps the maps, as the released method does
 
     def fused(x):
-        return hk.attention_with_cls(x.query, x.key, x.value, scale, out=x.rows)
+        return hk.attention_with_cls(*x.qkv, out=x.rows)
 
     exact, rounded = (partial(check_attention, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = [Variant("attention_with_cls", fused, exact, ours=True, reset=reset)]
-    for name, attention in (("flash", flash), ("cuDNN", cudnn)):
+    for name, backend in (("flash", "FLASH_ATTENTION"), ("cuDNN", "CUDNN_ATTENTION")):
+        attention = partial(sdpa, backend)
         variants += [
             Variant(f"SDPA {name}, no scores", partial(alone, attention), exact, less=True),
             Variant(f"SDPA {name} + cls_attention", partial(with_rows, attention), exact, reset=reset),
         ]
     variants.append(Variant("eager, maps kept", with_maps, rounded))
-    return _case("attention_with_cls", shape, device, shape.attention(), tuple(variants))
+    return _case("attention_with_cls", shape, device, tuple(variants))
 
 
 # Received attention.
@@ -197,22 +184,20 @@ def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def received_case(shape: Shape, device: torch.device) -> Case:
-    scale = shape.geometry.scale
-
     def ours(x):
-        return hk.received_attention(x.query, x.key, scale, out=x.rows)
+        return hk.received_attention(*x.qk, out=x.rows)
 
     def attention(x):
-        return flash(x.query, x.key, x.value, scale)
+        return sdpa("FLASH_ATTENTION", *x.qkv)
 
     exact, rounded = (partial(check_received, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = (
         Variant("received_attention", ours, exact, ours=True, reset=reset),
-        Variant("softmax(QKᵀ), in chunks", lambda x: received(x.query, x.key, scale), rounded),
+        Variant("softmax(QKᵀ), in chunks", lambda x: received(*x.qk), rounded),
         Variant("SDPA flash, for scale", attention, lambda x, result: None, less=True),
-        Variant("reference", lambda x: reference.received_attention(x.query, x.key, scale), exact),
+        Variant("reference", lambda x: reference.received_attention(*x.qk), exact),
     )
-    return _case("received_attention", shape, device, shape.received(), variants)
+    return _case("received_attention", shape, device, variants)
 
 
 # From rows to scores.
@@ -228,30 +213,18 @@ def check_finalized(rank: bool, inputs: SimpleNamespace, result: hk.segments.Fin
 
 
 def finalize_case(shape: Shape, device: torch.device) -> Case:
-    def finish(function, rank, x):
-        return function(x.random_rows, valid=x.valid, rank=rank)
+    variants = []
+    for rank, name in ((False, "finalize_scores"), (True, "finalize_scores, ranks")):
 
-    variants = tuple(
-        Variant(
-            name + suffix,
-            partial(finish, function, bool(suffix)),
-            partial(check_finalized, bool(suffix)),
-            ours=function is hk.finalize_scores,
-            cost=shape.finalize(bool(suffix)),
-            against="finalize_scores" + suffix,
-        )
-        for name, function in (
-            ("finalize_scores", hk.finalize_scores),
-            ("reference", reference.finalize_scores),
-        )
-        for suffix in ("", ", ranks")
-    )
-    return _case("finalize_scores", shape, device, shape.finalize(False), variants)
+        def call(x, rank=rank):
+            return hk.finalize_scores(x.random_rows, valid=x.valid, rank=rank)
+
+        variants.append(Variant(name, call, partial(check_finalized, rank), ours=True, cost=name))
+    return _case("finalize_scores", shape, device, tuple(variants))
 
 
-def _case(op, shape, device, cost, variants) -> Case:
-    size = 3 * shape.activations() + 2 * shape.cls_rows().bytes
-    return Case(op, shape, cost, size, partial(make_attention, shape, device), variants)
+def _case(op, shape, device, variants) -> Case:
+    return Case(op, shape, 4 * shape.activations(), partial(make_attention, shape, device), variants)
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:

@@ -1,23 +1,22 @@
-"""Two commits: whether a change is faster, and whether it computes the same.
+"""Compare two commits: whether a change is faster, and whether it computes the same.
+
+``python -m bench.compare BASE [HEAD] [--case NAME] [--out FILE]``; HEAD is the working tree if omitted. The
+same commit twice shows the resolution of the machine.
 
 Each commit's ``hero`` and ``hero_kernels`` are imported in a process of their own, and the processes run
-rounds in turns, A B B A. A process keeps some luck (where its memory lies) for its whole life, so there are
-several pairs of processes. Results are compared before anything is timed.
+rounds in turns, A B B A. Where its memory lies makes a process faster or slower for its whole life, so there
+are several pairs of processes. Results are compared before anything is timed.
 
-Cases on a CPU: ``vision``, hero on a CLIP tower of real width and few layers; ``mini``, the vision stage of
-the bundled model; ``selection``, the reference of budgets and gather at 1, 8 and 32 images; ``dispatch``,
-the host time of calling the operations. On a GPU: ``kernels``, the operations at the shapes of
-:mod:`bench.registry`, and ``dispatch``.
-
-``python -m bench.compare BASE [HEAD] [--case NAME] [--rounds N] [--out FILE]``; HEAD is the working tree if
-omitted. The same commit twice shows the resolution of the machine.
+Cases: ``vision``, hero on a CLIP tower of real width and few layers; ``mini``, the vision stage of the
+bundled model; ``selection``, the reference of budgets and gather at 1, 8 and 32 images; ``dispatch``, all
+operations at small shapes on a CPU, where checks and routing weigh most; on a GPU ``kernels``, the operations
+at the shapes of :mod:`bench.registry`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import math
 import multiprocessing
 import os
@@ -25,10 +24,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +34,12 @@ from unittest import mock
 
 import torch
 
-from .record import ROOT, environment, write
+from .records import ROOT, environment, write
 from .timing import compare, eager_us, graph_us, interval, positive, seconds, summary, take_turns
 
 PACKAGES = ("hero", "hero_kernels")
 SIDES = ("base", "head")
-CPU, GPU = ("vision", "mini", "selection", "dispatch"), ("kernels", "dispatch")
+CASES = ("vision", "mini", "selection", "dispatch", "kernels")
 SPAN = 0.1  # seconds of a round, at least one call
 KEEP = 0.2
 ENVIRONMENT = {
@@ -51,8 +49,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-# A prepared case: its result, a nest of tensors, and a function that returns seconds per call of so many.
-Made = tuple[Any, Callable[[int], float]]
+Made = tuple[Any, Callable[[int], float]]  # the result of a case; returns seconds per call of so many calls
 
 # --- in the process of a commit: only what both commits have ---------------------------------------------
 
@@ -70,12 +67,15 @@ def vision(clock: str) -> Made:
 
     import hero
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
     torch.manual_seed(0)
-    config = CLIPVisionConfig(**sizes, num_attention_heads=16, image_size=336, patch_size=14)
-    encoder = hero.HeroVisionEncoder(
-        CLIPVisionModel(config).eval(), config=hero.HeroConfig(keep_ratio=KEEP)
-    )
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+    }
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=336, patch_size=14)).eval()
+    encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(keep_ratio=KEEP))
     pixels = torch.randn(1, 5, 3, 336, 336)
 
     def call():
@@ -102,9 +102,9 @@ def selection(images: int, clock: str) -> Made:
     from hero_kernels import reference
 
     from .bench_selection import make_selection
-    from .registry import CLIP, Batch, Shape
+    from .registry import CLIP, Shape
 
-    shape = Shape(CLIP, Batch(((2, 2),) * images), 4)
+    shape = Shape(CLIP, ((2, 2),) * images, 4)
     segments = shape.segments
     x = make_selection(shape, segments, torch.device("cpu"), 0)
     given = {"valid": x.valid, "ranks": x.ranks, "valid_counts": x.counts}
@@ -118,16 +118,18 @@ def selection(images: int, clock: str) -> Made:
 
 
 def dispatch(clock: str) -> Made:
-    from . import dispatch
+    from .kernels import all_cases
 
-    def spent(calls: int) -> float:
-        return 1e-6 * sum(ways["public"] for ways in dispatch.measure(1, 100)["us"].values())
-
-    return [public() for public, _ in dispatch.calls().values()], spent
+    every = [
+        (variant.call, case.make(0))
+        for case in all_cases(True, torch.device("cpu"))
+        for variant in case.variants
+        if variant.ours
+    ]
+    return by_clock(clock, lambda: [call(inputs) for call, inputs in every])
 
 
 def kernel(case, variant, clock: str) -> Made:
-    """Time an operation by replaying a CUDA graph, or eagerly if none can be captured."""
     from .kernels import default_device, sets_of
 
     sets = sets_of(case, default_device())
@@ -137,20 +139,19 @@ def kernel(case, variant, clock: str) -> Made:
     return result, lambda calls: 1e-6 * statistics.median(graph_us(variant.call, sets)[0])
 
 
-def cases(wanted: Sequence[str]) -> Iterator[tuple[str, Callable[[str], Made]]]:
-    """Return names of cases, and functions that prepare a case for a clock."""
-    for name in wanted:
-        if name == "selection":
-            yield from ((f"selection {images}", partial(selection, images)) for images in (1, 8, 32))
-        elif name != "kernels":
-            yield name, {"vision": vision, "mini": mini, "dispatch": dispatch}[name]
-        else:
-            from .kernels import all_cases, default_device
+def cases(wanted: Sequence[str]) -> dict[str, Callable[[str], Made]]:
+    """Return functions that prepare a case for a clock, by name."""
+    from .kernels import all_cases, default_device
 
-            for case in all_cases(default_device().type == "cpu", default_device()):
-                for variant in case.variants:
-                    if variant.ours:
-                        yield f"{case.name}: {variant.name}", partial(kernel, case, variant)
+    found: dict[str, Callable[[str], Made]] = {"vision": vision, "mini": mini, "dispatch": dispatch}
+    found = {name: found[name] for name in wanted if name in found}
+    if "selection" in wanted:
+        found |= {f"selection {images}": partial(selection, images) for images in (1, 8, 32)}
+    if "kernels" in wanted:
+        for case in all_cases(default_device().type == "cpu", default_device()):
+            ours = (variant for variant in case.variants if variant.ours)
+            found |= {f"{case.name}: {variant.name}": partial(kernel, case, variant) for variant in ours}
+    return found
 
 
 def serve(connection, folder: str, clock: str, wanted: Sequence[str], threads: int) -> None:
@@ -160,26 +161,33 @@ def serve(connection, folder: str, clock: str, wanted: Sequence[str], threads: i
     for package in PACKAGES:
         if not Path(__import__(package).__file__).resolve().is_relative_to(Path(folder).resolve()):
             raise ImportError(f"{package}: expected the commit's, got one from elsewhere")
-    named, spent = dict(cases(wanted)), None
-    with contextlib.suppress(EOFError):
-        while True:
-            request, *given = connection.recv()
-            try:
-                with torch.no_grad():
-                    if request == "names":
-                        answer: Any = list(named)
-                    elif request == "time":
-                        answer = spent(*given)
-                    else:
-                        spent = None  # free the memory of the last case first
-                        result, spent = named[request](clock)
-                        leaves = torch.utils._pytree.tree_leaves(result)
-                        torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
-                        del result, leaves
-                        answer = spent(1)
-            except Exception as error:  # a commit may lack what a case needs
-                answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            connection.send(answer)
+    named, spent = cases(wanted), None
+    while request := receive(connection):
+        order, *given = request
+        try:
+            with torch.no_grad():
+                if order == "names":
+                    answer: Any = list(named)
+                elif order == "time":
+                    answer = spent(*given)
+                else:
+                    spent = None  # frees the memory of the last case
+                    result, spent = named[order](clock)
+                    leaves = torch.utils._pytree.tree_leaves(result)
+                    torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
+                    del result, leaves
+                    answer = spent(1)
+        except Exception as error:  # a commit may lack what a case needs
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        connection.send(answer)
+
+
+def receive(connection) -> Any:
+    """Return the next message, or ``None`` if the other process has ended."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return None
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -203,13 +211,11 @@ class Worker:
 
     def ask(self, *request: Any) -> Any:
         """Send a request and return the answer."""
-        try:
+        with contextlib.suppress(OSError):
             self.connection.send(request)
-            answer = self.connection.recv()
-        except (EOFError, OSError):
-            answer = {"error": "the process ended"}
-        if isinstance(answer, dict):
-            raise Failed(answer["error"])
+        answer = receive(self.connection)
+        if answer is None or isinstance(answer, dict):
+            raise Failed(answer["error"] if answer else "the process ended")
         return answer
 
     def close(self) -> None:
@@ -227,9 +233,9 @@ def unpack(commit: str | None, folder: Path, root: Path) -> str | None:
     name = git(["git", "rev-parse", "--verify", f"{commit}^{{commit}}"]).stdout.decode().strip()
     if not name:
         raise SystemExit(f"expected a commit, got {commit}")
+    folder.mkdir()
     files = git(["git", "archive", name, *PACKAGES], check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-        archive.extractall(folder, filter="data")
+    subprocess.run(["tar", "x"], cwd=folder, input=files, check=True)
     return name
 
 
@@ -288,14 +294,13 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.split("\n")[0])
     parser.add_argument("base", help="a commit")
     parser.add_argument("head", nargs="?", help="another commit (default: the working tree)")
-    choices = sorted({*CPU, *GPU})
-    parser.add_argument("--case", action="append", choices=choices, help="repeatable (default: all)")
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable (default: all)")
     parser.add_argument("--rounds", type=positive, default=5, help="per pair of processes (default 5)")
     parser.add_argument("--processes", type=positive, default=5, help="pairs of processes (default 5)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of PyTorch (default 1)")
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args(arguments)
-    wanted = options.case or (GPU if torch.cuda.is_available() else CPU)
+    wanted = options.case or (CASES if torch.cuda.is_available() else CASES[:-1])
     clock = "cpu" if options.threads == 1 else "wall"
     parts: dict[str, list[dict[str, Any]]] = {}
     reasons: dict[str, str] = {}

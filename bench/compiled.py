@@ -2,24 +2,22 @@
 
 Needs Triton and no GPU. ``python -m bench.compiled --out bench/results/compiled.json`` compiles for every
 target and writes the record; ``--page docs/kernels.md`` then shows it there. The launches are those of the
-launchers themselves, recorded on tensors without memory, so no signature is written down twice, and they
+operations themselves, recorded on tensors without memory, so no signature is written down twice, and they
 are specialised as Triton's JIT does it. ``tests/test_compile.py`` asserts on the same facts.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,14 +26,15 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _launch, kernels
-from hero_kernels._ops import _launcher
+import hero_kernels as hk
+from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _dispatch, _launch
 
-from . import record, report
+from . import records, report
 from .registry import CLIP, INTERNVIT, SIGLIP, Geometry
 
 __all__ = [
@@ -94,11 +93,10 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as a launcher makes it."""
+    """One launch: a kernel and its arguments by name, launch options included."""
 
     kernel: JITFunction
-    arguments: tuple
-    options: Mapping[str, object]
+    arguments: Mapping[str, object]
 
     @property
     def name(self) -> str:
@@ -110,17 +108,15 @@ def _recording(config: str) -> Iterator[list[Launch]]:
     """The launches made inside, with configuration file ``config``; none is carried out."""
     launches = []
 
-    def launch(kernel, grid, *arguments, **options):
+    def launch(kernel, grid, **arguments):
         assert all(grid), f"{kernel.__name__}: empty grid {grid}"
-        options.setdefault("enable_fp_fusion", True)  # as the real one
-        launches.append(Launch(kernel, arguments, options))
+        launches.append(Launch(kernel, arguments))
 
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_launch, "_name_of", lambda device: config))
-        for info in pkgutil.iter_modules(kernels.__path__):
-            module = importlib.import_module(f"{kernels.__name__}.{info.name}")
-            if hasattr(module, "launch"):
-                stack.enter_context(mock.patch.object(module, "launch", launch))
+    with (
+        mock.patch.object(_launch, "_name_of", lambda device: config),
+        mock.patch.object(_launch, "launch", launch),
+        mock.patch.object(_dispatch, "kernel", lambda name, device_type: _dispatch.launcher(name)),
+    ):
         yield launches
 
 
@@ -132,20 +128,13 @@ def recorded(run: Callable[[], object], target: str) -> list[Launch]:
     return launches
 
 
-def _operation(name: str) -> Callable:
-    """What launches the kernels of an operation, imported when it is called."""
-    return lambda *arguments, **options: _launcher(name)(*arguments, **options)
-
-
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Scores from queries and keys, which are views as a tower's projections leave them."""
-    cls_attention, fused, received = map(
-        _operation, ("cls_attention", "attention_with_cls", "received_attention")
-    )
+    cls_attention, fused, received = hk.cls_attention, hk.attention_with_cls, hk.received_attention
     crops, heads, tokens = 5, tower.heads, tower.tokens
     flat = (_empty(crops, tokens, heads * tower.width, dtype=dtype) for _ in range(3))
     q, k, v = (wide.view(crops, tokens, heads, tower.width).transpose(1, 2) for wide in flat)
@@ -198,7 +187,6 @@ def _signals(crops: int, *temperatures: float | None) -> list[TileSignal]:
 
 def _gather_cases(tower: Geometry, dtype: torch.dtype, layout: str) -> dict[str, Callable[[], object]]:
     """Budgets, top-k and gather of one layout, of a tower's output: without CLS it is a view."""
-    gather = _operation("segmented_topk_gather")
     segments = _segments(tower, layout)
     crops, patches = segments.crops, segments.patches
     features = _empty(crops, tower.tokens, tower.features, dtype=dtype)[:, tower.tokens - patches :]
@@ -217,14 +205,16 @@ def _gather_cases(tower: Geometry, dtype: torch.dtype, layout: str) -> dict[str,
         ", budgets, mask, ranks": {**budgets, **mask, **ranks},
     }
     return {
-        f"gather {layout}{name}": lambda given=given: gather(features, scores, segments, **given)
+        f"gather {layout}{name}": lambda given=given: hk.segmented_topk_gather(
+            features, scores, segments, **given
+        )
         for name, given in variants.items()
     }
 
 
 def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """What follows from rows and scores."""
-    finalize, topk, budgets = map(_operation, ("finalize_scores", "segmented_topk", "tile_budgets"))
+    finalize, topk, budgets = hk.finalize_scores, hk.segmented_topk, hk.tile_budgets
     rows = _empty(MOST_CROPS, tower.heads, tower.patches)
     scores = rows[:, 0].contiguous()
     valid = _empty(*scores.shape, dtype=torch.bool)
@@ -261,16 +251,18 @@ def _specialised(launch: Launch, target: str) -> ASTSource:
     """What the JIT compiles for a launch, by the steps of ``JITFunction.run``."""
     kernel, backend = launch.kernel, make_backend(TARGETS[target])
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, special, _ = binder(*launch.arguments, **launch.options)
+    bound, special, _ = binder(**launch.arguments)
     names = [parameter.name for parameter in kernel.params]
-    signature = {name: kind for name, (kind, _) in zip(names, special, strict=True)}
-    constants = {(i,): bound[name] for i, name in enumerate(names) if signature[name] == "constexpr"}
-    attributes = {
-        (i,): backend.parse_attr(given)
-        for i, (kind, given) in enumerate(special)
-        if kind != "constexpr" and isinstance(given, str)
-    }
-    return ASTSource(kernel, signature, constants, attributes)
+    kinds, given = [kind for kind, _ in special], [attribute for _, attribute in special]
+    constants = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+    attributes = find_paths_if(given, lambda _, attribute: isinstance(attribute, str))
+    values = [bound[name] for name in names]
+    return ASTSource(
+        kernel,
+        dict(zip(names, kinds, strict=True)),
+        {path: get_iterable_path(values, path) for path in constants},
+        {path: backend.parse_attr(get_iterable_path(given, path)) for path in attributes},
+    )
 
 
 _KNOWN: dict[tuple[str, ...], dict[str, int]] = {}
@@ -279,7 +271,7 @@ _KNOWN: dict[tuple[str, ...], dict[str, int]] = {}
 def compiled(launch: Launch, target: str) -> dict[str, int]:
     """Facts about the code of a launch on a target; several launches may share it."""
     source = _specialised(launch, target)
-    options = {name: value for name, value in launch.options.items() if name not in source.signature}
+    options = {name: value for name, value in launch.arguments.items() if name not in source.signature}
     key = (target, launch.name, *map(repr, (source.signature, source.constants, source.attrs, options)))
     if key not in _KNOWN:
         with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
@@ -405,12 +397,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.out:
         content = {
             "benchmark": "compiled",
-            **record.environment("bench.compiled", arguments, ("torch", "triton")),
+            **records.environment("bench.compiled", arguments, ("torch", "triton")),
             "date": datetime.now(timezone.utc).date().isoformat(),
             "dtype": "bf16",
             "launches": list(facts("bf16")),
         }
-        record.write(options.out, content)
+        records.write(options.out, content)
     if options.page:
         content = json.loads((options.out or options.record).read_text(encoding="utf-8"))
         page = options.page.read_text(encoding="utf-8")

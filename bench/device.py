@@ -1,10 +1,9 @@
-"""Everything that needs a GPU in one call: the GPU tests, the model end to end, the kernels.
+"""Run everything that needs a GPU in one call: the GPU tests, the model end to end, the kernels.
 
-``bench/run_device [FOLDER] [--seconds 570] [--sanitize]`` from a plain checkout: nothing is installed or
-downloaded. Each step is a process with a time limit: the tests get a share of the time, ``bench.end_to_end``
-half of the rest, ``bench.kernels`` what remains. A kernel that takes its process or the device down is
-recorded as failed, and a new process continues after it. The records ``kernels.json`` and ``end_to_end.json``
-are written as the steps go.
+``bench/run_device [FOLDER] [--seconds 570]`` from a plain checkout: nothing is installed or downloaded. Each
+step is a process with a time limit: the tests get a share of the time, ``bench.end_to_end`` half of the rest,
+``bench.kernels`` what remains. A kernel that takes its process or the device down is recorded as failed, and
+a new process continues after it. ``kernels.json`` and ``end_to_end.json`` are written as the steps go.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -21,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
 
-from . import record as records
+from . import records
 from .kernels import BROKEN, new_record
-from .record import ROOT, without_folders
+from .records import ROOT, without_folders
 from .timing import Clock
 
 SECONDS = 570
+STEPS = ("tests", "end_to_end")  # before the kernels
 TEST_SHARE, END_TO_END_SHARE = 0.3, 0.5
-SANITIZE_SECONDS = 80  # for each tool
 END_SECONDS = 15  # for writing the record
 TESTERS = 6  # processes of pytest, if pytest-xdist is installed
 KERNELS_ONLY = {"HERO_REQUIRE_KERNEL": "1"}  # never time the reference instead of a kernel
@@ -126,23 +124,6 @@ def run_end_to_end(small: bool, folder: Path, seconds: float, commit: str | None
     return {"status": "stopped: out of time" if stopped else "failed", "reason": reason}
 
 
-def run_sanitizer(folder: Path) -> dict[str, object]:
-    """Run memcheck and racecheck over every operation at small shapes."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        return {"status": "unavailable", "reason": "no compute-sanitizer"}
-    results = {}
-    for name in ("memcheck", "racecheck"):
-        log = folder / f"sanitize-{name}.log"
-        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench.kernels"]
-        command += ["--small", "--check", "--out", folder / f"sanitize-{name}.json"]
-        status = run(command, log, SANITIZE_SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1", **KERNELS_ONLY)
-        found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log.read_text("utf-8", "replace"))
-        results[name] = {"exit": status, "summary": "; ".join(found) or ending(status, log)}
-    fine = all(result["exit"] == 0 for result in results.values())
-    return {"status": "ok" if fine else "failed", "tools": results}
-
-
 def run_kernels(path: Path, clock: Clock) -> dict:
     """Run ``bench.kernels`` until every variant has a result or time is over; return the record."""
     while clock.left() > 1:
@@ -168,24 +149,22 @@ def run_kernels(path: Path, clock: Clock) -> dict:
 
 
 def lines(record: Mapping, folder: Path) -> list[str]:
-    """Return a line per result of ours, then what went wrong."""
-    found = []
+    """Return a line per comparison with stock and per result of ours, then what went wrong."""
+    found, failed = [], [f"failed: {test}" for test in record["tests"].get("failures", ())]
     if (folder / "end_to_end.json").exists():
         model = json.loads((folder / "end_to_end.json").read_text(encoding="utf-8"))
+        failed += [f"failed: {one['what']}: {one['reason']}" for one in model["failed"]]
         for batch, one in model.get("summary", {}).items():
             for name, to_stock in one["vision"].items():
-                first = one["ttft"].get(name)
-                found.append(f"batch {batch} {name:24} vision {to_stock['paired']:.3f} of stock")
-                found[-1] += f", first token {first['to_stock']['paired']:.3f}" if first else ""
-        found += [f"failed: {one['what']}: {one['reason']}" for one in model["failed"]]
+                found.append(f"batch {batch}, {name:24} {to_stock['paired']:.3f} of stock")
     for one in record["results"]:
         name = f"{one['geometry'][:9]:9} T={one['crops']:<3} {one['variant'][:42]:42}"
         if one["status"] == "ok" and one["ours"]:
             share = f" {100 * one['floor_share']:4.0f}% of floor" if one["floor_share"] else ""
             found.append(f"{name} {one['us']:9.1f} us{share}")
         elif one["status"] in ("wrong", "failed"):
-            found.append(f"{name} {one['status']}: {one['reason'][:120]}")
-    return [*found, *(f"failed: {test}" for test in record["tests"].get("failures", ()))]
+            failed.append(f"{name} {one['status']}: {one['reason'][:120]}")
+    return found + failed
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -195,7 +174,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default {SECONDS})")
     parser.add_argument("--tests", nargs="*", type=Path, help="test files (default: all with GPU tests)")
     parser.add_argument("--small", action="store_true", help="small shapes, to test the script itself")
-    parser.add_argument("--sanitize", action="store_true", help="also run compute-sanitizer at small shapes")
     parser.add_argument("--commit", help="the commit, if there is no git")
     options = parser.parse_args(arguments)
     clock, folder = Clock(options.seconds), options.folder.resolve()
@@ -208,22 +186,17 @@ def main(arguments: Sequence[str]) -> int:
         record["commit"] = {"hash": options.commit, "dirty": None}
     print(record["gpu"]["name"] if record["gpu"] else "no GPU", record["versions"], flush=True)
     files = gpu_tests() if options.tests is None else [file.resolve() for file in options.tests]
-    steps = {
-        "tests": lambda left: run_tests(files, folder, TEST_SHARE * left, bool(record["gpu"])),
-        "sanitizer": lambda left: run_sanitizer(folder) if options.sanitize else None,
-        "end_to_end": lambda left: run_end_to_end(
-            options.small, folder, END_TO_END_SHARE * left, options.commit
-        ),
-    }
     records.write(path, record)
-    for name, step in steps.items():
-        record[name] = step(clock.left() - END_SECONDS)
-        status = (record[name] or {}).get("status", "not run")
-        print(f"{name.replace('_', ' ')}: {status} {json.dumps(record[name])[:500]}", flush=True)
+    for name in STEPS:
+        left = clock.left() - END_SECONDS
+        if name == "tests":
+            record[name] = run_tests(files, folder, TEST_SHARE * left, bool(record["gpu"]))
+        else:
+            record[name] = run_end_to_end(options.small, folder, END_TO_END_SHARE * left, options.commit)
+        print(f"{name.replace('_', ' ')}: {record[name]['status']}", record[name], flush=True)
         records.write(path, record)
     clock.end -= END_SECONDS
     record = run_kernels(path, clock)
     print("\n".join(lines(record, folder)))
-    bad = [one for one in record["results"] if one["status"] in ("wrong", "failed")]
-    failed = any((record[name] or {}).get("status") == "failed" for name in steps)
-    return int(bool(bad) or failed or not record["results"])
+    states = {one["status"] for one in record["results"]} | {record[name]["status"] for name in STEPS}
+    return int(not record["results"] or bool(states & {"wrong", "failed"}))

@@ -42,26 +42,15 @@ import hero
 import hero_kernels
 from hero_kernels.testing import OperationCounter, peak_bytes
 
+from . import timing
 from .models import PHOTOGRAPH, SHAPES, Subject, build
-from .record import accelerator, environment, fingerprint, without_folders, write
+from .records import accelerator, environment, fingerprint, without_folders, write
 from .released import Released, eager
-from .timing import (
-    CLOCKS,
-    Clock,
-    add_threads,
-    compare,
-    positive,
-    quiet_heap,
-    seconds,
-    summary,
-    take_turns,
-    use_threads,
-)
+from .timing import Clock, compare, summary
 
 MAIN = 0.2  # the keep ratio of relevance, of the released method and of the targets
 KEEP = (1.0, 0.5, MAIN, 0.1)
 GPU_ROUNDS, CPU_ROUNDS = 7, 6
-GROUPS = ("vision", "ttft", "prefill")  # decode is measured with prefill
 DECODED = 16  # tokens after the first
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of R = 1: the projector gets other rows
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
@@ -78,7 +67,6 @@ class Variant(NamedTuple):
 
 HEROES = {f"hero {ratio:g}": Variant(ratio) for ratio in KEEP}
 BEST, TEXT = f"hero {MAIN:g}", f"hero {MAIN:g} + text"
-GRAPH, TEXT_GRAPH = f"{BEST} (graph)", f"{TEXT} (graph)"
 VARIANTS = {
     "stock": Variant(),
     "stock again": Variant(),
@@ -86,8 +74,8 @@ VARIANTS = {
     "released": Variant(MAIN, text=True, released=True),
     TEXT: Variant(MAIN, text=True),
     **HEROES,
-    GRAPH: Variant(MAIN, graph=True),
-    TEXT_GRAPH: Variant(MAIN, text=True, graph=True),
+    f"{BEST} (graph)": Variant(MAIN, graph=True),
+    f"{TEXT} (graph)": Variant(MAIN, text=True, graph=True),
 }
 
 
@@ -121,13 +109,7 @@ def timed(
 
 
 class Ready(NamedTuple):
-    """A variant in place on the model.
-
-    Attributes:
-        vision: from crops to the visual tokens of each image.
-        first_token: ``generate`` of one token.
-        stages: functions to time, for :func:`timed`.
-    """
+    """A variant on the model, and the stages of its vision stage for :func:`timed`."""
 
     vision: Callable[[], list[Tensor]]
     first_token: Callable[[], Tensor]
@@ -135,14 +117,7 @@ class Ready(NamedTuple):
 
 
 class Prepared:
-    """A batch as the processor returns it, for each keep ratio.
-
-    Attributes:
-        inputs: ``{keep ratio or None: inputs of generate}``, on the device.
-        pixels, sizes: crops on the device, (height, width) on the host.
-        around: token ids of each prompt before and after its image.
-        masks: attention mask of each variant's prompts.
-    """
+    """A batch as the processor returns it: inputs of ``generate`` by keep ratio, ``None`` for stock."""
 
     def __init__(self, subject: Subject, number: int, device: torch.device, attached: Callable):
         self.batch = subject.batches[number]
@@ -155,31 +130,8 @@ class Prepared:
                 ).to(device)
             inputs["pixel_values"] = inputs["pixel_values"].to(subject.model.dtype)
             self.inputs[ratio] = dict(inputs)
-        stock, image_token = self.inputs[None], subject.model.config.image_token_id
-        self.pixels, self.sizes = stock["pixel_values"], stock["image_sizes"].cpu()
-        self.visual_tokens = {
-            ratio: (inputs["input_ids"] == image_token).sum(1).tolist()
-            for ratio, inputs in self.inputs.items()
-        }
-        self.around = []
-        for ids, mask in zip(stock["input_ids"], stock["attention_mask"]):
-            ids = ids[mask.bool()]
-            places = (ids == image_token).nonzero()[:, 0]
-            self.around.append((ids[: places[0]], ids[places[-1] + 1 :]))
+        self.pixels, self.sizes = self.inputs[None]["pixel_values"], self.inputs[None]["image_sizes"].cpu()
         self.masks = {name: self.inputs[variant.keep]["attention_mask"] for name, variant in VARIANTS.items()}
-
-    def describe(self, layouts: Sequence) -> dict[str, object]:
-        """Describe the batch for the record."""
-        return {
-            "images": [list(layout.image_size) for layout in layouts],
-            "crops": sum(layout.crops for layout in layouts),
-            "visual_tokens": {
-                name: sum(self.visual_tokens[variant.keep])
-                for name, variant in VARIANTS.items()
-                if name not in ("stock again", "released")
-            },
-            "prompt_tokens": {name: mask.shape[1] for name, mask in self.masks.items()},
-        }
 
 
 class Bench:
@@ -188,14 +140,13 @@ class Bench:
     def __init__(self, subject: Subject, device: torch.device, clock: str):
         self.subject, self.device, self.clock = subject, device, clock
         self.model, self.gpu, self._cache = subject.model, device.type == "cuda", None
-        self.variants = measured(self.gpu)
+        self.image_token = self.model.config.image_token_id
         count = len(subject.batches)
         self.prepared = [Prepared(subject, number, device, self._attached) for number in range(count)]
-        rows = max(len(mask) for one in self.prepared for mask in one.masks.values())
-        tokens = max(mask.shape[1] for one in self.prepared for mask in one.masks.values())
-        size = (rows, tokens, self.model.config.text_config.hidden_size)
-        draw = torch.Generator(device).manual_seed(0)
-        self.embeddings = torch.randn(size, device=device, dtype=self.model.dtype, generator=draw)
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
 
     # Variants.
 
@@ -258,22 +209,21 @@ class Bench:
 
     def embedded(self, batch: Prepared, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return prompts with these visual tokens in place, padded on the left, as embeddings."""
-        embed = self.model.get_input_embeddings()
-        rows = [
-            torch.cat([embed(before), one, embed(after)])
-            for (before, after), one in zip(batch.around, tokens, strict=True)
-        ]
+        embed, stock, rows = self.model.get_input_embeddings(), batch.inputs[None], []
+        for ids, mask, one in zip(stock["input_ids"], stock["attention_mask"], tokens, strict=True):
+            ids = ids[mask.bool()]
+            places = (ids == self.image_token).nonzero()[:, 0]
+            rows.append(torch.cat([embed(ids[: places[0]]), one, embed(ids[places[-1] + 1 :])]))
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         mask = pad([torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows])
         return {"inputs_embeds": pad(rows), "attention_mask": mask}
 
     # Measurements.
 
-    def prefill(self, mask: Tensor) -> Tensor:
-        """Run the language model on random embeddings; keeps the cache for :meth:`decode`."""
-        rows, tokens = mask.shape
+    def prefill(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Run the language model on embeddings; keeps the cache for :meth:`decode`."""
         output = self.model.model.language_model(
-            inputs_embeds=self.embeddings[:rows, :tokens], attention_mask=mask, use_cache=True
+            inputs_embeds=embeddings, attention_mask=mask, use_cache=True
         )
         self._cache = output.past_key_values, mask
         return self.model.lm_head(output.last_hidden_state[:, -1:])
@@ -289,10 +239,6 @@ class Bench:
             ).last_hidden_state
             token = self.model.lm_head(hidden[:, -1:]).argmax(-1)
 
-    def wait(self) -> None:
-        if self.gpu:
-            torch.cuda.synchronize()
-
     def time(self, function: Callable[[], object]) -> float:
         """Return the seconds of a call, the device synchronised before and after."""
 
@@ -302,11 +248,11 @@ class Bench:
             return result
 
         self.wait()
-        return seconds(run, self.clock)
+        return timing.seconds(run, self.clock)
 
-    def _now(self) -> float:
+    def now(self) -> float:
         self.wait()
-        return CLOCKS[self.clock]()
+        return timing.CLOCKS[self.clock]()
 
     def check(self, batch: Prepared) -> dict[str, object]:
         """Check that the variants are right, and describe the batch.
@@ -321,39 +267,53 @@ class Bench:
                     raise RuntimeError(f"keep_ratio=1: expected the stock tokens, they differ by {worst}")
         geometry = self._geometry()
         layouts = geometry.layouts(batch.sizes)
-        for ratio, counts in batch.visual_tokens.items():
+        visual = {}
+        for ratio, inputs in batch.inputs.items():
+            visual[ratio] = (inputs["input_ids"] == self.image_token).sum(1).tolist()
             config = hero.HeroConfig(keep_ratio=ratio or 1.0)
             expected = [hero.count_tokens(config, one.image_size, geometry=geometry) for one in layouts]
-            if counts != expected:
-                raise RuntimeError(f"{ratio}: expected {expected} placeholders, got {counts}")
+            if visual[ratio] != expected:
+                raise RuntimeError(f"{ratio}: expected {expected} placeholders, got {visual[ratio]}")
         with self.ready(batch, "released") as ready:
             tokens = ready.vision()
-        for one, most in zip(tokens, batch.visual_tokens[MAIN], strict=True):
-            if not 0 < len(one) <= most:
-                raise RuntimeError(f"released: expected at most {most} tokens, got {len(one)}")
+        if not all(0 < len(one) <= most for one, most in zip(tokens, visual[MAIN], strict=True)):
+            raise RuntimeError(f"released: expected at most {visual[MAIN]} tokens, got {[*map(len, tokens)]}")
         batch.masks["released"] = self.embedded(batch, tokens)["attention_mask"]
-        return batch.describe(layouts)
+        placeholders = {name: sum(visual[variant.keep]) for name, variant in VARIANTS.items()}
+        return {
+            "images": [list(layout.image_size) for layout in layouts],
+            "crops": sum(layout.crops for layout in layouts),
+            "visual_tokens": {
+                name: count for name, count in placeholders.items() if name not in ("stock again", "released")
+            },
+            "prompt_tokens": {name: mask.shape[1] for name, mask in batch.masks.items()},
+        }
 
-    def measure(self, group: str, batch: Prepared, name: str) -> dict[str, object]:
-        """Measure a group of a variant once: ``{group: seconds}``, of ``stages`` ``{stage: seconds}``.
+    def measure(self, batch: Prepared, name: str, prefills: dict) -> dict[str, object]:
+        """Measure a variant once: seconds of vision, ttft, prefill and decode, and of each of the ``stages``.
 
-        Prefill and decode are measured together, and on a CPU, where reading the clock costs nothing, so are
-        the vision stage and its parts. On a GPU the parts are synchronised, in a call of their own.
+        ``prefills`` shares prefill and decode among variants that keep equally many tokens. Stages are timed
+        in the same call as ``vision`` on a CPU, and synchronised in a call of their own on a GPU.
         """
-        if group == "prefill":
-            found = {group: self.time(functools.partial(self.prefill, batch.masks[name]))}
-            found["decode"] = self.time(self.decode)
-            self._cache = None
-            return found
+        found: dict[str, object] = {}
         with self.ready(batch, name) as ready:
             if self.gpu:  # warms up: a new attachment does some work only once
                 ready.vision()
-            if group == "ttft":
-                return {group: self.time(ready.first_token)}
-            found = {group: self.time(ready.vision)} if self.gpu else {}
-            with timed(ready.stages, self._now) as stages:
+                found["vision"] = self.time(ready.vision)
+            with timed(ready.stages, self.now) as stages:
                 whole = self.time(ready.vision)
-            return {group: whole, **found, "stages": dict(stages)}
+            found = {"vision": whole, **found, "stages": dict(stages)}
+            if name == "stock again":
+                return found
+            found["ttft"] = self.time(ready.first_token)
+        key = tuple(batch.masks[name].sum(1).tolist())
+        if key not in prefills:
+            mask, width = batch.masks[name], self.model.config.text_config.hidden_size
+            embeddings = torch.randn(*mask.shape, width, device=self.device, dtype=self.model.dtype)
+            prefill = self.time(functools.partial(self.prefill, embeddings, mask))
+            prefills[key] = {"prefill": prefill, "decode": self.time(self.decode)}
+            self._cache = None
+        return found | prefills[key]
 
     def counts(self, batch: Prepared, name: str) -> dict[str, object]:
         """Return launches, synchronisations and peak memory of the vision stage."""
@@ -370,18 +330,14 @@ class Bench:
 
 def _launches(function: Callable[[], object]) -> dict[str, object]:
     """Return the kernels that a call launches, and its copies and fills; ``None`` if nothing is seen."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
-    names = [
-        event.name
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
+    on_gpu = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    names = [one.name for one in on_gpu if not getattr(one, "is_user_annotation", False)]
     if not names:
         return {"launches": None, "reason": "the profiler saw nothing on the GPU"}
     moves = sum(name.startswith(("Memcpy", "Memset")) for name in names)
@@ -470,7 +426,7 @@ class Run:
     """A run of the steps into a record, which is written as it goes."""
 
     def __init__(self, record: dict, out: str, clock: Clock, rounds: int):
-        self.record, self.out, self.clock, self.count = record, out, clock, rounds
+        self.record, self.out, self.clock, self.rounds = record, out, clock, rounds
 
     def write(self) -> None:
         self.record["summary"] = summarise(self.record)
@@ -496,75 +452,51 @@ class Run:
                 right.append(batch)
             except Exception as error:
                 self.failed(f"batch {batch.name}", error)
-        steps = [(step, batch) for step in (self.rounds, self.counts) for batch in right]
-        with quiet_heap():
+        steps = [(step, batch) for step in (self.times, self.counts) for batch in right]
+        with timing.quiet_heap():
             for number, (step, batch) in enumerate(steps):
                 step(bench, batch, Clock(self.clock.left() / (len(steps) - number)))
                 self.write()
 
     def counts(self, bench: Bench, batch: Prepared, clock: Clock) -> None:
         """Count once what each variant launches, waits for and allocates."""
-        for name in bench.variants:
-            if name == "stock again":
-                continue
+        for name in measured(bench.gpu):
             if clock.left() <= 0:
                 self.record["left_out"].append(f"counts of {name}, batch {batch.name}: no time")
-                continue
-            try:
-                self.record["counts"].setdefault(batch.name, {})[name] = bench.counts(batch, name)
-            except Exception as error:
-                self.failed(f"counts of {name}, batch {batch.name}", error, name.startswith("hero"))
+            elif name != "stock again":
+                try:
+                    self.record["counts"].setdefault(batch.name, {})[name] = bench.counts(batch, name)
+                except Exception as error:
+                    self.failed(f"counts of {name}, batch {batch.name}", error, name.startswith("hero"))
 
-    def rounds(self, bench: Bench, batch: Prepared, clock: Clock) -> None:
-        """Run rounds of all groups over all variants; a variant that fails is dropped."""
-        series = {"batch": batch.name, "rounds": 0, "seconds": {}, "stages": {}}
-        variants, longest = list(bench.variants), 0.0
-        for turn in tqdm(range(self.count), f"batch {batch.name}", disable=None):
+    def times(self, bench: Bench, batch: Prepared, clock: Clock) -> None:
+        """Run rounds over all variants; one that fails is dropped, since ratios compare the same rounds."""
+        series = {"batch": batch.name, "rounds": 0, "seconds": defaultdict(dict), "stages": {}}
+        variants, longest = measured(bench.gpu), 0.0
+        for turn in tqdm(range(self.rounds), f"batch {batch.name}", disable=None):
             if clock.left() < longest or clock.left() <= 0:
-                why = f"no time for {self.count - turn} of {self.count} rounds"
-                self.record["left_out"].append(
-                    f"{', '.join(GROUPS)} of all variants, batch {batch.name}: {why}"
-                )
+                left = f"no time for {self.rounds - turn} of {self.rounds} rounds"
+                self.record["left_out"].append(f"times of all variants, batch {batch.name}: {left}")
                 break
-            begin = time.monotonic()
-            found, bad = self._round(bench, batch, variants, turn)
+            begin, prefills = time.monotonic(), {}
+            for name in timing.take_turns(variants, turn):
+                try:
+                    found = bench.measure(batch, name, prefills)
+                except Exception as error:
+                    self.failed(f"times of {name}, batch {batch.name}", error, name.startswith("hero"))
+                    variants.remove(name)
+                    for group in (*series["seconds"].values(), series["stages"]):
+                        group.pop(name, None)
+                    continue
+                for stage, seconds in found.pop("stages").items():
+                    series["stages"].setdefault(name, {}).setdefault(stage, []).append(seconds)
+                for group, seconds in found.items():
+                    series["seconds"][group].setdefault(name, []).append(seconds)
             longest = max(longest, time.monotonic() - begin)
-            for (group, name), value in found.items():
-                if group == "stages":
-                    spans = series["stages"].setdefault(name, {})
-                    for stage, span in value.items():
-                        spans.setdefault(stage, []).append(span)
-                else:
-                    series["seconds"].setdefault(group, {}).setdefault(name, []).append(value)
-            variants = [name for name in variants if name not in bad]
-            for times in (*series["seconds"].values(), series["stages"]):
-                for name in bad:  # compared times come from the same rounds
-                    times.pop(name, None)
             if turn == 0:
                 self.record["series"].append(series)
             series["rounds"] += 1
             self.write()
-
-    def _round(
-        self, bench: Bench, batch: Prepared, variants: Sequence[str], turn: int
-    ) -> tuple[dict[tuple[str, str], object], set[str]]:
-        """Measure each group of each variant once: ``{(group, variant): value}``, and what failed."""
-        found: dict[tuple[str, str], object] = {}
-        bad: set[str] = set()
-        for group in GROUPS:
-            known: dict[object, dict] = {}  # the prefill of variants that keep equally many tokens is shared
-            for name in take_turns(variants, turn):
-                if name in bad or (name == "stock again" and group != "vision"):
-                    continue
-                key = tuple(batch.masks[name].sum(1).tolist()) if group == "prefill" else name
-                try:
-                    if key not in known:
-                        known[key] = bench.measure(group, batch, name)
-                    found |= {(one, name): value for one, value in known[key].items()}
-                except Exception as error:
-                    self.failed(f"{group} of {name}, batch {batch.name}", error, name.startswith("hero"))
-                    bad.add(name)
-        return found, bad
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -572,19 +504,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--shape", choices=[*SHAPES, "mini"], help="default: 7b on a GPU, else clip-l")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the GPU if there is one")
     parser.add_argument("--seconds", type=float, default=1e9, help="time limit (default: none)")
     help = f"measured rounds (default {GPU_ROUNDS}, {CPU_ROUNDS} on a CPU)"
-    parser.add_argument("--rounds", type=positive, help=help)
-    add_threads(parser)
+    parser.add_argument("--rounds", type=timing.positive, help=help)
+    timing.add_threads(parser)
     parser.add_argument("--commit", help="the commit, if there is no git")
     options = parser.parse_args(arguments)
     clock = Clock(options.seconds)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gpu = device.type == "cuda"
+    gpu = torch.cuda.is_available()
     if options.clock == "cpu" and gpu:
-        parser.error("--clock cpu: expected --device cpu")
-    use_threads(parser, options)
+        parser.error("--clock cpu: expected no GPU (CUDA_VISIBLE_DEVICES=)")
+    timing.use_threads(parser, options)
     shape = options.shape or ("7b" if gpu else "clip-l")
     dtype = torch.bfloat16 if gpu and shape != "mini" else torch.float32
     record = {
@@ -614,6 +544,7 @@ def main(arguments: Sequence[str]) -> int:
         record["commit"] = {"hash": options.commit, "dirty": None}
     run = Run(record, options.out, clock, options.rounds or (GPU_ROUNDS if gpu else CPU_ROUNDS))
     run.write()
+    device = torch.device("cuda" if gpu else "cpu")
     with torch.no_grad():
         subject = build(shape, device, dtype)
     record["shape"] = subject.description

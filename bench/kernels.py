@@ -25,45 +25,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import record as records
-from .registry import Cost, Shape, floor_us
-from .timing import (
-    MOST_SETS,
-    Ceilings,
-    Clock,
-    ceilings,
-    eager_us,
-    graph_us,
-    l2_bytes,
-    sets_for,
-    single_calls_us,
-)
+from . import records, timing
+from .registry import Shape, floor_us
 
-__all__ = [
-    "BROKEN",
-    "Case",
-    "Unavailable",
-    "Variant",
-    "Wrong",
-    "all_cases",
-    "benchmark_variant",
-    "checked_crops",
-    "close",
-    "default_device",
-    "generate_tests",
-    "item_size",
-    "main",
-    "measure",
-    "new_record",
-    "same",
-    "sets_of",
-]
-
-CPU_ROUNDS, GPU_ROUNDS = 5, 11
+ROUNDS = 5  # of single calls
 STALL_SECONDS = 120  # for one variant; compiling takes the longest
 BROKEN = 3  # exit status: the device does not respond in this process any more
-PACKAGES = ("torch", "triton", "transformers", "numpy")
 LEFT_OUT = {"status": "skipped", "reason": "left out: no time"}
+ENDED = "the process ended here"
 
 
 class Unavailable(Exception):
@@ -82,8 +51,8 @@ class Variant:
         call: the timed function; takes a set of inputs.
         check: takes the inputs and the result, raises :class:`Wrong`.
         ours: an operation of this package; otherwise a peer.
-        cost: minimum bytes and operations, where they differ from the case's.
-        reset: clears accumulators of a set of inputs before ``check``.
+        cost: name of its minimum cost, if it differs from the operation's.
+        reset: clears the accumulators of a set of inputs before ``check``.
         synchronises: the host waits for the device inside, so no CUDA graph can be captured.
         against: for a peer, the variant of ours that computes the same; ``None`` for the first.
         less: a peer that computes less than ours, timed to show the cost of the difference.
@@ -93,7 +62,7 @@ class Variant:
     call: Callable[[Any], object]
     check: Callable[[Any, Any], None]
     ours: bool = False
-    cost: Cost | None = None
+    cost: str | None = None
     reset: Callable[[Any], None] | None = None
     synchronises: bool = False
     against: str | None = None
@@ -105,18 +74,17 @@ class Case:
     """An operation at a shape.
 
     Attributes:
-        make: makes inputs from a seed.
         size: bytes of a set of inputs.
+        make: makes a set of inputs from a seed.
         most_sets: maximum number of input sets; few where a model's data also stays in the L2 cache.
     """
 
     op: str
     shape: Shape
-    cost: Cost
     size: int
     make: Callable[[int], Any]
     variants: tuple[Variant, ...]
-    most_sets: int = MOST_SETS
+    most_sets: int = timing.MOST_SETS
 
     @property
     def ours(self) -> Variant:
@@ -165,24 +133,8 @@ def same(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
 
 def sets_of(case: Case, device: torch.device) -> list[Any]:
     """Make the sets of inputs to rotate among."""
-    count = min(sets_for(case.cost.bytes, case.size, device), case.most_sets)
-    return [case.make(seed) for seed in range(count)]
-
-
-def _time(variant: Variant, sets: Sequence[Any], device: torch.device) -> dict[str, Any]:
-    """Return raw times and how they were measured."""
-    if device.type != "cuda" or variant.synchronises:
-        rounds = CPU_ROUNDS if device.type != "cuda" else GPU_ROUNDS
-        times = single_calls_us(variant.call, sets, device, rounds)
-        result = {"timing": "wall", "calls": 1, "times_us": times}
-    else:
-        times, inputs, last = graph_us(variant.call, sets)
-        if variant.reset is None:  # check the result of the replayed graph too
-            variant.check(inputs, last)
-        result = {"timing": "graph", "times_us": times}
-    if device.type == "cuda":
-        result["eager_us"] = eager_us(variant.call, sets, device)
-    return result
+    count = timing.sets_for(case.shape.cost(case.op).bytes, case.size, device)
+    return [case.make(seed) for seed in range(min(count, case.most_sets))]
 
 
 def describe(case: Case, variant: Variant) -> dict[str, Any]:
@@ -190,7 +142,7 @@ def describe(case: Case, variant: Variant) -> dict[str, Any]:
     return {
         "op": case.op,
         "geometry": case.shape.geometry.name,
-        "crops": case.shape.batch.crops,
+        "crops": case.shape.crops,
         "variant": variant.name,
         "ours": variant.ours,
         "against": None if variant.ours else variant.against or case.ours.name,
@@ -198,12 +150,27 @@ def describe(case: Case, variant: Variant) -> dict[str, Any]:
     }
 
 
+def _times(variant: Variant, sets: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """Return raw times and how they were measured."""
+    if device.type != "cuda":
+        times = [timing.call_us(variant.call, sets, device) for _ in range(ROUNDS)]
+        return {"timing": "wall", "times_us": times}
+    eager = timing.eager_us(variant.call, sets, device)
+    if variant.synchronises:
+        times = [timing.call_us(variant.call, [one], device) for one in (sets * ROUNDS)[:ROUNDS]]
+        return {"timing": "wall", "times_us": times, "eager_us": eager}
+    times, inputs, last = timing.graph_us(variant.call, sets)
+    if variant.reset is None:  # check the result of the replayed graph too
+        variant.check(inputs, last)
+    return {"timing": "graph", "times_us": times, "eager_us": eager}
+
+
 def measure(
     case: Case,
     variant: Variant,
     sets: Sequence[Any],
     device: torch.device,
-    limits: Ceilings | None = None,
+    limits: timing.Ceilings | None = None,
     time: bool = True,
 ) -> dict[str, Any]:
     """Check and time a variant.
@@ -212,22 +179,16 @@ def measure(
         the description with a ``status``: ``ok`` with microseconds per call; ``wrong``, ``failed`` (ours) or
         ``unavailable`` (a peer) with the reason; ``checked`` with ``time=False``.
     """
-    cost = variant.cost or case.cost
-    result: dict[str, Any] = {
-        **describe(case, variant),
-        "bytes": cost.bytes,
-        "flops": cost.flops,
-        "sets": len(sets),
-        # Has the data of a call left the L2 cache when its set is used again?
-        "cold": device.type == "cuda" and len(sets) * cost.bytes > 2 * l2_bytes(device),
-    }
+    cost = case.shape.cost(variant.cost or case.op)
+    cold = device.type == "cuda" and len(sets) * cost.bytes > 2 * timing.l2_bytes(device)
+    result = {**describe(case, variant), **cost._asdict(), "sets": len(sets), "cold": cold}
     try:
         if variant.reset is not None:
             variant.reset(sets[0])
         variant.check(sets[0], variant.call(sets[0]))
         result["status"] = "checked"
         if time:
-            times = _time(variant, sets, device)
+            times = _times(variant, sets, device)
             us = statistics.median(times["times_us"])
             floor = floor_us(cost, limits)
             result |= {"status": "ok", **times, "us": us, "gb_s": cost.bytes / us / 1e3}
@@ -254,10 +215,9 @@ def generate_tests(metafunc, cases: Callable[[bool, torch.device], Iterator[Case
 
 
 def benchmark_variant(benchmark, case: Case, variant: Variant) -> None:
-    """Check a variant and time it with pytest-benchmark; ``extra_info`` holds the result of :func:`measure`.
+    """Check and time a variant; ``extra_info`` holds the result of :func:`measure`.
 
-    The numbers of pytest-benchmark are wall-clock times of single calls; those in ``extra_info`` are, on a
-    GPU, replays of a CUDA graph.
+    pytest-benchmark's own numbers are wall-clock times of single calls, also on a GPU.
     """
     import pytest
 
@@ -270,13 +230,7 @@ def benchmark_variant(benchmark, case: Case, variant: Variant) -> None:
         if result["status"] != "ok":
             pytest.fail(result["reason"])
         benchmark.extra_info.update(result)
-
-        def call() -> None:
-            variant.call(sets[0])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(call, rounds=CPU_ROUNDS)
+        benchmark.pedantic(timing.call_us, args=(variant.call, sets, device), rounds=ROUNDS)
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -294,11 +248,12 @@ def all_cases(small: bool, device: torch.device) -> list[Case]:
 def new_record(small: bool, arguments: Sequence[str], command: Sequence[str] | None = None) -> dict[str, Any]:
     """Return a record without results."""
     gpu = records.accelerator()
+    packages = ("torch", "triton", "transformers", "numpy")
     return {
         "benchmark": "kernels",
         "small": small,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **records.environment("bench.kernels", arguments, PACKAGES, command=command),
+        **records.environment("bench.kernels", arguments, packages, command=command),
         "code": records.fingerprint(),
         "gpu": gpu,
         "dtype": "bfloat16" if gpu else "float32",
@@ -311,52 +266,42 @@ def new_record(small: bool, arguments: Sequence[str], command: Sequence[str] | N
     }
 
 
-def _responds(device: torch.device) -> bool:
-    """Return whether the device still works in this process; after an illegal access it does not."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def run(record: dict[str, Any], path: Path, clock: Clock, check_only: bool = False) -> bool:
+def run(record: dict[str, Any], path: Path, clock: timing.Clock, check_only: bool = False) -> bool:
     """Measure the variants that the record lacks; return whether the device still responds."""
-    device = default_device()
-    every = [(c, variant) for c in all_cases(record["small"], device) for variant in c.variants]
-    results = record["results"]
+    device, results, current = default_device(), record["results"], None
+    every = [(case, variant) for case in all_cases(record["small"], device) for variant in case.variants]
     results += [describe(case, variant) | LEFT_OUT for case, variant in every[len(results) :]]
-    if record["ceilings"] is None and not check_only:
-        found = ceilings(device)
-        record["ceilings"] = found and found._asdict()
-    limits = record["ceilings"] and Ceilings(**record["ceilings"])
-    current, sets, reason = None, [], None
+    if record["ceilings"] is None and device.type == "cuda" and not check_only:
+        record["ceilings"] = timing.ceilings(device)._asdict()
+    limits = record["ceilings"] and timing.Ceilings(**record["ceilings"])
     for number, (case, variant) in enumerate(tqdm(every, disable=None)):
         if results[number]["status"] != "skipped" or (check_only and not variant.ours):
             continue
         if clock.left() <= 0:
             break
-        status = {"status": "failed" if variant.ours else "unavailable"}
-        results[number] |= {**status, "reason": "the process ended here"}  # stays if this takes it down
+        status = "failed" if variant.ours else "unavailable"
+        results[number] |= {"status": status, "reason": ENDED}  # stays if the process dies here
         records.write(path, record)
         faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
-        if case is not current:
-            current, sets, reason = case, [], None
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            try:
+        try:
+            if case is not current:
+                current, sets = case, []
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
                 sets = [case.make(0)] if check_only else sets_of(case, device)
-            except RuntimeError as error:  # no memory, or an operator that the inputs need is missing
-                reason = f"no inputs: {records.without_folders(str(error).splitlines()[0])}"
-        if reason:
-            results[number]["reason"] = reason
-        else:
-            results[number] = measure(case, variant, sets, device, limits, time=not check_only)
+            if sets:
+                results[number] = measure(case, variant, sets, device, limits, time=not check_only)
+            else:
+                results[number]["reason"] = "no inputs"
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError as error:  # no memory for the inputs, or the device does not respond any more
+            reason = records.without_folders(str(error).splitlines()[0])
+            results[number] |= {"status": status, "reason": reason}
+            if sets:
+                records.write(path, record)
+                return False
         faulthandler.cancel_dump_traceback_later()
-        if not _responds(device):
-            records.write(path, record)
-            return False
     records.write(path, record)
     return True
 
@@ -369,7 +314,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="check our results and time nothing")
     parser.add_argument("--seconds", type=float, default=1e9, help="time limit (default: none)")
     options = parser.parse_args(arguments)
-    clock = Clock(options.seconds)
+    clock = timing.Clock(options.seconds)
     if options.out.exists():
         record = json.loads(options.out.read_text(encoding="utf-8"))
     else:

@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 from transformers import (
+    AutoProcessor,
     CLIPConfig,
     CLIPModel,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
-    PreTrainedTokenizerFast,
 )
 
 import hero
+from hero import mini
 from hero.layout import grid_pinpoints
 
-from .record import ROOT
+from .records import ROOT
 
 PHOTOGRAPH = "bench/data/astronaut.jpg"
 QUESTION = "what is in this picture ?"
-PROMPT = f"USER : <image> {QUESTION} ASSISTANT :"
+PROMPT = f"<image> {QUESTION}"
 NAMES = ("layers", "hidden", "heads", "mlp")
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}  # of the mini model's tokenizer
 MINI_BATCHES, MINI_GRID, MINI_OBJECTS, MINI_SEED = (1, 8), (3, 3), 5, 7
 
 
@@ -60,23 +61,14 @@ class Shape:
         return [list(pinpoint) for pinpoint in grid_pinpoints(self.crop_size)]
 
 
-CLIP_L = {
-    "vision": (24, 1024, 16, 4096),
-    "clip_text": (12, 768, 12, 3072),
-    "projection": 768,
-    "crop_size": 336,
-    "patch_size": 14,
-}
+CLIP_L = Shape((24, 1024, 16, 4096), (), (12, 768, 12, 3072), 768, crop_size=336, patch_size=14, batches=())
 MIXED = ((672, 672), (480, 640), (768, 1024), (375, 500))
 SHAPES = {
-    "7b": Shape(text=(32, 4096, 32, 11008), vocabulary=32064, batches=(((672, 672),), 2 * MIXED), **CLIP_L),
+    "7b": replace(CLIP_L, text=(32, 4096, 32, 11008), vocabulary=32064, batches=(((672, 672),), 2 * MIXED)),
     # One row of two tiles and a small language model: a round takes minutes on a CPU.
-    "clip-l": Shape(text=(8, 1024, 16, 2816), batches=(((336, 672),),), **CLIP_L),
+    "clip-l": replace(CLIP_L, text=(8, 1024, 16, 2816), batches=(((336, 672),),)),
     "small": Shape(
-        vision=(4, 64, 4, 128),
-        text=(2, 64, 4, 128),
-        clip_text=(2, 32, 2, 64),
-        projection=32,
+        *((4, 64, 4, 128), (2, 64, 4, 128), (2, 32, 2, 64), 32),
         crop_size=56,
         patch_size=14,
         batches=(((112, 112),), ((112, 112), (70, 140))),
@@ -93,12 +85,7 @@ class Batch(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is measured.
-
-    Attributes:
-        relevance: a CLIP model whose vision tower is the model's own.
-        description: sizes, for the record.
-    """
+    """What is measured; ``relevance`` shares the model's vision tower, ``description`` is for the record."""
 
     model: LlavaNextForConditionalGeneration
     processor: LlavaNextProcessor
@@ -111,8 +98,7 @@ class Subject(NamedTuple):
 def _drawn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Create parameters from a fixed seed, on a device and in a dtype."""
     before = torch.get_default_dtype()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.device(device):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
@@ -125,22 +111,19 @@ def build_model(
     shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LlavaNextForConditionalGeneration:
     """Build a random model with SDPA, its weights from a fixed seed."""
-    text = dict(zip(SIZES, shape.text)) | SPECIAL
+    vision = dict(zip(SIZES, shape.vision)) | {"model_type": "clip_vision_model"}
+    vision |= {
+        "image_size": shape.crop_size,
+        "patch_size": shape.patch_size,
+        "projection_dim": shape.projection,
+    }
+    text = (
+        dict(zip(SIZES, shape.text)) | SPECIAL | {"model_type": "llama", "num_key_value_heads": shape.text[2]}
+    )
+    text |= {"vocab_size": shape.vocabulary, "max_position_embeddings": 4096}
     config = LlavaNextConfig(
-        vision_config=dict(
-            zip(SIZES, shape.vision),
-            model_type="clip_vision_model",
-            image_size=shape.crop_size,
-            patch_size=shape.patch_size,
-            projection_dim=shape.projection,
-        ),
-        text_config=dict(
-            text,
-            model_type="llama",
-            num_key_value_heads=shape.text[2],
-            vocab_size=shape.vocabulary,
-            max_position_embeddings=4096,
-        ),
+        vision_config=vision,
+        text_config=text,
         image_token_index=4,
         image_grid_pinpoints=shape.pinpoints,
         vision_feature_layer=-2,
@@ -149,7 +132,7 @@ def build_model(
     config._attn_implementation = "sdpa"
     with _drawn(torch.device(device), dtype):
         model = LlavaNextForConditionalGeneration(config).eval().requires_grad_(False)
-    model.generation_config.update(**SPECIAL | {"eos_token_id": None})
+    model.generation_config.update(**SPECIAL)
     return model
 
 
@@ -160,50 +143,22 @@ def build_clip(model: LlavaNextForConditionalGeneration, shape: Shape) -> CLIPMo
     vision = model.config.vision_config.to_dict()
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.projection)
     config._attn_implementation = "sdpa"
-    tower = model.model.vision_tower
     with _drawn(model.device, model.dtype):
         clip = CLIPModel(config).eval().requires_grad_(False)
+    tower = model.model.vision_tower
     clip.vision_model.load_state_dict(tower.state_dict(keep_vars=True), assign=True)
     return clip
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer that knows the words of the prompt."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = dict.fromkeys(["<unk>", "<pad>", "<s>", "</s>", "<image>", *PROMPT.split()])
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **names,
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 def build_processor(shape: Shape) -> LlavaNextProcessor:
-    """Build a processor for :func:`build_model`: Pillow images and a tokenizer of a few words."""
-    try:
-        from transformers import LlavaNextImageProcessorPil as ImageProcessor
-    except ImportError:
-        from transformers import LlavaNextImageProcessor as ImageProcessor
-
-    return LlavaNextProcessor(
-        ImageProcessor(
-            size={"shortest_edge": shape.crop_size},
-            crop_size={"height": shape.crop_size, "width": shape.crop_size},
-            image_grid_pinpoints=shape.pinpoints,
-        ),
-        build_tokenizer(),
-        patch_size=shape.patch_size,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
+    """Build a processor for :func:`build_model`: the mini model's, at other sizes."""
+    processor = AutoProcessor.from_pretrained(mini.WEIGHTS, local_files_only=True)
+    images = processor.image_processor
+    images.size = {"shortest_edge": shape.crop_size}
+    images.crop_size = {"height": shape.crop_size, "width": shape.crop_size}
+    images.image_grid_pinpoints = shape.pinpoints
+    processor.patch_size = shape.patch_size
+    return processor
 
 
 def _photographs(sizes: tuple[tuple[int, int], ...]) -> Batch:
@@ -213,46 +168,38 @@ def _photographs(sizes: tuple[tuple[int, int], ...]) -> Batch:
     return Batch(images, [QUESTION] * len(sizes), [PROMPT] * len(sizes))
 
 
-def _mini(device: torch.device) -> tuple:
+def _scenes(count: int) -> Batch:
+    """Generate scenes with a question each."""
     import numpy as np
-
-    from hero import mini
 
     from .mini import scenes
 
-    model, processor, relevance = mini.load()
-    model.requires_grad_(False).to(device)
-    relevance.clip_model.requires_grad_(False).to(device)
+    rng = np.random.default_rng(MINI_SEED)
+    drawn = [scenes.scene(rng, MINI_GRID, MINI_OBJECTS, split="test") for _ in range(count)]
+    questions = [scenes.questions(scene, rng, 1)[0].text for scene in drawn]
+    return Batch([scene.image for scene in drawn], questions, [scenes.prompt(one) for one in questions])
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    """Build the subject named in :data:`SHAPES`, or ``mini``, which is always fp32."""
+    if name == "mini":
+        model, processor, relevance = mini.load()
+        model.requires_grad_(False).to(device)
+        relevance.clip_model.requires_grad_(False).to(device)
+        batches = [_scenes(count) for count in MINI_BATCHES]
+    else:
+        shape = SHAPES[name]
+        model, processor = build_model(shape, device, dtype), build_processor(shape)
+        relevance = hero.ClipRelevance(build_clip(model, shape), processor.tokenizer)
+        batches = [_photographs(sizes) for sizes in shape.batches]
     model.generation_config.eos_token_id = None
     processor.tokenizer.padding_side = "left"
-    batches = []
-    for count in MINI_BATCHES:
-        rng = np.random.default_rng(MINI_SEED)
-        drawn = [scenes.scene(rng, MINI_GRID, MINI_OBJECTS, split="test") for _ in range(count)]
-        questions = [scenes.questions(scene, rng, 1)[0].text for scene in drawn]
-        prompts = [scenes.prompt(question) for question in questions]
-        batches.append(Batch([scene.image for scene in drawn], questions, prompts))
-    return model, processor, relevance, batches
-
-
-def _describe(model: LlavaNextForConditionalGeneration) -> dict[str, object]:
     vision, text = model.config.vision_config, model.config.text_config
-    return {
+    description = {
         "vision": {name: getattr(vision, size) for name, size in zip(NAMES, SIZES)},
         "text": {name: getattr(text, size) for name, size in zip(NAMES, SIZES)},
         "crop_size": vision.image_size,
         "patch_size": vision.patch_size,
         "pinpoints": [list(pinpoint) for pinpoint in model.config.image_grid_pinpoints],
     }
-
-
-def build(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """Build the subject named in :data:`SHAPES`, or ``mini``, which is always fp32."""
-    if name == "mini":
-        model, processor, relevance, batches = _mini(device)
-    else:
-        shape = SHAPES[name]
-        model, processor = build_model(shape, device, dtype), build_processor(shape)
-        relevance = hero.ClipRelevance(build_clip(model, shape), processor.tokenizer)
-        batches = [_photographs(sizes) for sizes in shape.batches]
-    return Subject(model, processor, relevance, batches, _describe(model))
+    return Subject(model, processor, relevance, batches, description)

@@ -1,19 +1,19 @@
-"""What dropping costs in answers: every policy at every keep ratio, on questions new to the mini model.
+"""Measure the accuracy of every policy at every keep ratio, on questions that the mini model has not seen.
 
-The bundled model (``hero.mini``) answers generated questions about generated scenes of test handwritings,
-one question a scene, with hero attached as a user attaches it. Everything is paired: each variant answers
-the same questions, and differences come with bootstrap intervals over questions. A variant is
+The bundled model (:mod:`hero.mini`) answers generated questions about generated scenes of test handwritings,
+one question a scene, with hero attached as a user attaches it. Each variant answers the same questions, so
+differences are paired; intervals are bootstraps over questions. A variant is
 
-- ``full``: the stock model, nothing dropped;
-- a policy by its name; one that reads the question also as ``<policy>-no-text``, without relevance model,
-  and as ``<policy>-other-question``, whose relevance reads another scene's question while the prompt stays;
-- ``oracle``: of the tiles, first the patches that the box of the asked object touches, the most covered
-  first, then as many more of each tile as fill the same count, by CLS attention; the thumbnail as
-  ``uniform`` has it. It exists where a question is about boxes;
-- whatever ``--variant NAME=JSON`` says, fields of ``hero.HeroConfig``.
+- ``full``: the stock model with all tokens;
+- a policy, by its name. A policy that reads the question is also run as ``<policy>-no-text``, without
+  relevance model, and as ``<policy>-other-question``, where relevance reads the question of another scene;
+- ``oracle``: keeps the tiles' patches that the box of the object asked about touches, the most covered first,
+  and fills up with the same number of patches of each tile, by CLS attention. Its thumbnail is that of
+  ``uniform``. It exists only for questions about boxes;
+- the NAME of ``--variant NAME=JSON``, options of :class:`hero.HeroConfig`.
 
-``python -m bench.quality --out bench/results/quality.json``; then ``python -m bench.report``.
-``python -m bench.quality --compare before.json after.json`` compares two records of the same questions.
+``--out FILE`` runs and writes a record. ``--check RECORD`` runs a record's variants again and compares every
+answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -42,41 +42,23 @@ from tqdm import tqdm
 
 import hero
 from hero import mini
-from hero.config import POLICIES
 from hero.layout import ImageLayout
+from hero.policies import POLICIES
 
 from .mini import scenes
-from .record import environment, write
-from .timing import keep_ratios, positive, take_turns
+from .records import environment, write
+from .timing import keep_ratios, positive
 
-__all__ = [
-    "KEEP",
-    "SEEDS",
-    "Asked",
-    "Runner",
-    "Variant",
-    "asked",
-    "bits",
-    "compare",
-    "estimate",
-    "main",
-    "measure",
-    "oracle_keep",
-    "overlaps",
-    "record_of",
-    "unbits",
-    "variants_of",
-]
+__all__ = ["Runner", "Variant", "check", "main", "measure", "record_of", "variants_of"]
 
 SEEDS = {"validation": 20260210, "test": 20260209}
-"""Choose settings on the one, report the other."""
+"""Settings are chosen on the first split, results are reported on the second."""
 
 KEEP = (0.5, 0.2, 0.1, 0.05)
 GRID = (3, 3)
 OBJECTS = (3, 6)
 BATCH = 50
 RESAMPLES = 10_000
-_now = time.thread_time  # one thread: blind to other processes that take turns on the core
 
 
 # --- questions -------------------------------------------------------------------------------------------
@@ -98,13 +80,7 @@ class Asked(NamedTuple):
 def asked(
     split: str, index: int, grid: tuple[int, int] = GRID, kinds: tuple[str, ...] | None = None
 ) -> Asked:
-    """Question ``index`` of a split: its own random stream, so that any process draws it alike.
-
-    Raises:
-        ValueError: an unknown split, or kinds that the scenes never ask.
-    """
-    if split not in SEEDS:
-        raise ValueError(f"split: expected one of {', '.join(SEEDS)}, got {split!r}")
+    """Question ``index`` of a split. Each has its own random stream, so every process draws the same."""
     rng = np.random.default_rng((SEEDS[split], index))
     scene = scenes.scene(rng, grid, int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)), split="test")
     question = scenes.questions(scene, rng, 1, tuple(scenes.KINDS) if kinds is None else kinds)[0]
@@ -120,9 +96,9 @@ class Variant:
     """A way of choosing tokens.
 
     Attributes:
-        name: as the record has it.
-        options: fields of ``hero.HeroConfig`` but for the keep ratio; ``None`` is the stock model.
-        text: what relevance reads: ``own``, ``other``, or ``none`` without a relevance model.
+        name: in the record.
+        options: of :class:`hero.HeroConfig`, without the keep ratio; ``None`` for the stock model.
+        text: the question that relevance reads: ``own``, ``other``, or ``none`` without a relevance model.
         oracle: whether the boxes asked about are kept first.
     """
 
@@ -136,12 +112,6 @@ FULL = Variant("full", None)
 ORACLE = Variant("oracle", {"policy": "uniform"}, oracle=True)
 
 
-def reads_text(loaded: mini.MiniModel, options: Mapping[str, object]) -> bool:
-    """Whether the question has a say where there is a relevance model."""
-    with hero.attach(loaded.model, loaded.processor, relevance=loaded.relevance, **options) as handle:
-        return handle.encoder.needs_text
-
-
 def variants_of(
     loaded: mini.MiniModel,
     policies: Sequence[str] = tuple(POLICIES),
@@ -152,9 +122,9 @@ def variants_of(
 
     Args:
         loaded: the model with its relevance.
-        policies: names in ``hero.config.POLICIES``.
-        more: fields of ``hero.HeroConfig`` by name of further variants.
-        plain: leave out the oracle and what a text policy does without its text.
+        policies: names in :data:`hero.policies.POLICIES`.
+        more: options of :class:`hero.HeroConfig` by the name of the variant.
+        plain: leave out the oracle and the variants without text and with another question.
 
     Raises:
         ValueError: an unknown policy, or a name given twice.
@@ -163,17 +133,17 @@ def variants_of(
     if unknown:
         raise ValueError(f"policies: expected names among {', '.join(POLICIES)}, got {', '.join(unknown)}")
     variants = [FULL]
-    for name, options in {**{name: {"policy": name} for name in policies}, **(more or {})}.items():
-        text = reads_text(loaded, options)
+    for name, options in [*((name, {"policy": name}) for name in policies), *(more or {}).items()]:
+        with hero.attach(loaded.model, loaded.processor, relevance=loaded.relevance, **options) as handle:
+            text = handle.encoder.needs_text
         variants.append(Variant(name, options, "own" if text else "none"))
         if text and not plain:
             if options.get("alpha") is None and options.get("weights") is None:
                 variants.append(Variant(f"{name}-no-text", options))
             variants.append(Variant(f"{name}-other-question", options, "other"))
-    if not plain:
-        variants.append(ORACLE)
+    variants += [] if plain else [ORACLE]
     names = [variant.name for variant in variants]
-    twice = sorted({name for name in names if names.count(name) > 1} | ({*policies} & {*(more or {})}))
+    twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"policies, variant: expected each name once, got {', '.join(twice)} again")
     return tuple(variants)
@@ -227,26 +197,26 @@ def oracle_keep(scores: Tensor, overlap: Tensor, count: int) -> Tensor:
 
 
 def _put_oracle(encoder: hero.HeroVisionEncoder, questions: Sequence[Asked]) -> None:
-    """Replace the stages that score and budget, on this encoder, for these questions."""
+    """Replace the stages of this encoder that score and budget, for these questions."""
     score, budget = encoder.score, encoder.budget
-    held = []
+    kept = []
 
-    def oracle_score(encoded, batch, text=None):
-        scored = score(encoded, batch, text)
-        layout = batch.layouts[0]
-        tiles = slice(layout.first_tile, layout.first_tile + layout.tiles)
+    def oracle_score(encoded, plan, text=None):
+        scored = score(encoded, plan, text)
+        layout = plan.layouts[0]
+        tiles = slice(layout.tile_crops.start, layout.tile_crops.stop)
         patch = encoder.geometry.patch_size
         overlap = torch.stack([overlaps(question.boxes, layout, patch) for question in questions])
-        scores = scored.scores.view(len(batch.layouts), layout.crops, layout.patches).clone()
+        scores = scored.scores.view(len(plan.layouts), layout.crops, layout.patches).clone()
         keep = oracle_keep(scores[:, tiles], overlap, layout.budget(encoder.config)[1])
         scores[:, tiles] = keep.to(scores)
-        held[:] = [tiles, keep.sum(-1)]
+        kept[:] = [tiles, keep.sum(-1)]
         return dataclasses.replace(scored, scores=scores.flatten(0, 1), ranks=None)
 
-    def oracle_budget(scored, batch):
-        budgets = budget(scored, batch)
-        counts = budgets.budgets.view(len(batch.layouts), -1).clone()
-        counts[:, held[0]] = held[1].to(counts)
+    def oracle_budget(scored, plan):
+        budgets = budget(scored, plan)
+        counts = budgets.budgets.view(len(plan.layouts), -1).clone()
+        counts[:, kept[0]] = kept[1].to(counts)
         return budgets._replace(budgets=counts.flatten())
 
     encoder.score, encoder.budget = oracle_score, oracle_budget
@@ -256,92 +226,35 @@ def _put_oracle(encoder: hero.HeroVisionEncoder, questions: Sequence[Asked]) -> 
 
 
 class Cell(NamedTuple):
-    """What a variant did at a keep ratio on some questions, in their order."""
+    """The answers of a variant at a keep ratio, question by question."""
 
     right: list[bool]
     found: list[bool]
-    """Whether the tile asked about had a larger share than any other."""
+    """Whether the tile asked about had the largest share."""
     tokens: float
     """Visual tokens of an image, newlines included, on average."""
-    vision: float
-    """Processor seconds of the vision stage, all questions together."""
-    prefill: float
-    """The same of the language model on the whole prompt."""
 
 
-class _Stopwatch:
-    """Processor seconds of a model's vision stage, of the tower within it, and of the language model.
+def _encode_once(encoder: hero.HeroVisionEncoder, kept: list) -> None:
+    """Run the tower once for all keep ratios: what it returns does not depend on them."""
+    encode = encoder.encode
 
-    Keep ratios of a variant share what the tower returned for a batch, which does not depend on them: each is
-    charged the seconds that it took once.
-    """
+    def once(*args, **kwargs):
+        kept[:] = kept or [encode(*args, **kwargs)]
+        return kept[0]
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-        self.vision = self.prefill = 0.0
-        self._encoded = self._encode_seconds = None
-
-    def share_tower(self, encoder: hero.HeroVisionEncoder) -> None:
-        """Encode once in the life of this watch: one batch, one variant, any keep ratio."""
-        encode = encoder.encode
-
-        def once(pixel_values, layouts, **kwargs):
-            begin = _now()
-            if self._encoded is None:
-                self._encoded = encode(pixel_values, layouts, **kwargs)
-                self._encode_seconds = _now() - begin
-            self.vision += self._encode_seconds - (_now() - begin)
-            return self._encoded
-
-        encoder.encode = once
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Measure what runs inside, from zero."""
-        self.vision = self.prefill = 0.0
-        inner = self.model.model
-        features, was_there = inner.get_image_features, "get_image_features" in inner.__dict__
-        before = inner.__dict__.get("get_image_features")
-
-        @functools.wraps(features)
-        def timed(*args, **kwargs):
-            begin = _now()
-            try:
-                return features(*args, **kwargs)
-            finally:
-                self.vision += _now() - begin
-
-        def start(*_) -> None:
-            self.prefill -= _now()
-
-        def stop(*_) -> None:
-            self.prefill += _now()
-
-        inner.__dict__["get_image_features"] = timed
-        hooks = (
-            inner.language_model.register_forward_pre_hook(start),
-            self.model.lm_head.register_forward_hook(stop),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if was_there:
-                inner.__dict__["get_image_features"] = before
-            else:
-                del inner.__dict__["get_image_features"]
+    encoder.encode = once
 
 
 class Runner:
-    """The model and how to ask it.
+    """Asks the model.
 
     Args:
         variants: ``full`` runs once, the others at every keep ratio.
         keep: keep ratios.
         split, grid, kinds: as in :func:`asked`.
         weights: folder of the mini model.
-        loaded: the model of that folder, where it is at hand.
+        loaded: the model of that folder, if it is loaded already.
     """
 
     def __init__(
@@ -364,13 +277,13 @@ class Runner:
         self.unknown = tokenizer.unk_token_id
 
     def other_text(self, index: int) -> str:
-        """What is asked of the next scene that is asked something else, of whatever kind."""
+        """The next question, of any kind, that is not the same."""
         own = self.draw(index).text
-        draw = functools.partial(self.draw, kinds=None)  # of one kind, all may be asked the same
+        draw = functools.partial(self.draw, kinds=None)  # all questions of one kind may be the same
         return next(text for later in itertools.count(index + 1) if (text := draw(later).text) != own)
 
     def inputs(self, questions: Sequence[Asked]) -> dict[str, Tensor]:
-        """What the stock processor makes of questions, padded on the left."""
+        """The stock processor's output, padded on the left."""
         inputs = self.loaded.processor(
             images=[question.image for question in questions],
             text=[scenes.prompt(question.text) for question in questions],
@@ -378,7 +291,7 @@ class Runner:
             padding_side="left",
             return_tensors="pt",
         )
-        # As generate numbers them.
+        # The positions that generate uses.
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         return {**inputs, "position_ids": positions}
 
@@ -388,7 +301,7 @@ class Runner:
 
     @contextlib.contextmanager
     def attached(self, variant: Variant, ratio: float, questions, others) -> Iterator[hero.Handle | None]:
-        """The variant at work on some questions."""
+        """Attach a variant, for some questions."""
         if variant.options is None:
             yield None
             return
@@ -405,7 +318,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, indices: Sequence[int]) -> dict[tuple[str, float], Cell]:
-        """Ask every variant at every keep ratio; ``full`` stands at 1."""
+        """Ask every variant at every keep ratio; that of ``full`` is 1."""
         questions = [self.draw(index) for index in indices]
         others = [self.other_text(index) for index in indices]
         expected = torch.tensor([self.token_of(question.answer) for question in questions])
@@ -416,39 +329,33 @@ class Runner:
         inputs = self.inputs(questions)
         image_token = self.loaded.model.config.image_token_id
         full_tokens = int((inputs["input_ids"][0] == image_token).sum())
-        turn = indices[0] // len(indices)
         cells = {}
-        for variant in take_turns(self.variants, turn):
-            watch = _Stopwatch(self.loaded.model)
-            ratios = (1.0,) if variant.options is None else take_turns(self.keep, turn)
-            for ratio in ratios:
+        for variant in self.variants:
+            encoded = []
+            for ratio in (1.0,) if variant.options is None else self.keep:
                 with self.attached(variant, ratio, questions, others) as handle:
-                    if handle is not None and handle.config.encoder_keep is None:
-                        watch.share_tower(handle.encoder)
-                    with watch.running():
-                        answers = self.answers(inputs)
+                    if handle is not None:
+                        _encode_once(handle.encoder, encoded)
+                    answers = self.answers(inputs)
                     last = None if handle is None else handle.last
                 tokens, found = full_tokens, [False] * len(questions)
                 if last is not None:
                     tokens = sum(last.lengths) / len(questions)
                     found = _found(last, questions)
                 right = (answers == expected).tolist()
-                cells[variant.name, ratio] = Cell(right, found, tokens, watch.vision, watch.prefill)
+                cells[variant.name, ratio] = Cell(right, found, tokens)
         return cells
 
 
 def _found(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
     """Whether the tile asked about has the largest share, alone."""
     layout = last.layout[0]
-    shares = last.shares.view(len(questions), layout.crops)[:, layout.first_tile :][:, : layout.tiles]
+    shares = last.shares.view(len(questions), layout.crops)[:, list(layout.tile_crops)]
     largest = (shares == shares.amax(1, keepdim=True)).tolist()
     return [
         question.tile is not None and row[question.tile] and sum(row) == 1
         for question, row in zip(questions, largest, strict=True)
     ]
-
-
-_runner: Runner | None = None
 
 
 def _start(arguments: Mapping[str, object]) -> None:
@@ -462,13 +369,13 @@ def _work(indices: Sequence[int]) -> dict[tuple[str, float], Cell]:
 
 
 def measure(runner: Runner, questions: int, workers: int = 0, progress: bool = False) -> dict:
-    """Ask ``questions`` questions; what the answers depend on is the question alone, not the workers.
+    """Ask the first ``questions`` questions. Answers do not depend on the number of workers.
 
     Args:
-        workers: processes of one thread each; 0 runs in this one, whose model is then used as it is.
+        workers: processes of one thread each; 0 runs in this process.
 
     Returns:
-        :class:`Cell` of each (variant name, keep ratio), all questions together.
+        the :class:`Cell` of each (variant name, keep ratio), of all questions together.
     """
     batches = [range(first, min(first + BATCH, questions)) for first in range(0, questions, BATCH)]
     bar = functools.partial(tqdm, total=len(batches), unit="batch", disable=not progress)
@@ -494,8 +401,6 @@ def _joined(cells: Sequence[Cell]) -> Cell:
         [right for cell in cells for right in cell.right],
         [found for cell in cells for found in cell.found],
         tokens,
-        sum(cell.vision for cell in cells),
-        sum(cell.prefill for cell in cells),
     )
 
 
@@ -505,7 +410,7 @@ def _joined(cells: Sequence[Cell]) -> Cell:
 def estimate(values: np.ndarray) -> dict[str, object]:
     """Mean of values in {−1, 0, 1}, its standard error and its 95 % percentile bootstrap interval.
 
-    A resample of such values is three counts, so it is drawn as them. The seed is fixed.
+    A resample of such values is drawn as three counts. The seed is fixed.
     """
     values = np.asarray(values, dtype=np.int8)
     if values.ndim != 1 or not len(values):
@@ -583,59 +488,65 @@ def summarise(record: Mapping) -> dict[str, object]:
 
 
 def targets(record: Mapping) -> list[dict[str, object]]:
-    """What the table has to show, where it was measured.
+    """The differences that the page judges, with their limits, as far as they were measured.
 
-    Of ``hero`` on questions about one attribute; of ``hero+`` on all questions together, and on counts.
+    Those of ``hero`` are about one attribute; those of ``hero+`` about all questions and about counts.
     """
     right, groups = _right(record), _groups(record)
-    found = []
-
-    def target(what: str, one: tuple[str, str], other: tuple[str, str], limit: float, group: str) -> None:
-        if one in right and other in right and group in groups:
-            members = groups[group]
-            gap = difference(right[one][members], right[other][members])
-            low, high = gap["interval"]
-            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
-            found.append({"what": f"{what}, {group}", "difference": gap, "limit": limit, "verdict": verdict})
-
-    def at(ratio: str) -> str:
-        return f"R = {ratio}"
-
+    one, everything, fifth = "one attribute", "all", 0.0
     peers = [
         name
         for name, variant in record["variants"].items()
         if name in POLICIES and variant["text"] == "none" and name not in ("hero", "hero+", "random")
     ]
-    ratios, one, everything = [f"{ratio:g}" for ratio in record["keep"]], "one attribute", "all"
-    target(f"hero to all tokens, {at('0.2')}", ("hero", "0.2"), ("full", "1"), -0.01, one)
-    target(f"hero to random, {at('0.2')}", ("hero", "0.2"), ("random", "0.2"), 0.10, one)
-    for name in peers:
-        target(f"hero to {name}, {at('0.2')}", ("hero", "0.2"), (name, "0.2"), 0.0, one)
+    wanted = [
+        ("hero to all tokens, R = 0.2", ("hero", "0.2"), ("full", "1"), -0.01, one),
+        ("hero to random, R = 0.2", ("hero", "0.2"), ("random", "0.2"), 0.10, one),
+        *((f"hero to {name}, R = 0.2", ("hero", "0.2"), (name, "0.2"), 0.0, one) for name in peers),
+    ]
     if peers and ("hero", "0.05") in right and one in groups:
         best = max(peers, key=lambda name: right[name, "0.05"][groups[one]].mean())
-        what = f"hero to the best peer, {best}, {at('0.05')}"
-        target(what, ("hero", "0.05"), (best, "0.05"), 0.05, one)
-    for ratio in ratios:
-        what = f"hero with another scene's question to equal budgets, {at(ratio)}"
-        target(what, ("hero-other-question", ratio), ("uniform", ratio), -0.01, one)
-    target(f"hero+ to hero, {at('0.1')}", ("hero+", "0.1"), ("hero", "0.1"), 0.0, everything)
+        what = f"hero to the best peer, {best}, R = 0.05"
+        wanted.append((what, ("hero", "0.05"), (best, "0.05"), 0.05, one))
     if "count" in groups and ("full", "1") in right:
         fifth = float(right["full", "1"][groups["count"]].mean()) / 5
-        target(f"hero+ to all tokens, {at('0.2')}", ("hero+", "0.2"), ("full", "1"), -fifth, "count")
-    for ratio in ratios:
-        what = f"hero+ with another scene's question to equal budgets, {at(ratio)}"
-        target(what, ("hero+-other-question", ratio), ("uniform", ratio), -0.01, everything)
+    misled = {
+        name: [
+            (
+                f"{name} with another scene's question to equal budgets, R = {keep:g}",
+                (f"{name}-other-question", f"{keep:g}"),
+                ("uniform", f"{keep:g}"),
+                -0.01,
+                group,
+            )
+            for keep in record["keep"]
+        ]
+        for name, group in (("hero", one), ("hero+", everything))
+    }
+    wanted += [
+        *misled["hero"],
+        ("hero+ to hero, R = 0.1", ("hero+", "0.1"), ("hero", "0.1"), 0.0, everything),
+        ("hero+ to all tokens, R = 0.2", ("hero+", "0.2"), ("full", "1"), -fifth, "count"),
+        *misled["hero+"],
+    ]
+    found = []
+    for what, first, second, limit, group in wanted:
+        if first in right and second in right and group in groups:
+            gap = difference(right[first][groups[group]], right[second][groups[group]])
+            low, high = gap["interval"]
+            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
+            found.append({"what": f"{what}, {group}", "difference": gap, "limit": limit, "verdict": verdict})
     return found
 
 
 # --- the record ------------------------------------------------------------------------------------------
 
 
-def weights_hash(folder: Path) -> str:
-    """The beginning of a hash of the weights in a folder."""
+def _digest(parts: Iterable[bytes]) -> str:
+    """The beginning of a hash."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 
@@ -643,12 +554,10 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
     """What a run found, in plain values fit for JSON."""
     count = len(next(iter(cells.values())).right)
     questions = [runner.draw(index) for index in range(count)]
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(f"{question.text}\0{question.answer}\0{question.boxes}\0".encode())
     located = np.array([question.tile is not None for question in questions])
     kinds = list(dict.fromkeys(question.kind for question in questions))
-    layout = _layout(runner, questions[0])
+    with hero.attach(runner.loaded.model, runner.loaded.processor) as handle:
+        layout = handle.encoder.geometry.layout(questions[0].image.size[::-1])
     variants = {}
     for variant in runner.variants:
         ratios = (1.0,) if variant.options is None else runner.keep
@@ -660,8 +569,6 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
                 f"{ratio:g}": {
                     "patches": round(cell.tokens - layout.newline_count, 2),
                     "tokens": round(cell.tokens, 2),
-                    "vision_ms": round(1e3 * cell.vision / count, 3),
-                    "prefill_ms": round(1e3 * cell.prefill / count, 3),
                     "tile_found": round(float(np.mean(np.array(cell.found)[located])), 4)
                     if variant.options is not None and not variant.oracle and located.any()
                     else None,
@@ -678,8 +585,8 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "grid": list(runner.draw.keywords["grid"]),
         "objects": list(OBJECTS),
         "keep": list(runner.keep),
-        "weights": weights_hash(runner.weights),
-        "digest": digest.hexdigest()[:16],
+        "weights": _digest(file.read_bytes() for file in sorted(runner.weights.glob("*.safetensors"))),
+        "digest": _digest(f"{one.text}\0{one.answer}\0{one.boxes}\0".encode() for one in questions),
         "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
         "boxed": bits([bool(question.boxes) for question in questions]),
@@ -688,36 +595,37 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
     return {**record, "summary": summarise(record), "targets": targets(record)}
 
 
-def _layout(runner: Runner, question: Asked) -> ImageLayout:
-    with hero.attach(runner.loaded.model, runner.loaded.processor) as handle:
-        return handle.encoder.geometry.layout((question.image.height, question.image.width))
+def check(
+    record: Mapping, policies: Sequence[str], keep: Sequence[float], questions: int, workers: int
+) -> int:
+    """Ask the first questions of a record again and print, for each variant, how many answers differ.
 
+    Args:
+        record: of the bundled weights; its own variants, of these policies at these keep ratios, are run.
 
-def compare(before: Mapping, after: Mapping) -> list[dict[str, object]]:
-    """Paired differences ``after − before`` of every variant and keep ratio in both, by group.
-
-    Raises:
-        ValueError: records of different questions.
+    Returns:
+        the number of answers, or of tiles found and token counts, that differ.
     """
-    for name in ("questions", "digest"):
-        if before[name] != after[name]:
-            raise ValueError(
-                f"compare: expected records of the same questions, got {name} {before[name]}, {after[name]}"
-            )
-    old, new = _right(before), _right(after)
-    return [
-        {
-            "group": group,
-            "variant": key[0],
-            "keep": key[1],
-            "before": float(old[key][members].mean()),
-            "after": float(new[key][members].mean()),
-            "difference": difference(new[key][members], old[key][members]),
-        }
-        for group, members in _groups(before).items()
-        for key in old
-        if key in new
+    variants = [
+        Variant(name, one["options"], one["text"], one["oracle"])
+        for name, one in record["variants"].items()
+        if one["options"] is None or one["options"]["policy"] in policies
     ]
+    kinds = None if set(record["kinds"]) == set(scenes.KINDS) else tuple(record["kinds"])
+    keep = [ratio for ratio in record["keep"] if ratio in keep]
+    runner = Runner(variants, keep, record["split"], tuple(record["grid"]), kinds)
+    questions = min(questions, record["questions"])
+    again = record_of(runner, measure(runner, questions, workers, progress=True))
+    differ = int(again["weights"] != record["weights"])
+    for (name, ratio), right in _right(again).items():
+        cell, old = (one["variants"][name]["keep"][ratio] for one in (again, record))
+        wrong = int((right != unbits(old["right"], record["questions"])[:questions]).sum())
+        other = [
+            key for key in ("patches", "tokens") if questions == record["questions"] and cell[key] != old[key]
+        ]
+        print(f"{name:22} R = {ratio:5} {wrong} of {questions} answers differ", *other)
+        differ += wrong + len(other)
+    return differ
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -751,37 +659,6 @@ def _named_options(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def _points(gap: Mapping) -> str:
-    low, high = gap["interval"]
-    return f"{100 * gap['mean']:+6.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def _print_record(record: Mapping) -> None:
-    for group, part in record["summary"].items():
-        print(f"\n{group}, {part['questions']} questions: accuracy, paired difference to all tokens")
-        for name, ratios in part["variants"].items():
-            cells = (
-                f"{ratio}: {100 * cell['accuracy']['mean']:5.1f}"
-                + (f" {_points(cell['to_full'])}" if "to_full" in cell else "")
-                for ratio, cell in ratios.items()
-            )
-            print(f"  {name:22} " + "  ".join(cells))
-    print()
-    for one in record["targets"]:
-        print(
-            f"{one['verdict']:9} {_points(one['difference'])}, at least {100 * one['limit']:+g}: "
-            f"{one['what']}"
-        )
-
-
-def _print_comparison(rows: Sequence[Mapping]) -> None:
-    for row in rows:
-        print(
-            f"{row['group']:14} {row['variant']:22} R = {row['keep']:5} {100 * row['before']:5.1f} -> "
-            f"{100 * row['after']:5.1f} {_points(row['difference'])}"
-        )
-
-
 def main(arguments: Sequence[str]) -> dict | None:
     """The command: returns the record it wrote."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
@@ -803,12 +680,13 @@ def main(arguments: Sequence[str]) -> dict | None:
     parser.add_argument("--weights", default=mini.WEIGHTS, help="folder that bench.mini.train wrote")
     parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
     parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
-    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two records instead")
+    parser.add_argument("--check", metavar="RECORD", help="run a record again, compare every answer")
     options = parser.parse_args(arguments)
-    if options.compare:
-        before, after = (json.loads(Path(file).read_text(encoding="utf-8")) for file in options.compare)
-        _print_comparison(compare(before, after))
-        return None
+    if options.check:
+        torch.set_num_threads(1)
+        record = json.loads(Path(options.check).read_text(encoding="utf-8"))
+        differ = check(record, options.policies, options.keep, options.questions, options.workers)
+        sys.exit(f"{differ} answers differ" if differ else 0)
     if options.out is None:
         parser.error("--out: expected a JSON file to write")
     torch.set_num_threads(1)
@@ -840,7 +718,9 @@ def main(arguments: Sequence[str]) -> dict | None:
         **record_of(runner, cells),
     }
     write(options.out, record)
-    _print_record(record)
+    for one in record["targets"]:
+        points, limit = (f"{100 * value:+.1f}" for value in (one["difference"]["mean"], one["limit"]))
+        print(f"{one['verdict']:9} {points}, at least {limit}: {one['what']}")
     print(f"\n{options.questions} questions in {record['seconds']:.0f} s")
     return record
 

@@ -51,8 +51,8 @@ def eager(tower: torch.nn.Module) -> Iterator[None]:
 class Released:
     """The released vision stage of a LLaVA-NeXT model; run it inside :func:`eager`.
 
-    Called with ``pixel_values`` ``[B, crops, 3, S, S]``, ``image_sizes`` (height, width) and the questions, it
-    returns per image the tokens ``[n, D]`` and their source ``crop · P + patch``, −1 for a newline.
+    Called with ``pixel_values`` ``[B, crops, 3, S, S]``, ``image_sizes`` (height, width) and the questions,
+    it returns per image the tokens ``[n, D]`` and their source ``crop · P + patch``, −1 for a newline.
 
     Args:
         model: ``LlavaNextForConditionalGeneration``.

@@ -1,219 +1,582 @@
-"""Rewrite the tables of ``docs`` and the README from the records in ``bench/results``. Standard library only.
+"""Write the tables and plots of ``docs`` and the README from the records in ``bench/results``.
 
-``python -m bench.report`` puts the tables of each benchmark between its markers, in ``docs/benchmarks.md``
-or, of ``bench.quality``, in ``docs/quality.md``, with a picture beside either, and leaves everything else as
-it is; ``--check`` changes nothing and fails where a page or picture does not show what the records say.
+``python -m bench.report`` replaces what stands between the markers of each benchmark in
+``docs/benchmarks.md``, ``docs/quality.md`` and the README, and draws the two plots. ``--check`` writes
+nothing and fails if a page or a plot does not show what the records say.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import end_to_end_page, quality_page
-from .page import clock, code, ratio, small, table
-from .record import ROOT
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
-__all__ = ["main", "render", "render_quality", "replace"]
+from .records import ROOT
+
+__all__ = ["main", "render", "render_quality", "replace", "table"]
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+Section = tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Mapping]], list[str]]]
 
 
-def _microseconds(value: float) -> str:
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+# --- helpers ---------------------------------------------------------------------------------------------
 
 
-def _tests(record: Mapping) -> str:
-    """How the GPU tests of a run ended."""
-    tests = record["tests"]
-    if not tests.get("counts"):
-        return tests["status"] + (f" ({tests['reason']})" if "reason" in tests else "")
-    return (
-        f"{tests['status']} (" + ", ".join(f"{count} {name}" for name, count in tests["counts"].items()) + ")"
-    )
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
+    """A Markdown table. The first ``names`` columns are aligned to the left, the others to the right."""
+    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _machine(record: Mapping) -> list[str]:
-    """Where a run of the kernels took place, and the ceilings it was held against."""
-    gpu, ceilings = record["gpu"], record["ceilings"]
-    lines = [*small(record), f"- `{record['command']}`, {record['date']}, {record['dtype']}"]
-    if gpu is None:
-        lines.append(
-            f"- no GPU: the PyTorch twins, on {record['machine']['cpu']}, {record['machine']['system']}"
-        )
+def ratio(comparison: Mapping | None) -> str:
+    """The median of the ratios within rounds, and its interval."""
+    if comparison is None:
+        return ""
+    low, high = comparison["interval"]
+    return f"{comparison['paired']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def verdict(comparison: Mapping, limit: float) -> str:
+    """Whether a ratio is at most a limit, by its whole interval."""
+    low, high = comparison["interval"]
+    if comparison["pairs"] < 5:
+        return "not decided: too few rounds"
+    if high <= limit:
+        return "met"
+    return "missed" if low > limit else "not decided: the interval includes it"
+
+
+def inverse(comparison: Mapping) -> Mapping:
+    low, high = comparison["interval"]
+    return {**comparison, "paired": 1 / comparison["paired"], "interval": [1 / high, 1 / low]}
+
+
+def inside(record: Mapping | None, *path: str):
+    """The value at a path in a record, ``None`` if any part of the path is missing."""
+    for key in path:
+        record = record.get(key) if record else None
+    return record
+
+
+def milliseconds(times: Mapping[str, float] | None) -> str:
+    """Median and minimum of seconds, in milliseconds."""
+    values = (1000 * times[name] for name in ("median", "min")) if times else ()
+    return "{} ({})".format(*(f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values)) if times else ""
+
+
+def source(record: Mapping, *details: str) -> list[str]:
+    """The line that says where a record comes from: command, date, machine, commit, versions."""
+    gpu, machine, commit = record.get("gpu"), record["machine"], record["commit"]
+    parts = [f"`{record['command']}`", record["date"], *details]
+    if "clock" in record:
+        parts.append({"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]])
+    if gpu:
+        parts.append(f"{gpu['name']}, driver {gpu['driver']}, host {machine['cpu']}")
     else:
-        lines.append(
-            f"- {gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_mib']:.0f} MiB, "
-            f"driver {gpu['driver']}, {'HIP ' + gpu['hip'] if gpu['hip'] else 'CUDA ' + str(gpu['cuda'])}"
-        )
-    if ceilings:
-        lines.append(
-            f"- measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s (in and out), bf16 "
-            f"matrix product {ceilings['flops'] / 1e12:.0f} TFLOP/s, smallest launch in a graph "
-            f"{ceilings['launch_us']:.1f} µs"
-        )
-    sanitizer = record["sanitizer"]
-    if sanitizer:
-        parts = [f"{name} {tool['summary']}" for name, tool in sanitizer.get("tools", {}).items()]
-        lines.append(f"- compute-sanitizer: {'; '.join(parts) or sanitizer['reason']}")
-    return [*lines, f"- GPU tests: {_tests(record)}", f"{code(record)}; code {record['code']}", ""]
+        parts.append(f"{machine['cpu']}, {machine['system']}")
+    parts += [record["dtype"]] if "dtype" in record else []
+    parts.append(
+        f"commit {(commit['hash'] or 'unknown')[:12]}" + " with uncommitted changes" * bool(commit["dirty"])
+    )
+    parts += [f"{name} {version}" for name, version in record["versions"].items()]
+    small = ["**Tiny shapes, a test of the script: these numbers say nothing.**", ""]
+    return [*(small if record.get("small") else []), ", ".join(parts) + "."]
 
 
-def _row(one: Mapping, ours: Mapping[tuple, float]) -> list[str]:
-    """A line of the kernels' table."""
-    name = one["variant"] if one["ours"] else f"*{one['variant']}*"
-    head = [f"{one['geometry']}, T = {one['crops']}", name]
-    if one["status"] != "ok":
-        return [*head, f"**{one['status']}**" if one["status"] != "skipped" else "left out", *[""] * 5]
-    base = ours.get((one["geometry"], one["crops"], one["against"]))
-    ratio = f"{one['us'] / base:.2f}" if base else ""
-    return [
-        *head,
-        _microseconds(one["us"]) + (" †" if one["timing"] != "graph" else "" if one["cold"] else " ‡"),
-        f"{one['gb_s']:.0f}",
-        "" if one["floor_us"] is None else _microseconds(one["floor_us"]),
-        "" if one["floor_share"] is None else f"{100 * one['floor_share']:.0f} %",
-        f"({ratio})" if ratio and one["less"] else ratio,
-        _microseconds(one["eager_us"]) if "eager_us" in one else "",
+def svg(figure: Figure, draw: Callable[[Figure], None]) -> str:
+    """What a function draws on a figure, as an SVG with text as text, the same on every run."""
+    with rc_context({"svg.hashsalt": "hero", "svg.fonttype": "none", "font.size": 10}):
+        FigureCanvasSVG(figure)
+        draw(figure)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+# --- end to end ------------------------------------------------------------------------------------------
+
+BEST, TEXT, GRAPH = "hero 0.2", "hero 0.2 + text", "hero 0.2 (graph)"
+HEROES = ("hero 1", "hero 0.5", BEST, "hero 0.1")
+VARIANTS = ("stock", "stock again", *HEROES, TEXT, GRAPH, f"{TEXT} (graph)", "released")
+TITLES = {
+    "7b": "LLaVA-NeXT-7B's shape",
+    "clip-l": "CLIP-L tower, small language model",
+    "mini": "the bundled mini model",
+    "small": "tiny shapes",
+}
+
+
+def where(record: Mapping) -> str:
+    machine = record["gpu"]["name"] if record["gpu"] else "CPU"
+    return f"{machine}, {TITLES[record['shape_name']]}"
+
+
+def images(record: Mapping, batch: str) -> str:
+    return f"{batch} image{'s' * (batch != '1')}, {record['batches'][batch]['crops']} crops"
+
+
+def targets(records: Sequence[Mapping]) -> list[str]:
+    """One row for each target, from the record that it is about."""
+    if not records:
+        return ["Not measured yet."]
+    gpu = next((one for one in records if one["gpu"] and one["shape_name"] == "7b"), None)
+    cpu = next((one for one in records if one["shape_name"] == "clip-l" and not one["gpu"]), None)
+    rows = []
+
+    def row(what: str, measured: str | None, met: str | bool) -> None:
+        met = {True: "met", False: "missed"}.get(met, met)
+        rows.append([what, measured or "", met if measured else "not measured"])
+
+    def at_most(what: str, limit: float, comparison: Mapping | None) -> None:
+        row(what, ratio(comparison), comparison and verdict(comparison, limit))
+
+    def at_least(what: str, limit: float, comparison: Mapping | None) -> None:
+        row(what, ratio(comparison), comparison and verdict(inverse(comparison), 1 / limit))
+
+    for batch in ("1", "8"):
+        at, found = f", batch {batch}", inside(gpu, "summary", batch)
+        counts = inside(gpu, "counts", batch) or {}
+        at_most(
+            f"1. vision stage at R = 0.2, to stock: at most 0.95{at}", 0.95, inside(found, "vision", BEST)
+        )
+        at_most(f"1. the same with text relevance: at most 1.00{at}", 1.0, inside(found, "vision", TEXT))
+        released = inside(found, "released_vision", TEXT)
+        at_least(f"2. vision stage as released, to hero with text: at least 5{at}", 5.0, released)
+        peaks = [inside(counts, name, "peak_bytes") for name in ("released", TEXT)]
+        memory = None if None in peaks else peaks[0] / max(peaks[1], 1)
+        row(f"2. its peak memory, likewise: at least 5{at}", memory and f"{memory:.1f}", (memory or 0) >= 5)
+        first = inside(found, "ttft", BEST, "to_stock")
+        at_least(f"5. time to first token, stock to R = 0.2: at least 3{at}", 3.0, first and inverse(first))
+        for name in (BEST, TEXT):
+            waits = inside(counts, name, "waits")
+            what = f"6. host-device synchronisations in the vision stage, {name}: none{at}"
+            row(what, None if waits is None else f"{waits}", waits == 0)
+    for name in (BEST, TEXT):
+        one, eight = (inside(gpu, "counts", batch, name, "launches") for batch in ("1", "8"))
+        known = one is not None and eight is not None
+        # Images of unlike size are put together, and a larger product may be split otherwise.
+        what = f"6. launches at batch 1 and 8, {name}: at most 1.05 times as many"
+        row(what, f"{one} and {eight}" if known else None, known and eight <= 1.05 * one)
+    graph = inside(gpu, "summary", "1", "vision", GRAPH)
+    failed = any(f"{GRAPH}, batch 1" in one["what"] for one in inside(gpu, "failed") or ())
+    text = f"{ratio(graph)} of stock" if graph else "it failed" if failed else None
+    row("6. the vision stage in a CUDA graph, batch 1", text, bool(graph))
+    tower = inside(cpu, "summary", "1", "stages", "tower", BEST)
+    at_most("7. CPU: the tower with hero, to stock: at most 1.02", 1.02, tower)
+    first = inside(cpu, "summary", "1", "ttft", BEST, "to_predicted")
+    at_most("7. CPU: time to first token, to what the token count predicts: at most 1.05", 1.05, first)
+    return table(["target", "measured", ""], rows)
+
+
+def overview(records: Sequence[Mapping]) -> list[str]:
+    """For the README: the ratios to stock at R = 0.2 of every batch measured, and where they come from."""
+    if not records:
+        return ["Not measured yet."]
+    records = sorted(records, key=lambda record: not record["gpu"])
+    rows, names = [], []
+    for record in records:
+        gpu, versions = record["gpu"], record["versions"]
+        names.append(
+            f"{where(record)}: {'GPU' if gpu else record['machine']['cpu']}, torch {versions['torch']}, "
+            f"transformers {versions['transformers']}, commit {(record['commit']['hash'] or 'unknown')[:7]}, "
+            f"{record['date']}."
+        )
+        for batch in record["batches"]:
+            found = record["summary"].get(batch)
+            paths = (("vision", BEST), ("vision", GRAPH), ("ttft", BEST, "to_stock"), ("vision", "released"))
+            cells = [ratio(inside(found, *path)) or "not measured" for path in paths]
+            rows.append([f"{where(record)}, {images(record, batch)}", *cells])
+    if not records[0]["gpu"]:
+        rows.append(["GPU", *["not measured"] * 4])
+    head = [
+        "time to the stock model's",
+        "vision stage",
+        "with CUDA graphs",
+        "first token",
+        "method as released",
     ]
+    return [*table(head, rows), "", " ".join(names)]
 
 
-def _faster_peers(results: Sequence[Mapping], ours: Mapping[tuple, float]) -> list[str]:
-    """Peers that do as much in less time."""
-    lines = []
-    for one in results:
-        base = ours.get((one["geometry"], one["crops"], one["against"])) if one["status"] == "ok" else None
-        if base and not one["less"] and one["us"] < base:
-            where, ratio = f"{one['geometry']}, T = {one['crops']}", one["us"] / base
-            lines.append(f"- {where}: *{one['variant']}* takes {ratio:.2f} of {one['against']}")
+def losses(record: Mapping) -> str:
+    """Where hero is slower than stock, or than the method as released."""
+
+    def slower(comparison: Mapping | None) -> bool:
+        return bool(comparison and comparison["pairs"] >= 5 and comparison["interval"][0] > 1)
+
+    found = []
+    for batch, one in record["summary"].items():
+        for group, what in (("vision", "the vision stage"), ("ttft", "the first token")):
+            for name in VARIANTS:
+                comparison = inside(one, group, name, *(["to_stock"] if group == "ttft" else []))
+                if name.startswith("hero") and slower(comparison):
+                    found.append(f"{what} of {name} at batch {batch}, {ratio(comparison)}")
+            for name, comparison in one[f"released_{group}"].items():
+                comparison = comparison and inverse(comparison)
+                if slower(comparison):
+                    found.append(f"{what} of {name} at batch {batch} against released, {ratio(comparison)}")
+    if not found and max((one["rounds"] for one in record["series"]), default=0) < 5:
+        return "Slower than stock or released: too few rounds to say."
+    return f"Slower than stock or released, interval above 1: {'; '.join(found) or 'nothing'}."
+
+
+def end_to_end(record: Mapping) -> list[str]:
+    """The tables of ``bench.end_to_end``, one for each batch."""
+    lines = source(record)
+    head = ["", "tokens", "vision, ms", "to stock", "first token, ms", "to stock", "of predicted", "tokens/s"]
+    head += ["launches" if record["gpu"] else "operations", "syncs", "peak, MiB"]
+    for batch, described in record["batches"].items():
+        found, counts = record["summary"].get(batch), record["counts"].get(batch, {})
+        if not inside(found, "vision"):
+            continue
+        rows = []
+        for name in VARIANTS:
+            if name not in found["vision"] or name == "stock again":
+                continue
+            first, count = found["ttft"].get(name), counts.get(name)
+            rows.append([name, str(described["visual_tokens"].get(name, ""))])
+            rows[-1] += [milliseconds(found["times"]["vision"][name]), ratio(found["vision"][name])]
+            rows[-1] += [milliseconds(found["times"]["ttft"].get(name)), ratio(inside(first, "to_stock"))]
+            rows[-1] += [ratio(inside(first, "to_predicted"))]
+            rows[-1] += [f"{found['decode'][name]:.0f}" if name in found["decode"] else ""]
+            launches = "?" if inside(count, "launches") is None else count["launches"]
+            rows[-1] += (
+                [f"{launches}", f"{count['waits']}", f"{count['peak_bytes'] / 2**20:.0f}"]
+                if count
+                else [""] * 3
+            )
+        sizes = ", ".join(dict.fromkeys(f"{height} × {width}" for height, width in described["images"]))
+        rounds = max(series["rounds"] for series in record["series"] if series["batch"] == batch)
+        again = ratio(found["vision"].get("stock again"))
+        lines += ["", f"**{images(record, batch)}** of {sizes} px (height × width); {rounds} rounds"]
+        lines[-1] += f"; vision of stock again, to stock: {again}" if again else ""
+        lines += ["", *table(head, rows)]
+    if record["gpu"]:
+        lines += ["", "The first token of a (graph) variant includes recording the graph."]
+    lines += ["", losses(record)]
+    failed = [f"{one['what']}: {one['reason']}" for one in record["failed"]]
+    ended = [record["ended"]] if record.get("ended") else []
+    for title, found in (("Failed", failed), ("Left out", record["left_out"]), ("Ended early", ended)):
+        if found:
+            lines += ["", f"{title}: {'; '.join(found)}."]
     return lines
 
 
-def _reasons(results: Sequence[Mapping]) -> list[str]:
-    """What was not timed and why, one line for each reason."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for one in results:
-        if one["status"] not in ("ok", "skipped"):
-            where = f"{one['geometry']} T = {one['crops']}"
-            found.setdefault((f"{one['variant']}: {one['status']}", one["reason"]), []).append(where)
-    return [f"- {what}: {reason} ({'; '.join(where)})" for (what, reason), where in found.items()]
+def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
+    """Times relative to stock against the keep ratio, one panel for each batch; ``None`` without records."""
+    wanted = [
+        (record, batch)
+        for record in records
+        for batch, one in record["summary"].items()
+        if len(set(HEROES) & set(one["vision"])) > 1
+    ]
+    if not wanted:
+        return None
+    rows = -(-len(wanted) // 2)
+
+    def draw(figure: Figure) -> None:
+        panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+        for (record, batch), axes in zip(wanted, panels):
+            found = record["summary"][batch]
+            names = [name for name in HEROES if name in found["vision"]]
+            keeps = [float(name.removeprefix("hero ")) for name in names]
+            for title, colour, path, end in (
+                ("vision stage", "#e07b00", "vision", ()),
+                ("first token", "#0b57d0", "ttft", ("to_stock",)),
+            ):
+                ratios = [inside(found, path, name, *end) for name in names]
+                if None not in ratios:
+                    middle = [one["paired"] for one in ratios]
+                    axes.plot(keeps, middle, "o-", color=colour, label=f"{title} {middle[-1]:.2f}")
+                    axes.vlines(keeps, *zip(*(one["interval"] for one in ratios)), color=colour)
+            axes.axhline(1, color="#222222", linewidth=1, label="stock")
+            axes.set(xscale="log", ylim=(0, None), xlabel="keep ratio")
+            axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
+            axes.minorticks_off()
+            axes.invert_xaxis()
+            axes.set_title(f"{where(record)}\n{images(record, batch)}", loc="left", fontsize=10)
+            axes.legend(fontsize=8)
+        for axes in panels[len(wanted) :]:
+            axes.remove()
+        figure.supylabel("time relative to stock; bars: 95 % intervals", fontsize=9)
+
+    return svg(Figure((9, 3.4 * rows), layout="constrained"), draw)
+
+
+# --- kernels, commits -----------------------------------------------------------------------------------
 
 
 def kernels(record: Mapping) -> list[str]:
-    """The tables of ``bench/run_device``."""
-    lines = _machine(record)
-    by_op: dict[str, list[Mapping]] = {}
-    for one in record["results"]:
-        by_op.setdefault(one["op"], []).append(one)
-    head = ["shape", "", "µs", "GB/s", "floor, µs", "of floor", "to ours", "eager, µs"]
-    losses, reasons = [], _reasons(record["results"])
-    for op, results in by_op.items():
-        ours = {
-            (one["geometry"], one["crops"], one["variant"]): one["us"]
-            for one in results
-            if one["ours"] and one["status"] == "ok"
-        }
-        rows = table(head, [_row(one, ours) for one in results])
-        rows[1] = rows[1].replace("| --- | ---: |", "| --- | --- |", 1)
-        lines += [f"**{op}**", "", *rows, ""]
-        losses += _faster_peers(results, ours)
-    lines += ["**Where a peer that does as much is faster**", "", *(losses or ["Nowhere in this run."]), ""]
-    lines += ["**Not timed**", "", *(reasons or ["Nothing was missing."])]
-    skipped = sum(one["status"] == "skipped" for one in record["results"])
-    return [*lines, *([f"- {skipped} more: left out, the time of the run was over"] if skipped else [])]
-
-
-def dispatch(record: Mapping) -> list[str]:
-    """The table of ``bench.dispatch``."""
-    machine = record["machine"]
-    rows = []
-    for name, ways in record["us"].items():
-        values = [ways["public"], ways["operator"], ways["launcher"]]
-        rows.append([f"`{name}`", *("not measured" if value is None else f"{value:.1f}" for value in values)])
-    return [
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds of {record['repeats']} calls, "
-        "medians, processor time",
-        f"- {machine['cpu']}, one thread, {machine['system']}",
-        code(record),
-        "",
-        *table(["µs of the host", "checks and routing", "`torch.ops` instead", "with the launcher"], rows),
-    ]
-
-
-def _milliseconds(times: Mapping[str, float]) -> str:
-    values = (1000 * times[name] for name in ("median", "min"))
-    return "{} ({})".format(*(f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values))
+    """The tables of ``bench/run_device``, of the first shape of each operation; peers relative to ours."""
+    ceilings, tests, sanitizer, results = (
+        record[key] for key in ("ceilings", "tests", "sanitizer", "results")
+    )
+    lines = source(record)
+    if ceilings:
+        lines[-1] += (
+            f" Measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s, bf16 matrix product "
+            f"{ceilings['flops'] / 1e12:.0f} TFLOP/s, smallest launch {ceilings['launch_us']:.1f} µs."
+        )
+    if sanitizer:
+        parts = [f"{name} {tool['summary']}" for name, tool in sanitizer.get("tools", {}).items()]
+        lines[-1] += f" compute-sanitizer: {'; '.join(parts) or sanitizer['reason']}."
+    counts = ", ".join(f"{count} {name}" for name, count in (tests.get("counts") or {}).items())
+    lines[-1] += f" GPU tests: {tests['status']} ({counts or tests.get('reason', '')})."
+    ours = {(one["op"], one["geometry"], one["crops"], one["variant"]): one.get("us") for one in results}
+    shapes = {one["op"]: one["geometry"] for one in reversed(results)}
+    crops = sorted({one["crops"] for one in results})
+    cells, peers, faster, missing = {}, {}, {}, {}
+    for one in results:
+        place, name = f"{one['geometry']} T = {one['crops']}", f"*{one['variant']}*"
+        base = ours.get((one["op"], one["geometry"], one["crops"], one["against"]))
+        if one["status"] not in ("ok", "skipped"):
+            missing.setdefault(f"{one['op']}, {name}, {one['status']}: {one['reason']}", []).append(place)
+        elif one["status"] == "ok" and one["ours"] and one["geometry"] == shapes[one["op"]]:
+            text = f"{one['us']:.1f}" if one["us"] < 1000 else f"{one['us']:.0f}"
+            text += " †" if one["timing"] != "graph" else "" if one["cold"] else " ‡"
+            text += "" if one["floor_us"] is None else f" [{one['floor_us']:.1f}]"
+            cells.setdefault((one["variant"], one["geometry"]), {})[one["crops"]] = text
+        elif one["status"] == "ok" and base:
+            peers.setdefault((one["against"], name + " (does less)" * one["less"]), []).append(
+                one["us"] / base
+            )
+            if not one["less"] and one["us"] < base:
+                where = f"{name} against {one['against']}"
+                faster.setdefault(where, []).append(f"{one['us'] / base:.2f} ({place})")
+    rows = [[*key, *(found.get(count, "") for count in crops)] for key, found in cells.items()]
+    head = ["operation", "shape", *(f"T = {count}" for count in crops)]
+    lines += ["", "Microseconds [floor] for T crops:", "", *table(head, rows, names=2)]
+    lines += ["", "Peers, their time over that of the operation, least to most over all shapes:", ""]
+    for against in dict.fromkeys(key[0] for key in peers):
+        texts = [
+            f"{name} " + " to ".join(f"{end:.{1 + (end < 1)}f}" for end in (min(found), max(found)))
+            for (key, name), found in peers.items()
+            if key == against
+        ]
+        lines.append(f"- {against}: {'; '.join(texts)}")
+    texts = "; ".join(f"{what}: {', '.join(places)}" for what, places in faster.items())
+    lines += ["", f"Where a peer that does as much is faster (its time over ours): {texts or 'nowhere'}."]
+    texts = "; ".join(f"{what} ({', '.join(places)})" for what, places in missing.items())
+    lines += ["", f"Not timed: {texts or 'nothing'}."]
+    skipped = sum(one["status"] == "skipped" for one in results)
+    lines[-1] += f" {skipped} more: left out, the time of the run was over." if skipped else ""
+    return lines
 
 
 def compare(record: Mapping) -> list[str]:
     """The table of ``bench.compare``."""
-    base, head = (record["commits"][side][:12] for side in ("base", "head"))
+    commits = " and ".join(record["commits"][side][:12] for side in ("base", "head"))
     rows = [
         [
             one["case"],
-            _milliseconds(one["base"]),
-            _milliseconds(one["head"]),
+            milliseconds(one["base"]),
+            milliseconds(one["head"]),
             ratio(one),
-            "0" if one["difference"] == 0 else f"{one['difference']:.1g}",
+            f"{one['difference']:.1g}",
         ]
         for one in record["results"]
     ]
-    machine = record["machine"]
+    head = ["case", "base, ms", "head, ms", "head / base", "largest difference of results"]
+    details = f"{record['rounds']} rounds a pair of processes", f"commits {commits}"
+    return [*source(record, *details), "", *table(head, rows)]
+
+
+# --- quality ---------------------------------------------------------------------------------------------
+
+FIRST = "one attribute"  # the group that the targets are about
+
+
+def label(name: str) -> str:
+    """A variant's name as the page has it."""
+    for ending, words in (("-no-text", ", no text"), ("-other-question", ", other question")):
+        if name.endswith(ending):
+            return name.removesuffix(ending) + words
+    return "all tokens" if name == "full" else name
+
+
+def signed(value: float) -> str:
+    """Points with a sign; a true minus."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "+0.0" if text == "−0.0" else text
+
+
+def points(gap: Mapping) -> str:
+    return "{} ({} to {})".format(*map(signed, (gap["mean"], *gap["interval"])))
+
+
+def keeps(record: Mapping) -> list[str]:
+    return [f"{keep:g}" for keep in sorted(record["keep"], reverse=True)]
+
+
+def accuracy(record: Mapping, group: str) -> list[str]:
+    """Accuracy of every variant in a group, and what it loses against all tokens."""
+    rows = []
+    for name, cells in record["summary"][group]["variants"].items():
+        texts = [
+            f"{100 * cells[keep]['accuracy']['mean']:.1f}"
+            + (f", {points(cells[keep]['to_full'])}" if "to_full" in cells[keep] else "")
+            for keep in (["1"] if name == "full" else keeps(record))
+        ]
+        rows.append([label(name), *texts, *[""] * (len(record["keep"]) - len(texts))])
+    return table([group, *(f"R = {keep}" for keep in keeps(record))], rows)
+
+
+def accuracies(record: Mapping, groups: Sequence[str]) -> Iterator[str]:
+    titles = {FIRST: "One attribute of one object", "all": "All kinds"}
+    for group in groups:
+        if group in record["summary"]:
+            count = record["summary"][group]["questions"]
+            yield from ("", f"**{titles.get(group, f'Kind: {group}')}** ({count} questions)", "")
+            yield from accuracy(record, group)
+
+
+def quality_source(record: Mapping) -> list[str]:
+    summary, (rows, columns), (least, most) = record["summary"], record["grid"], record["objects"]
+    amounts = ", ".join(f"{summary[kind]['questions']} {kind}" for kind in record["kinds"] if kind in summary)
     return [
-        f"- `{record['command']}`, {record['date']}, {record['rounds']} rounds a pair of processes, "
-        f"{clock(record)}",
-        f"- {machine['cpu']}, {machine['system']}; commits {base} and {head}",
+        *source(record, f"{record['seconds']:.0f} s"),
         "",
-        *table(["case", "base, ms", "head, ms", "head / base", "largest difference of results"], rows),
+        f"{record['questions']} questions ({amounts}), split {record['split']} (seed {record['seed']}), "
+        f"scenes of {rows} × {columns} tiles and {least} to {most} objects; "
+        f"weights {record['weights']}, questions {record['digest']}",
     ]
 
 
-def _each(renderer: Callable[[Mapping], list[str]]) -> Callable[[Sequence[Mapping]], list[str]]:
+def tried(record: Mapping) -> list[str]:
+    """A record of validation questions, on which settings are chosen."""
+    return [*quality_source(record), *accuracies(record, ("all",))]
+
+
+def quality(record: Mapping) -> list[str]:
+    """A record of test questions."""
+    variants = record["variants"]
+    lines = ["![Accuracy against visual tokens](quality.svg)", "", *quality_source(record), ""]
+    rows = []
+    for title, key in (("patches", "patches"), ("patches and newlines", "tokens")):
+        rows.append([title, f"{variants['full']['keep']['1'][key]:g}"])
+        for keep in keeps(record):
+            counts = {one["keep"][keep][key] for name, one in variants.items() if name != "full"}
+            rows[-1].append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
+    lines += table(["visual tokens", "all", *(f"R = {keep}" for keep in keeps(record))], rows)
+    if record["targets"]:
+        rows = []
+        for one in record["targets"]:
+            side = "met" if one["difference"]["mean"] >= one["limit"] else "missed"
+            undecided = f"{side}, but the interval includes the limit"
+            verdict = undecided if one["verdict"] == "undecided" else one["verdict"]
+            rows.append([one["what"], points(one["difference"]), signed(one["limit"]), verdict])
+        lines += ["", "**Targets**; points of accuracy, paired", ""]
+        lines += table(["", "difference", "at least", ""], rows)
+    lines += ["", "Accuracy in %, then the paired difference to all tokens in points (95 % interval)."]
+    lines += accuracies(record, (FIRST, "all"))
+    kinds = [group for group in record["summary"] if group not in (FIRST, "all")]
+    for keep in [keep for keep in keeps(record) if keep == "0.2"]:
+        rows = []
+        for name in variants:
+            found = [record["summary"][kind]["variants"].get(name, {}) for kind in kinds]
+            cells = [inside(cell, keep) or cell.get("1") for cell in found]
+            rows.append(
+                [label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)]
+            )
+        lines += ["", f"**By kind of question**, accuracy in %, R = {keep}", "", *table(["", *kinds], rows)]
+    rows = [
+        [label(name), f"{100 * found:.1f}"]
+        for name, one in variants.items()
+        if (found := one["keep"].get(keeps(record)[-1], {}).get("tile_found"))
+    ]
+    title = (
+        "**Is the tile asked about the one with the largest share**; variants with equal shares are left out"
+    )
+    return [
+        *lines,
+        "",
+        title,
+        "",
+        *(table(["", "% of questions"], rows) if rows else ["No variant prefers one."]),
+    ]
+
+
+def quality_plot(record: Mapping) -> str:
+    """Accuracy on questions about one attribute against visual tokens."""
+    variants = record["variants"]
+    part = record["summary"].get(FIRST, record["summary"]["all"])
+    styles = {"full": ("#222222", ":"), "hero": ("#0b57d0", "-"), "hero+": ("#d6336c", "-")}
+    styles |= {"oracle": ("#2b8a3e", "--"), "uniform": ("#6b6b6b", "-"), "random": ("#a6a6a6", "-")}
+    peers = [name for name in variants if label(name) == name and name not in styles]
+    styles |= {name: (f"C{number % 10}", "-") for number, name in enumerate(peers)}
+    for name in variants:
+        base, _, ending = label(name).partition(", ")
+        if ending:
+            styles[name] = styles.get(base, styles["hero"])[0], "--" if ending == "no text" else ":"
+
+    def draw(figure: Figure) -> None:
+        axes, lines, ticks = figure.subplots(), {}, {}
+        for name, cells in part["variants"].items():
+            tokens = [variants[name]["keep"][keep]["tokens"] for keep in cells]
+            means = [100 * cell["accuracy"]["mean"] for cell in cells.values()]
+            (colour, dash), width = styles[name], 2.4 if name in ("hero", "hero+") else 1.2
+            text = f"{label(name)}  {means[-1]:.0f} %"
+            style = {"color": colour, "linestyle": dash, "linewidth": width, "marker": ".", "label": text}
+            lines[means[-1], name] = axes.plot(tokens, means, **style)[0]
+            if name == "full":
+                axes.axhline(means[0], color=colour, linestyle=dash, linewidth=width)
+            if name == "hero":
+                bars = [cell["accuracy"]["interval"] for cell in cells.values()]
+                axes.vlines(tokens, *([100 * end for end in side] for side in zip(*bars)), color=colour)
+            for keep, count in zip(cells, tokens):  # variants differ by a token at most
+                ticks.setdefault(keep, count)
+        lowest = min((mean for mean, name in lines if name != "random"), default=0)
+        axes.set_ylim(bottom=max(lowest - 8, 0))  # random choice may leave the plot at its foot
+        axes.set_xscale("log")
+        axes.set_xticks(list(ticks.values()), [f"{count:.0f}" for count in ticks.values()])
+        axes.minorticks_off()
+        axes.invert_xaxis()
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_title(
+            f"One attribute of one object ({part['questions']} questions)", loc="left", fontsize=11
+        )
+        axes.set(xlabel="visual tokens of the language model, log scale", ylabel="accuracy, %")
+        order = [lines[end] for end in sorted(lines, key=lambda end: -end[0])]
+        figure.legend(handles=order, loc="outside right upper", frameon=False, labelspacing=0.7)
+
+    return svg(Figure((9, 5), layout="constrained"), draw)
+
+
+# --- pages -----------------------------------------------------------------------------------------------
+
+
+def each(renderer: Callable[[Mapping], list[str]]) -> Callable[[Sequence[Mapping]], list[str]]:
     """The tables of several records, one after another."""
-
-    def render_all(records: Sequence[Mapping]) -> list[str]:
-        parts = [renderer(record) for record in records]
-        return [line for number, part in enumerate(parts) for line in ([""] * (number > 0) + part)]
-
-    return render_all
+    return lambda records: [line for record in records for line in ["", *renderer(record)]][1:]
 
 
-def _is_real(record: Mapping) -> bool:
+def is_real(record: Mapping) -> bool:
     """Whether a record is one of ``bench.end_to_end`` that says something."""
     return record["benchmark"] == "end_to_end" and not record["small"]
 
 
-def _targets(records: Sequence[Mapping]) -> list[str]:
-    lines = end_to_end_page.targets(records)
-    if end_to_end_page.picture(records):
-        lines += ["", "![Time relative to stock against the keep ratio](benchmarks.svg)"]
-    return lines
+def of_shapes(gpu: bool, mini: bool) -> Callable[[Mapping], bool]:
+    return lambda record: (bool(record["gpu"]), record["shape_name"] == "mini") == (gpu, mini)
 
 
 # Markers -> (benchmark, which of its records, their lines).
-SECTIONS: dict[str, tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Mapping]], list[str]]]] = {
-    "targets": ("end_to_end", _is_real, _targets),
-    "end_to_end_cpu": (
-        "end_to_end",
-        lambda record: not record["gpu"] and record["shape_name"] != "mini",
-        _each(end_to_end_page.tables),
-    ),
-    "end_to_end_mini": (
-        "end_to_end",
-        lambda record: not record["gpu"] and record["shape_name"] == "mini",
-        _each(end_to_end_page.tables),
-    ),
-    "end_to_end_gpu": ("end_to_end", lambda record: bool(record["gpu"]), _each(end_to_end_page.tables)),
-    "dispatch": ("dispatch", lambda record: True, _each(dispatch)),
-    "compare": ("compare", lambda record: True, _each(compare)),
-    "kernels": ("kernels", lambda record: True, _each(kernels)),
+SECTIONS: dict[str, Section] = {
+    "targets": ("end_to_end", is_real, targets),
+    "end_to_end_cpu": ("end_to_end", of_shapes(False, False), each(end_to_end)),
+    "end_to_end_mini": ("end_to_end", of_shapes(False, True), each(end_to_end)),
+    "end_to_end_gpu": ("end_to_end", of_shapes(True, False), each(end_to_end)),
+    "compare": ("compare", lambda record: True, each(compare)),
+    "kernels": ("kernels", lambda record: True, each(kernels)),
 }
-NO_GPU = "Not measured: no GPU was available so far."
-MISSING = {"kernels": NO_GPU, "end_to_end_gpu": NO_GPU}
 ELSEWHERE = ("compiled", "quality")  # records on other pages
 
 
@@ -221,14 +584,13 @@ def replace(page: str, name: str, lines: Sequence[str]) -> str:
     """The page with other lines between the markers of a benchmark.
 
     Raises:
-        ValueError: the page does not have the markers, once each and in order.
+        ValueError: the page does not have the markers once each and in order.
     """
     begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(f"page: expected {begin} and {end} once each, in this order")
     before, rest = page.split(begin)
-    after = rest.split(end)[1]
-    return "\n".join([before + begin, "", *lines, "", end + after])
+    return "\n".join([before + begin, "", *lines, "", end + rest.split(end)[1]])
 
 
 def render(page: str, records: Sequence[Mapping]) -> str:
@@ -243,74 +605,62 @@ def render(page: str, records: Sequence[Mapping]) -> str:
     if unknown:
         raise ValueError(f"records: expected {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
     for name, (benchmark, wanted, lines_of) in SECTIONS.items():
-        of_it = [record for record in records if record["benchmark"] == benchmark and wanted(record)]
-        lines = lines_of(of_it) if of_it or name == "targets" else [MISSING.get(name, "Not measured yet.")]
-        page = replace(page, name, lines)
+        found = [record for record in records if record["benchmark"] == benchmark and wanted(record)]
+        page = replace(page, name, lines_of(found) if found or name == "targets" else ["Not measured yet."])
     return page
 
 
-def render_readme(page: str, records: Sequence[Mapping]) -> str:
-    """The README with the one table of speed that it states."""
-    return replace(page, "speed", end_to_end_page.overview([one for one in records if _is_real(one)]))
-
-
 def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
-    """The page of ``bench.quality``: the tables and the picture of its record, ``None`` without one.
-
-    A record of validation questions is where settings were chosen; its tables stand apart, under ``tried``.
+    """The page of ``bench.quality``, and the plot of its record of test questions, ``None`` without one.
 
     Raises:
         ValueError: several records of a split, or a page without its markers.
     """
     records = [record for record in records if record["benchmark"] == "quality"]
-    splits = [record["split"] for record in records]
-    if len(set(splits)) < len(splits):
-        raise ValueError(f"records: expected one of quality a split, got {', '.join(splits)}")
-    picture = None
-    for name, split, lines_of in (
-        ("quality", "test", quality_page.tables),
-        ("tried", "validation", quality_page.tried),
-    ):
-        lines = ["Not measured yet."]
-        for record in records:
-            if record["split"] == split:
-                lines = lines_of(record, code(record))
-                picture = quality_page.picture(record) if split == "test" else picture
+    of_split = {record["split"]: record for record in records}
+    if len(of_split) < len(records):
+        names = ", ".join(record["split"] for record in records)
+        raise ValueError(f"records: expected one of quality a split, got {names}")
+    for name, split, lines_of in (("quality", "test", quality), ("tried", "validation", tried)):
+        lines = lines_of(of_split[split]) if split in of_split else ["Not measured yet."]
         page = replace(page, name, lines)
-    return page, picture
+    return page, quality_plot(of_split["test"]) if "test" in of_split else None
+
+
+def same(file: Path, text: str) -> bool:
+    """Whether a file says what it should. Of a plot the words are compared: lines depend on matplotlib."""
+    if not file.exists():
+        return False
+    found = file.read_text(encoding="utf-8")
+    words = re.compile(r">([^<>]*)</text>")
+    return words.findall(found) == words.findall(text) if file.suffix == ".svg" else found == text
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command: returns the exit status."""
+    """Run the command and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records")
-    parser.add_argument(
-        "--page", type=Path, default=PAGE, help="page; quality.md lies beside it, README.md above"
-    )
+    help = "page; quality.md is beside it, README.md above"
+    parser.add_argument("--page", type=Path, default=PAGE, help=help)
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date; write nothing")
     options = parser.parse_args(arguments)
     files = sorted(options.results.glob("*.json"))
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    wanted = {options.page: render(options.page.read_text(encoding="utf-8"), records)}
-    picture = end_to_end_page.picture([one for one in records if _is_real(one)])
-    if picture is not None:
-        wanted[options.page.with_suffix(".svg")] = picture
-    readme = options.page.resolve().parent.parent / "README.md"
+    real = [record for record in records if is_real(record)]
+    page, readme = options.page, options.page.resolve().parent.parent / "README.md"
+    wanted: dict[Path, str | None] = {page: render(page.read_text(encoding="utf-8"), records)}
+    wanted[page.with_suffix(".svg")] = end_to_end_plot(real)
     if readme.exists():
-        wanted[readme] = render_readme(readme.read_text(encoding="utf-8"), records)
-    quality = options.page.with_name("quality.md")
-    if quality.exists():
-        wanted[quality], picture = render_quality(quality.read_text(encoding="utf-8"), records)
-        if picture is not None:
-            wanted[quality.with_suffix(".svg")] = picture
-    stale = [
-        file for file, text in wanted.items() if not file.exists() or file.read_text(encoding="utf-8") != text
-    ]
-    if options.check:
-        if stale:
-            names = ", ".join(file.name for file in stale)
-            print(f"out of date: {names}: run python -m bench.report", file=sys.stderr)
-        return int(bool(stale))
+        wanted[readme] = replace(readme.read_text(encoding="utf-8"), "speed", overview(real))
+    quality_page = page.with_name("quality.md")
+    if quality_page.exists():
+        text, plot = render_quality(quality_page.read_text(encoding="utf-8"), records)
+        wanted |= {quality_page: text, quality_page.with_suffix(".svg"): plot}
+    stale = [file for file, text in wanted.items() if text is not None and not same(file, text)]
+    if options.check and stale:
+        names = ", ".join(file.name for file in stale)
+        print(f"out of date: {names}: run python -m bench.report", file=sys.stderr)
+        return 1
     for file in stale:
         file.write_text(wanted[file], encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""Timing: clocks, interleaved rounds, bootstrap intervals, CUDA graphs, and the command-line options for them.
+"""Clocks, interleaved rounds, bootstrap intervals, CUDA graphs, and their command-line options.
 
 Variants to compare run one after the other in every round, in reverse order every other round, so that slow
 phases of the machine affect all of them. Two variants are compared by the median of the ratios within
@@ -21,35 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = [
-    "CLOCKS",
-    "Ceilings",
-    "Clock",
-    "add_threads",
-    "ceilings",
-    "compare",
-    "eager_us",
-    "graph_us",
-    "interval",
-    "keep_ratios",
-    "l2_bytes",
-    "positive",
-    "quiet_heap",
-    "seconds",
-    "sets_for",
-    "single_calls_us",
-    "summary",
-    "take_turns",
-    "use_threads",
-]
-
 # Processor time of one thread does not count other processes that run on the same core.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-RESAMPLES = 2000
-COVERAGE = 0.95
-
-
-# --- command line ----------------------------------------------------------------------------------------
+RESAMPLES, COVERAGE = 2000, 0.95
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
@@ -207,42 +181,25 @@ def graph_us(call: Call, sets: Sequence[Any]) -> tuple[list[float], Any, Any]:
     return [1e3 * time for time in times], *last[-1]
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def single_calls_us(call: Call, sets: Sequence[Any], device: torch.device, rounds: int) -> list[float]:
-    """Return wall-clock microseconds of single calls, the device synchronised after each."""
-    call(sets[0])
-
-    def synchronised(inputs: Any) -> object:
-        result = call(inputs)
-        _synchronize(device)
-        return result
-
-    _synchronize(device)
-    return [1e6 * seconds(lambda n=n: synchronised(sets[n % len(sets)])) for n in range(rounds)]
+def call_us(call: Call, sets: Sequence[Any], device: torch.device, count: int = 1) -> float:
+    """Return wall-clock microseconds per call, of a number of calls in a row."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    for number in range(count):
+        call(sets[number % len(sets)])
+    wait()
+    return 1e6 * (time.perf_counter() - begin) / count
 
 
 def eager_us(call: Call, sets: Sequence[Any], device: torch.device) -> float:
     """Return wall-clock microseconds per call of many calls in a row, host and device overlapping."""
-    times, count = [], 1
-    for _ in range(4):  # the first, of one call, determines the number of calls
-        _synchronize(device)
-        begin = time.perf_counter()
-        for number in range(count):
-            call(sets[number % len(sets)])
-        _synchronize(device)
-        times.append(1e6 * (time.perf_counter() - begin) / count)
-        count = max(3, min(int(EAGER_SECONDS * 1e6 / times[0]), 20))
-    return statistics.median(times[1:])
+    count = max(3, min(int(EAGER_SECONDS * 1e6 / call_us(call, sets, device)), 20))
+    return statistics.median(call_us(call, sets, device, count) for _ in range(3))
 
 
-def ceilings(device: torch.device) -> Ceilings | None:
-    """Measure the bandwidth of an elementwise kernel, the rate of a bf16 matrix product, the smallest launch."""
-    if device.type != "cuda":
-        return None
+def ceilings(device: torch.device) -> Ceilings:
+    """Measure the bandwidth of an elementwise kernel, a bf16 matrix product and the smallest launch."""
 
     def median(call: Call, inputs: Any) -> float:
         return statistics.median(graph_us(call, [inputs])[0]) * 1e-6

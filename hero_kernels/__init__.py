@@ -1,16 +1,16 @@
 """Fused operations for dropping visual tokens: CLS attention, tile budgets, segmented top-k, gather.
 
-Every operation has a plain PyTorch twin of the same name and signature in
-:mod:`hero_kernels.reference`; the twin is the specification and the CPU path.
-Importing needs torch alone, kernels need Triton: neither ``hero`` nor transformers is imported.
+Every operation has a plain PyTorch implementation of the same name and signature in
+:mod:`hero_kernels.reference`: the specification, and the CPU path. Importing needs only torch; kernels need
+Triton. Neither ``hero`` nor transformers is imported.
 """
 
 from . import reference
-from ._ops import (
+from ._dispatch import implementations
+from .ops import (
     attention_with_cls,
     cls_attention,
     finalize_scores,
-    implementations,
     received_attention,
     segmented_topk,
     segmented_topk_gather,

@@ -1,9 +1,9 @@
-"""The environment variables, read here and nowhere else.
+"""The environment variables. They are read here and nowhere else.
 
 ======================== =================================================================
-``HERO_REFERENCE=1``      run the PyTorch twins even where a kernel exists
-``HERO_REQUIRE_KERNEL=1`` raise instead of running a twin on an accelerator
-``TRITON_INTERPRET=1``    Triton's own: run the kernels on the CPU, in its interpreter
+``HERO_REFERENCE=1``      run the PyTorch reference even where a kernel exists
+``HERO_REQUIRE_KERNEL=1`` raise instead of running the reference on an accelerator
+``TRITON_INTERPRET=1``    a variable of Triton: run the kernels on the CPU, in its interpreter
 ======================== =================================================================
 """
 

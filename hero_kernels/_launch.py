@@ -1,14 +1,14 @@
-"""The one door through which kernels are launched, and their tuned configurations, which are data.
+"""The function that launches kernels, and their tuned configurations, which are data.
 
-A configuration file ``configs/NAME.json`` maps a kernel to rows ``{"upto": size, ...}`` in ascending
-order; a launch takes the first row whose size reaches its own (head width or patches, as the kernel goes).
-``default.json`` serves every GPU that has no file of its own, ``amd.json`` the AMD ones, which do not know
-``maxnreg`` (it keeps ptxas from spilling for occupancy's sake). A file for one GPU is named as the driver
-names it, in lower case with dashes (``nvidia-h200.json``), and says in ``source`` how it was measured.
-Nothing is tuned in the user's process.
+A configuration file ``configs/NAME.json`` maps a kernel to rows ``{"upto": size, ...}`` in ascending order. A
+launch uses the first row with ``size <= upto``; the size is a head width or a number of patches.
+``default.json`` serves every GPU without a file of its own, ``amd.json`` AMD GPUs, which do not support
+``maxnreg`` (it keeps ptxas from spilling registers for higher occupancy). A file for one GPU is named after
+the driver's device name, in lower case with dashes (``nvidia-h200.json``); its ``source`` says how it was
+measured. Nothing is tuned in the user's process.
 
-A configuration never depends on the number of crops or images: block sizes decide the order of sums, and
-a crop's scores must not depend on its neighbours in the batch.
+A configuration never depends on the number of crops or images: block sizes fix the order of sums, and a
+crop's scores must not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ __all__ = ["config_names", "configuration", "launch", "read_config"]
 CONFIGS = resources.files(__package__) / "configs"
 
 
-def launch(kernel: Callable, grid: Sequence[int], *arguments: object, **options: object) -> None:
-    """Launch a Triton kernel; an empty grid is nothing to do. Tests put their own in this place."""
-    options.setdefault("enable_fp_fusion", True)  # versions of Triton differ in their default
+def launch(kernel: Callable, grid: Sequence[int], *, enable_fp_fusion: bool, **arguments: object) -> None:
+    """Launch a Triton kernel with its arguments by name; nothing is launched on an empty grid.
+
+    ``enable_fp_fusion`` has no default, since versions of Triton differ in theirs. Tests and benchmarks
+    replace this function to record launches.
+    """
     if all(grid):
-        kernel[tuple(grid)](*arguments, **options)
+        kernel[tuple(grid)](**arguments, enable_fp_fusion=enable_fp_fusion)
 
 
 def config_names() -> list[str]:
-    """Names of the configuration files that come with the package."""
+    """Names of the configuration files of the package."""
     return sorted(
         file.name.removesuffix(".json") for file in CONFIGS.iterdir() if file.name.endswith(".json")
     )
@@ -42,7 +45,7 @@ def config_names() -> list[str]:
 
 @cache
 def read_config(name: str) -> dict[str, Any]:
-    """A configuration file as it stands."""
+    """The content of a configuration file."""
     return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -61,7 +64,7 @@ def configuration(kernel: str, size: int, device: torch.device) -> dict[str, Any
     """Launch options of a kernel at a size on a device: block sizes, ``num_warps``, ``num_stages``.
 
     Raises:
-        ValueError: the size is beyond what the kernel is made for.
+        ValueError: the size is larger than the kernel supports.
     """
     return dict(_row(_name_of(device), kernel, size))
 

@@ -1,200 +1,56 @@
-"""The operations as operators of torch: schemas, fakes, gradients. ``torch.ops.hero_kernels.*``.
+"""The operations as operators of torch, ``torch.ops.hero_kernels.*``: schemas, fakes, gradients.
 
-Schemas carry no dataclasses: segments travel as integers (``Segments.numbers``) and their table, signals
-as lists. Each operator runs the kernel or the twin of its device, as in eager mode.
+Schemas follow from the signatures in :mod:`hero_kernels.reference`. They carry no dataclasses: segments
+become integers and their table, signals become lists. An operation with an ``out`` buffer has a second
+operator, ``name_``, that adds to it. Each operator runs the kernel or the reference, as in eager mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _dispatch, reference
 from .segments import Finalized, Gathered, Segments, TileBudgets, TileSignal, segments_of
 
 _LIBRARY = torch.library.Library("hero_kernels", "DEF")
 _OPERATORS = torch.ops.hero_kernels
-_LAYER = "Tensor? weights, float weight"  # one weight a crop, or one for all
+_BUDGETS = (torch.int32, torch.float32, torch.int32)  # dtypes of TileBudgets
+
+# --- arguments of a schema -------------------------------------------------------------------------------
 
 
-def _operator(schema: str, implementation: Callable, fake: Callable) -> None:
-    """Register an operator for every device."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hero_kernels::{name}", fake, lib=_LIBRARY)
+class _Kind(NamedTuple):
+    """How an argument travels through a schema: what stands there, and the way there and back."""
+
+    schema: str
+    pack: Callable[[Any, torch.device], tuple]
+    unpack: Callable[..., Any]
 
 
-def _run(name: str, device: torch.device, *arguments, **options):
-    from . import _ops  # which imports this module
-
-    return _ops._run(name, device, *arguments, **options)
+def _as_is(kind: str) -> _Kind:
+    return _Kind(kind + " {}", lambda value, _: (value,), lambda value: value)
 
 
-def _split(weight: float | Tensor) -> tuple[Tensor | None, float]:
-    return (weight, 0.0) if isinstance(weight, Tensor) else (None, float(weight))
+def _pack_weight(weight: float | Tensor, _) -> tuple[float, Tensor | None]:
+    return (0.0, weight) if isinstance(weight, Tensor) else (float(weight), None)
 
 
-def _joined(weights: Tensor | None, weight: float) -> float | Tensor:
-    return weight if weights is None else weights
+def _pack_segments(segments: Segments, device: torch.device) -> tuple[list[int], int, Tensor]:
+    return list(segments.numbers), segments.side, segments.table(device)
 
 
-def _token_major(output: Tensor) -> Tensor:
-    """``[T, H, N, D]`` with the memory of ``[T, N, H, D]``, as the layer after attention wants it."""
-    return output.transpose(1, 2).contiguous().transpose(1, 2)
+def _unpack_segments(numbers: list[int], side: int, table: Tensor) -> Segments:
+    return segments_of(tuple(numbers), side).bound(table)
 
 
-# --- attention -------------------------------------------------------------------------------------------
-
-
-def _cls_attention(query, key, scale, weights, weight, second_softmax):
-    weight = _joined(weights, weight)
-    return _run("cls_attention", key.device, query, key, scale, weight=weight, second_softmax=second_softmax)
-
-
-def _cls_attention_fake(query, key, scale, weights, weight, second_softmax):
-    return key.new_empty((*key.shape[:2], key.shape[2] - 1), dtype=torch.float32)
-
-
-def _cls_attention_into(out, query, key, scale, weights, weight, second_softmax):
-    options = {"weight": _joined(weights, weight), "out": out, "second_softmax": second_softmax}
-    _run("cls_attention", key.device, query, key, scale, **options)
-
-
-_flags = f"float scale, {_LAYER}, bool second_softmax"
-_operator(f"cls_attention(Tensor query, Tensor key, {_flags}) -> Tensor", _cls_attention, _cls_attention_fake)
-_operator(
-    f"cls_attention_(Tensor(a!) out, Tensor query, Tensor key, {_flags}) -> ()",
-    _cls_attention_into,
-    lambda *_: None,
-)
-
-
-def cls_attention(query, key, scale, *, weight, out, second_softmax) -> Tensor:
-    arguments = (query, key, float(scale), *_split(weight), second_softmax)
-    if out is None:
-        return _OPERATORS.cls_attention(*arguments)
-    _OPERATORS.cls_attention_(out, *arguments)
-    return out
-
-
-def _attention_with_cls(query, key, value, scale, weights, weight, second_softmax):
-    output, rows = _run(
-        *("attention_with_cls", key.device, query, key, value, scale),
-        weight=_joined(weights, weight),
-        second_softmax=second_softmax,
-    )
-    return _token_major(output), rows
-
-
-def _attention_with_cls_fake(query, key, value, scale, weights, weight, second_softmax):
-    rows = _cls_attention_fake(query, key, scale, weights, weight, second_softmax)
-    crops, heads, tokens, width = key.shape
-    return key.new_empty((crops, tokens, heads, width)).transpose(1, 2), rows
-
-
-def _attention_context(ctx, inputs, output):
-    query, key, value, ctx.scale, *_ = inputs
-    ctx.save_for_backward(query, key, value)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _attention_backward(ctx, grad, _):
-    """Gradients of plain attention, which is run once more: its own maps were never kept."""
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        output = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=ctx.scale)
-    return *torch.autograd.grad(output, inputs, grad), None, None, None, None
-
-
-_operator(
-    f"attention_with_cls(Tensor query, Tensor key, Tensor value, float scale, {_LAYER}, bool second_softmax)"
-    " -> (Tensor, Tensor)",
-    _attention_with_cls,
-    _attention_with_cls_fake,
-)
-torch.library.register_autograd(
-    "hero_kernels::attention_with_cls",
-    _attention_backward,
-    setup_context=_attention_context,
-    lib=_LIBRARY,
-)
-
-
-def attention_with_cls(query, key, value, scale, *, weight, out, second_softmax):
-    output, rows = _OPERATORS.attention_with_cls(
-        query, key, value, float(scale), *_split(weight), second_softmax
-    )
-    return output, rows.detach() if out is None else out.add_(rows.detach())
-
-
-def _received_attention(query, key, scale, weights, weight):
-    return _run("received_attention", key.device, query, key, scale, weight=_joined(weights, weight))
-
-
-def _received_attention_fake(query, key, scale, weights, weight):
-    return key.new_empty(key.shape[:3], dtype=torch.float32)
-
-
-def _received_attention_into(out, query, key, scale, weights, weight):
-    weight = _joined(weights, weight)
-    _run("received_attention", key.device, query, key, scale, weight=weight, out=out)
-
-
-_flags = f"float scale, {_LAYER}"
-_operator(
-    f"received_attention(Tensor query, Tensor key, {_flags}) -> Tensor",
-    _received_attention,
-    _received_attention_fake,
-)
-_operator(
-    f"received_attention_(Tensor(a!) out, Tensor query, Tensor key, {_flags}) -> ()",
-    _received_attention_into,
-    lambda *_: None,
-)
-
-
-def received_attention(query, key, scale, *, weight, out) -> Tensor:
-    arguments = (query, key, float(scale), *_split(weight))
-    if out is None:
-        return _OPERATORS.received_attention(*arguments)
-    _OPERATORS.received_attention_(out, *arguments)
-    return out
-
-
-# --- scores, budgets, selection --------------------------------------------------------------------------
-
-
-def _finalize_scores(rows, valid, rank):
-    scores, entropy, ranks = _run("finalize_scores", rows.device, rows, valid=valid, rank=rank)
-    return scores, entropy, ranks if rank else rows.new_empty((rows.shape[0], 0), dtype=torch.int16)
-
-
-def _finalize_scores_fake(rows, valid, rank):
-    crops, _, patches = rows.shape
-    ranks = rows.new_empty((crops, patches if rank else 0), dtype=torch.int16)
-    return rows.new_empty((crops, patches)), rows.new_empty((crops,)), ranks
-
-
-_operator(
-    "finalize_scores(Tensor rows, Tensor? valid, bool rank) -> (Tensor, Tensor, Tensor)",
-    _finalize_scores,
-    _finalize_scores_fake,
-)
-
-
-def finalize_scores(rows, *, valid, rank) -> Finalized:
-    scores, entropy, ranks = _OPERATORS.finalize_scores(rows, valid, rank)
-    return Finalized(scores, entropy, ranks if rank else None)
-
-
-_SIGNALS = "Tensor[] signals, float[] weights, float[] temperatures"
-_SEGMENTS = "int[] images, int side, Tensor table"
-
-
-def _lists(signals: Sequence[TileSignal] | None) -> tuple[list, list, list]:
-    """Signals as lists; no temperature is 0, which is none."""
+def _pack_signals(signals: list[TileSignal] | None, _) -> tuple[list, list, list]:
+    """A temperature of 0 stands for none, an empty list for no signals."""
     signals = signals or ()
     return (
         [signal.values for signal in signals],
@@ -203,89 +59,177 @@ def _lists(signals: Sequence[TileSignal] | None) -> tuple[list, list, list]:
     )
 
 
-def _signals(values, weights, temperatures) -> list[TileSignal]:
-    return [TileSignal(*signal, t or None) for *signal, t in zip(values, weights, temperatures, strict=True)]
+def _unpack_signals(values: list, weights: list, temperatures: list) -> list[TileSignal] | None:
+    signals = [TileSignal(*one, t or None) for *one, t in zip(values, weights, temperatures, strict=True)]
+    return signals or None
 
 
-def _segments(images, side, table) -> Segments:
-    return segments_of(tuple(images), side).bound(table)
+_SIGNALS = _Kind("Tensor[] {0}, float[] {0}_weights, float[] temperatures", _pack_signals, _unpack_signals)
+_KINDS = {  # by annotation
+    "Tensor": _as_is("Tensor"),
+    "Tensor | None": _as_is("Tensor?"),
+    "float": _Kind("float {}", lambda value, _: (float(value),), lambda value: value),
+    "bool": _as_is("bool"),
+    "str": _as_is("str"),
+    "float | Tensor": _Kind(
+        "float {0}, Tensor? {0}s", _pack_weight, lambda number, tensor: number if tensor is None else tensor
+    ),
+    "Segments": _Kind("int[] images, int side, Tensor table", _pack_segments, _unpack_segments),
+    "Sequence[TileSignal]": _SIGNALS,
+    "Sequence[TileSignal] | None": _SIGNALS,
+    "TileBudgets | None": _Kind(
+        "Tensor? {}",
+        lambda budgets, _: (None if budgets is None else budgets.budgets,),
+        lambda budgets: None if budgets is None else TileBudgets(budgets, None, None),
+    ),
+}
+_PARAMETERS = {
+    name: {
+        parameter.name: _KINDS[parameter.annotation]
+        for parameter in inspect.signature(getattr(reference, name)).parameters.values()
+        if parameter.name != "out"
+    }
+    for name in reference.__all__
+}
 
 
-def _tile_budgets(values, weights, temperatures, valid_counts, images, side, table, exact):
-    return tuple(
-        _run(
-            *("tile_budgets", valid_counts.device, _signals(values, weights, temperatures), valid_counts),
-            _segments(images, side, table),
-            allocation="exact" if exact else "floor",
-        )
+def _schema(name: str) -> str:
+    return ", ".join(kind.schema.format(key) for key, kind in _PARAMETERS[name].items())
+
+
+def pack(name: str, device: torch.device, arguments: dict[str, Any]) -> list:
+    """The arguments of an operation but ``out``, as its operator takes them."""
+    return [x for key, kind in _PARAMETERS[name].items() for x in kind.pack(arguments[key], device)]
+
+
+def _unpack(name: str, flat: tuple) -> dict[str, Any]:
+    values, arguments = iter(flat), {}
+    for key, kind in _PARAMETERS[name].items():
+        count = kind.schema.count(",") + 1
+        arguments[key] = kind.unpack(*(next(values) for _ in range(count)))
+    return arguments
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    return next(value for value in arguments.values() if isinstance(value, Tensor)).device
+
+
+# --- registration ----------------------------------------------------------------------------------------
+
+
+def _define(name: str, schema: str, implementation: Callable, fake: Callable) -> None:
+    """Register an operator for every device."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hero_kernels::{name}", fake, lib=_LIBRARY)
+
+
+def _run(name: str, out: Tensor | None = None, **arguments):
+    more = {"out": out} if name in _WITH_OUT else {}
+    return _dispatch.run(name, _device(arguments), **arguments, **more)
+
+
+def _register(name: str, returns: str, fake: Callable, run: Callable | None = None) -> None:
+    """Define the operator of an operation; ``run`` and ``fake`` take the operation's own arguments."""
+    run = run or partial(_run, name)
+    _define(
+        name,
+        f"({_schema(name)}) -> {returns}",
+        lambda *flat: run(**_unpack(name, flat)),
+        lambda *flat: fake(**_unpack(name, flat)),
     )
 
 
-def _budgets_fake(counts: Tensor, crops: int) -> tuple[Tensor, Tensor, Tensor]:
-    dtypes = (torch.int32, torch.float32, torch.int32)
-    return tuple(counts.new_empty((crops,), dtype=dtype) for dtype in dtypes)
+def _register_out(name: str) -> None:
+    """Define the operator that adds to ``out``, its first argument."""
+
+    def add(out, *flat):
+        _run(name, out=out, **_unpack(name, flat))
+
+    _define(f"{name}_", f"(Tensor(a!) out, {_schema(name)}) -> ()", add, lambda *_: None)
 
 
-def _tile_budgets_fake(values, weights, temperatures, valid_counts, images, side, table, exact):
-    return _budgets_fake(valid_counts, valid_counts.shape[0])
+def _register_gradient(name: str, saved: Callable, backward: Callable, count: int) -> None:
+    """Gradients of the first result with respect to the first ``count`` tensors.
+
+    ``saved(ctx, arguments, output)`` saves what ``backward(ctx, grad)`` needs to compute them.
+    """
+
+    def context(ctx, inputs, output):
+        saved(ctx, _unpack(name, inputs), output)
+        ctx.others = [_no_gradient(value) for value in inputs[count:]]
+        ctx.mark_non_differentiable(*output[1:])
+
+    def gradients(ctx, grad, *_):
+        return *backward(ctx, grad), *ctx.others
+
+    torch.library.register_autograd(f"hero_kernels::{name}", gradients, setup_context=context, lib=_LIBRARY)
 
 
-_operator(
-    f"tile_budgets({_SIGNALS}, Tensor valid_counts, {_SEGMENTS}, bool exact) -> (Tensor, Tensor, Tensor)",
-    _tile_budgets,
-    _tile_budgets_fake,
-)
+def _no_gradient(value):
+    """``None``; one for each tensor of a list; an empty list of numbers counts as a list of tensors."""
+    is_tensors = isinstance(value, (list, tuple)) and all(isinstance(x, Tensor) for x in value)
+    return [None] * len(value) if is_tensors else None
 
 
-def _described(segments: Segments, device: torch.device) -> tuple[tuple[int, ...], int, Tensor]:
-    return list(segments.numbers), segments.side, segments.table(device)
+# --- the operations --------------------------------------------------------------------------------------
+
+_WITH_OUT = ("cls_attention", "attention_with_cls", "received_attention")
 
 
-def tile_budgets(signals, valid_counts, segments, *, allocation) -> TileBudgets:
-    described = _described(segments, valid_counts.device)
-    return TileBudgets(
-        *_OPERATORS.tile_budgets(*_lists(signals), valid_counts, *described, allocation == "exact")
-    )
+def _cls_rows(key: Tensor, **_) -> Tensor:
+    return key.new_empty((*key.shape[:2], key.shape[2] - 1), dtype=torch.float32)
 
 
-def _segmented_topk(scores, budgets, valid):
-    return _run("segmented_topk", scores.device, scores, budgets, valid)
+def _attention_with_cls(**arguments):
+    output, rows = _run("attention_with_cls", **arguments)
+    # The memory of [T, N, H, D], as the layer after attention expects it.
+    return output.transpose(1, 2).contiguous().transpose(1, 2), rows
 
 
-_operator(
-    "segmented_topk(Tensor scores, Tensor budgets, Tensor? valid) -> Tensor",
-    _segmented_topk,
-    lambda scores, budgets, valid: scores.new_empty(scores.shape, dtype=torch.bool),
-)
+def _attention_with_cls_fake(key, **_):
+    crops, heads, tokens, width = key.shape
+    return key.new_empty((crops, tokens, heads, width)).transpose(1, 2), _cls_rows(key)
 
 
-def segmented_topk(scores, budgets, valid) -> Tensor:
-    return _OPERATORS.segmented_topk(scores, budgets, valid)
+def _save_attention(ctx, arguments, output):
+    ctx.scale = arguments["scale"]
+    ctx.save_for_backward(arguments["query"], arguments["key"], arguments["value"])
 
 
-def _gather(
-    features, scores, valid, budgets, values, weights, temperatures, images, side, table, ranks, valid_counts
-):
-    segments = _segments(images, side, table)
-    given = None if budgets is None else TileBudgets(budgets, None, None)
-    result = _run(
-        *("segmented_topk_gather", scores.device, features, scores, segments),
-        valid=valid,
-        budgets=given,
-        signals=_signals(values, weights, temperatures) if budgets is None else None,
-        ranks=ranks,
-        valid_counts=valid_counts,
-    )
-    tokens, index = _promised(result, segments)
-    made = result.budgets if budgets is None else [table.new_empty(0, dtype=kind) for kind in _KINDS]
-    return tokens, index, *made
+def _attention_backward(ctx, grad):
+    """Gradients of plain attention, which is computed again: its maps were never stored."""
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=ctx.scale)
+    return torch.autograd.grad(output, inputs, grad)
 
 
-_KINDS = (torch.int32, torch.float32, torch.int32)  # of TileBudgets
+def _finalize_scores(rows, rank, **arguments):
+    scores, entropy, ranks = _run("finalize_scores", rows=rows, rank=rank, **arguments)
+    return scores, entropy, ranks if rank else rows.new_empty((rows.shape[0], 0), dtype=torch.int16)
+
+
+def _finalize_scores_fake(rows, rank, **_):
+    crops, _, patches = rows.shape
+    ranks = rows.new_empty((crops, patches if rank else 0), dtype=torch.int16)
+    return rows.new_empty((crops, patches)), rows.new_empty((crops,)), ranks
+
+
+def _budgets_fake(tensor: Tensor, crops: int) -> Iterator[Tensor]:
+    return (tensor.new_empty((crops,), dtype=dtype) for dtype in _BUDGETS)
+
+
+def _gather(**arguments):
+    result, segments = _run("segmented_topk_gather", **arguments), arguments["segments"]
+    made = result.budgets
+    if arguments["budgets"] is not None:  # an operator must not return its input
+        made = (result.index.new_empty(0, dtype=dtype) for dtype in _BUDGETS)
+    return *_promised(result, segments), *made
 
 
 def _promised(result: Gathered, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Tokens and index of the lengths that the segments promise: the twin's are those of the content."""
+    """Tokens and index at the lengths that the segments promise; the reference's depend on the data."""
     if result.lengths == segments.lengths:
         return result.tokens, result.index
     tokens = result.tokens.new_zeros((sum(segments.lengths), result.tokens.shape[1]))
@@ -299,55 +243,71 @@ def _promised(result: Gathered, segments: Segments) -> tuple[Tensor, Tensor]:
     return tokens, index
 
 
-def _gather_fake(
-    features, scores, valid, budgets, values, weights, temperatures, images, side, table, ranks, valid_counts
-):
-    total = sum(segments_of(tuple(images), side).lengths)
+def _gather_fake(features, segments, budgets, **_):
+    total = sum(segments.lengths)
     tokens = features.new_empty((total, features.shape[2]))
     index = features.new_empty((total,), dtype=torch.int32)
     return tokens, index, *_budgets_fake(features, features.shape[0] if budgets is None else 0)
 
 
-def _gather_context(ctx, inputs, output):
-    ctx.shape, ctx.signals = inputs[0].shape, len(inputs[4])
+def _save_gather(ctx, arguments, output):
+    ctx.shape = arguments["features"].shape
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _gather_backward(ctx, grad, *_):
-    """Each row goes back to where it came from; no two rows come from one place."""
+def _gather_backward(ctx, grad):
+    """The gradient of each row goes to the row's source; no two rows have the same source."""
     (index,) = ctx.saved_tensors
     crops, patches, width = ctx.shape
     place = torch.where(index < 0, crops * patches, index).long()
     features = grad.new_zeros((crops * patches + 1, width)).index_copy_(0, place, grad)
-    features = features[:-1].view(ctx.shape)
-    numbers = (
-        None if ctx.signals else []
-    )  # torch takes a list of numbers for one input, an empty one for none
-    return features, None, None, None, [None] * ctx.signals, numbers, numbers, *[None] * 5
+    return (features[:-1].view(ctx.shape),)
 
 
-_operator(
-    f"segmented_topk_gather(Tensor features, Tensor scores, Tensor? valid, Tensor? budgets, {_SIGNALS}, "
-    f"{_SEGMENTS}, Tensor? ranks, Tensor? valid_counts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _gather,
-    _gather_fake,
+_register("cls_attention", "Tensor", _cls_rows)
+_register_out("cls_attention")
+_register("attention_with_cls", "(Tensor, Tensor)", _attention_with_cls_fake, _attention_with_cls)
+_register_gradient("attention_with_cls", _save_attention, _attention_backward, 3)
+_register("received_attention", "Tensor", lambda key, **_: key.new_empty(key.shape[:3], dtype=torch.float32))
+_register_out("received_attention")
+_register("finalize_scores", "(Tensor, Tensor, Tensor)", _finalize_scores_fake, _finalize_scores)
+_register(
+    "tile_budgets",
+    "(Tensor, Tensor, Tensor)",
+    lambda valid_counts, **_: tuple(_budgets_fake(valid_counts, valid_counts.shape[0])),
+    lambda **arguments: tuple(_run("tile_budgets", **arguments)),
 )
-torch.library.register_autograd(
-    "hero_kernels::segmented_topk_gather", _gather_backward, setup_context=_gather_context, lib=_LIBRARY
-)
+_register("segmented_topk", "Tensor", lambda scores, **_: scores.new_empty(scores.shape, dtype=torch.bool))
+_register("segmented_topk_gather", "(Tensor, Tensor, Tensor, Tensor, Tensor)", _gather_fake, _gather)
+_register_gradient("segmented_topk_gather", _save_gather, _gather_backward, 1)
 
 
-def segmented_topk_gather(
-    features, scores, segments, *, valid, budgets, signals, allocation, ranks, valid_counts
-) -> Gathered:
-    if allocation != "exact":
+def call(name: str, device: torch.device, **arguments):
+    """Call the operator of an operation on checked arguments: what the operation returns.
+
+    Raises:
+        ValueError: an allocation whose number of tokens depends on the data.
+    """
+    out = arguments.pop("out", None)
+    if name == "segmented_topk_gather" and arguments["allocation"] != "exact":
         raise ValueError(
             "allocation: expected 'exact' under torch.compile and where gradients run through a kernel, "
-            f"since with others the number of tokens depends on the content, got {allocation!r}"
+            f"since with others the number of tokens depends on the data, got {arguments['allocation']!r}"
         )
-    tokens, index, *made = _OPERATORS.segmented_topk_gather(
-        *(features, scores, valid, None if budgets is None else budgets.budgets, *_lists(signals)),
-        *(*_described(segments, scores.device), ranks, valid_counts),
-    )
-    return Gathered(tokens, index, segments.lengths, TileBudgets(*made) if budgets is None else budgets)
+    flat = pack(name, device, arguments)
+    if out is not None and name != "attention_with_cls":
+        getattr(_OPERATORS, f"{name}_")(out, *flat)
+        return out
+    result = getattr(_OPERATORS, name)(*flat)
+    if name == "attention_with_cls":
+        output, rows = result
+        return output, rows.detach() if out is None else out.add_(rows.detach())
+    if name == "finalize_scores":
+        return Finalized(*result[:2], result[2] if arguments["rank"] else None)
+    if name == "tile_budgets":
+        return TileBudgets(*result)
+    if name == "segmented_topk_gather":
+        tokens, index, *made = result
+        budgets = TileBudgets(*made) if arguments["budgets"] is None else arguments["budgets"]
+        return Gathered(tokens, index, arguments["segments"].lengths, budgets)
+    return result

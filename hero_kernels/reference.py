@@ -1,18 +1,28 @@
-"""The PyTorch twins: the specification of every operation, and what runs on a CPU.
+"""The reference: every operation in plain PyTorch. It is the specification, and the path without kernels.
 
-Each function has the name and signature of the operation it specifies and says what it computes,
-no more: arguments are checked by the public functions in :mod:`hero_kernels`.
-Section numbers are those of ``docs/method.md``.
+Each function has the name and signature of the operation it specifies. The operations in
+:mod:`hero_kernels.ops` document and check the arguments. Section numbers are those of ``docs/method.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from .segments import LARGEST, Finalized, Gathered, Lanes, Segments, TileBudgets, TileSignal
+from .segments import (
+    LARGEST,
+    Finalized,
+    Gathered,
+    Segment,
+    Segments,
+    TileBudgets,
+    TileSignal,
+    to_device,
+)
 
 __all__ = [
     "attention_with_cls",
@@ -25,6 +35,10 @@ __all__ = [
 ]
 
 FIXED_POINT = 1 << 24
+LANES = 64  # see Lanes
+
+
+# --- attention rows and scores ---------------------------------------------------------------------------
 
 
 def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None) -> Tensor:
@@ -46,28 +60,7 @@ def cls_attention(
     out: Tensor | None = None,
     second_softmax: bool = False,
 ) -> Tensor:
-    """Attention of the CLS token to every patch, per head (§1).
-
-    ``out[t, h, n] += weight · softmax_j(scale · q[t, h, 0] · k[t, h, j])[n + 1]`` in fp32: the softmax
-    runs over all N keys, then the CLS column is dropped, without renormalising. The mean over heads is
-    taken once, after the last layer, by :func:`finalize_scores`.
-
-    Args:
-        query: ``[T, H, N or 1, D]`` floating view, any strides; only row 0 is read.
-        key: ``[T, H, N, D]`` floating view, any strides.
-        scale: factor of the logits, usually D^−½.
-        weight: factor of this layer, for all crops or ``[T]`` fp32, one a crop. Crops of weight 0 get
-            nothing added, whatever their keys.
-        out: fp32 of the result's shape to add to in place; a new tensor where ``None``.
-        second_softmax: a second softmax over the N − 1 patches of each head, as the paper's released
-            code has it.
-
-    Returns:
-        ``[T, H, N − 1]`` fp32, ``out`` where given. No gradient runs through it.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name.
-    """
+    """Row 0 of the softmax of all logits, without the CLS column, per head (§1)."""
     logits = torch.einsum("thd,thnd->thn", query[:, :, 0].float(), key.float()) * scale
     rows = logits.softmax(-1)[..., 1:]
     if second_softmax:
@@ -85,19 +78,7 @@ def attention_with_cls(
     out: Tensor | None = None,
     second_softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Full attention that yields the CLS row of :func:`cls_attention` on the side.
-
-    Args:
-        query, key, value: ``[T, H, N, D]`` floating views, any strides.
-        scale, weight, out, second_softmax: as in :func:`cls_attention`.
-
-    Returns:
-        the attention output ``[T, H, N, D]`` in the dtype of ``query`` (accumulated in fp32), and the
-        CLS rows as :func:`cls_attention` returns them.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name.
-    """
+    """Softmax attention in fp32, and the rows of :func:`cls_attention` (§1)."""
     logits = torch.einsum("thmd,thnd->thmn", query.float(), key.float()) * scale
     output = torch.einsum("thmn,thnd->thmd", logits.softmax(-1), value.float()).to(query.dtype)
     rows = cls_attention(
@@ -117,20 +98,7 @@ def received_attention(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention a token receives per head, averaged over queries: the score of encoders without CLS (§1).
-
-    ``out[t, h, n] += weight · mean_m softmax_j(scale · q[t, h, m] · k[t, h, j])[n]`` in fp32.
-
-    Args:
-        query, key: ``[T, H, N, D]`` floating views, any strides.
-        scale, weight, out: as in :func:`cls_attention`.
-
-    Returns:
-        ``[T, H, N]`` fp32, ``out`` where given. No gradient runs through it.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name.
-    """
+    """The mean of the attention map over queries, per head (§1)."""
     rows = []
     for q, k in zip(query.unbind(1), key.unbind(1), strict=True):  # the N × N maps of all heads would not fit
         logits = torch.einsum("tmd,tnd->tmn", q.float(), k.float()) * scale
@@ -140,23 +108,7 @@ def received_attention(
 
 
 def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = False) -> Finalized:
-    """Patch scores from rows per head, and what follows from the scores alone (§1, §2).
-
-    Args:
-        rows: ``[T, H, P]`` fp32, as :func:`cls_attention` accumulates them.
-        valid: ``[T, P]`` bool; all valid where ``None``.
-        rank: whether ranks are wanted.
-
-    Returns:
-        ``scores[t, p] = mean_h rows[t, h, p]``; the entropy in nats of each crop's scores over its valid
-        patches, normalised to sum 1 (negative scores and NaN count as 0; without a finite sum above 0 it is
-        that of equal scores, ``ln(valid)``); and each patch's place in the order of selection (§4):
-        highest score first, ties to the lower index, invalid patches last.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name; more than 32767
-            patches where ranks are wanted.
-    """
+    """The mean over heads, its normalised entropy over valid patches, and ranks (§1, §2, §4)."""
     scores = rows.mean(1)
     some = scores > 0.0 if valid is None else valid & (scores > 0.0)
     weight = scores.masked_fill(~some, 0.0)
@@ -167,6 +119,63 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
     entropy = torch.where((total[:, 0] > 0) & total[:, 0].isfinite(), entropy, count.clamp_min(1.0).log())
     ranks = _ranks(scores, valid).to(torch.int16) if rank else None
     return Finalized(scores, entropy, ranks)
+
+
+# --- budgets ---------------------------------------------------------------------------------------------
+
+
+class Lanes(NamedTuple):
+    """The images of a batch as rows of lanes, one crop per lane, so that all are computed at once.
+
+    A row has LANES lanes, or a multiple of them where an image of the batch has more crops: the order in
+    which a row is summed must not depend on the other images.
+
+    Attributes:
+        crop: ``[B, L]`` int64, the crop of each lane; 0 where there is none.
+        no_tile: ``[B, L]`` bool, thumbnails and lanes without a crop.
+        equal: ``[B, L]`` fp32, equal parts of the tiles of an image.
+        thumbnail_tokens: ``[B, most]`` int64, at the thumbnail; −1 elsewhere.
+        tile_tokens: ``[B, 1]`` int64.
+        image: ``[T]`` int64, the row of each crop.
+        place: ``[T]`` int64, where each crop is among the first ``most`` lanes, flattened.
+        most: crops of the largest image; no lane beyond has one.
+    """
+
+    crop: Tensor
+    no_tile: Tensor
+    equal: Tensor
+    thumbnail_tokens: Tensor
+    tile_tokens: Tensor
+    image: Tensor
+    place: Tensor
+    most: int
+
+
+def _lanes(segments: Segments, device: torch.device) -> Lanes:
+    """The lanes of the images on a device; stored with the segments."""
+    return segments.stored("lanes", device, lambda: _make_lanes(segments, device))
+
+
+def _make_lanes(segments: Segments, device: torch.device) -> Lanes:
+    images = segments.images
+    crops, thumbnail, thumbnail_tokens, tile_tokens, tiles = (
+        torch.tensor([getattr(image, name) for image in images])[:, None]
+        for name in ("crops", "thumbnail", "thumbnail_tokens", "tile_tokens", "tiles")
+    )
+    first, most = torch.tensor(segments.first_crops[:-1])[:, None], int(crops.max())
+    lane = torch.arange(-(-most // LANES) * LANES)
+    inside, is_thumbnail = lane < crops, lane == thumbnail
+    is_tile = inside & ~is_thumbnail
+    tensors = (
+        torch.where(inside, first + lane, 0),
+        ~is_tile,
+        is_tile / tiles.clamp_min(1),
+        torch.where(is_thumbnail, thumbnail_tokens, -1)[:, :most],
+        tile_tokens,
+        inside.nonzero()[:, 0],
+        inside[:, :most].flatten().nonzero()[:, 0],
+    )
+    return Lanes(*(to_device(tensor, device) for tensor in tensors), most)
 
 
 def _part(signal: TileSignal, lanes: Lanes) -> Tensor:
@@ -226,7 +235,7 @@ def _apportion(total: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
 
 
 def _apportion_floor(total: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
-    """The released rule: the floor of each quota, at most the cap; leftovers are lost (§3)."""
+    """The rule of the released code: the floor of each quota, at most the cap; the remainder is lost (§3)."""
     return torch.minimum(total * weights // weights.sum(1, keepdim=True).clamp_min(1), caps)
 
 
@@ -237,29 +246,9 @@ def tile_budgets(
     *,
     allocation: str = "exact",
 ) -> TileBudgets:
-    """Share each image's tile tokens among its tiles (§2, §3).
-
-    ``share_i = Σ_s w_s · signal_s,i / Σ_s w_s``, each signal normalised to sum 1 over the tiles of its
-    image. Shares become integers ``floor(share · 2²⁴ + ½)``; all further arithmetic is exact.
-
-    Args:
-        signals: at least one, with positive weight in sum.
-        valid_counts: ``[T]`` int32 or int64, valid patches of each crop: the caps.
-        segments: the images of the batch.
-        allocation: ``"exact"``, water-filling with caps, always the whole of
-            ``min(tile_tokens, Σ valid)``; or ``"floor"``, the released rule, which loses what the floors
-            and caps leave over.
-
-    Returns:
-        budgets, shares and fixed-point weights; a thumbnail's budget is
-        ``min(thumbnail_tokens, valid)``, its share 0.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name; a signal that is not
-            finite.
-    """
+    """Shares of the tiles, rounded to integers, divided by largest remainders with caps (§2, §3)."""
     rule = _apportion if allocation == "exact" else _apportion_floor
-    lanes = segments.lanes(valid_counts.device)
+    lanes = _lanes(segments, valid_counts.device)
     shares = _shares(signals, lanes)[:, : lanes.most]
     weights = (shares.double() * FIXED_POINT + 0.5).floor().long()  # fp32 could not add the half
     counts = valid_counts.long().clamp_max(LARGEST)[lanes.crop[:, : lanes.most]]
@@ -271,9 +260,12 @@ def tile_budgets(
     return TileBudgets(*(row.flatten().index_select(0, lanes.place) for row in rows))
 
 
+# --- selection -------------------------------------------------------------------------------------------
+
+
 def _ranks(scores: Tensor, valid: Tensor | None) -> Tensor:
     """``[T, P]`` int64: each patch's place in the order of selection (§4)."""
-    last = scores.isnan().to(torch.uint8)  # behind a valid −inf come NaN, then invalid patches
+    last = scores.isnan().to(torch.uint8)  # after a valid −inf come NaN, then invalid patches
     if valid is not None:
         last = last.masked_fill(~valid, 2)
     keys = (scores + 0.0).masked_fill(last > 0, -torch.inf)  # −0 becomes +0
@@ -290,35 +282,53 @@ def _top(ranks: Tensor, budgets: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Per crop, the budget's highest-scoring valid patches (§4).
-
-    Ties go to the lower index, −0 equals +0, a budget beyond the valid patches is clamped to them.
-
-    Args:
-        scores: ``[T, P]`` floating.
-        budgets: ``[T]`` int32 or int64, >= 0.
-        valid: ``[T, P]`` bool; all valid where ``None``.
-
-    Returns:
-        ``[T, P]`` bool, true where the patch is kept.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name; NaN in ``scores``,
-            where that is seen without waiting, on the CPU. (Elsewhere NaN ranks below every number.)
-    """
+    """The first patches of each crop in selection order (§4)."""
     return _top(_ranks(scores, valid), budgets, valid)
 
 
+def _order(segments: Segments, device: torch.device) -> Tensor:
+    """``[N]`` int64: ``crop · P + patch`` of all patches in packed order, −1 for newlines (§5).
+
+    A selection drops patches and keeps this order. Stored with the segments.
+    """
+
+    def make() -> Tensor:
+        pairs = zip(segments.images, segments.first_crops, strict=False)
+        return to_device(torch.cat([_order_of(*pair, segments.side) for pair in pairs]), device)
+
+    return segments.stored("order", device, make)
+
+
+def _order_of(image: Segment, first: int, side: int) -> Tensor:
+    """The order of one image, whose first crop is ``first``."""
+    source = torch.arange(first * side**2, (first + image.crops) * side**2).view(image.crops, -1)
+    newline = torch.tensor([-1])
+    stitched = rearrange(
+        source[image.first_tile : image.first_tile + image.tiles],
+        "(gh gw) (y x) -> (gh y) (gw x)",
+        gw=image.grid_width,
+        y=side,
+    )
+    begin, end = image.newline_rows
+    rows = stitched[begin:end]
+    rows = torch.cat([rows, newline.expand(len(rows), 1)], dim=1)
+    tiles = [stitched[:begin].flatten(), rows.flatten(), stitched[end:].flatten()]
+    thumbnail = []
+    if image.thumbnail >= 0:
+        thumbnail = [source[image.thumbnail], newline[: int(image.thumbnail_newline)]]
+    return torch.cat([*thumbnail, *tiles] if image.thumbnail <= 0 else [*tiles, *thumbnail])
+
+
 def _lengths(keep: Tensor, segments: Segments) -> tuple[int, ...]:
-    """Rows of each image, read by the host at once."""
+    """Rows of each image, read by the host in one synchronisation."""
     kept = keep.new_zeros(len(segments.images), dtype=torch.int64)
-    kept = kept.index_add_(0, segments.lanes(keep.device).image, keep.sum(1))
+    kept = kept.index_add_(0, _lanes(segments, keep.device).image, keep.sum(1))
     return tuple(rows + image.newlines for rows, image in zip(kept.tolist(), segments.images, strict=True))
 
 
 def _packed_index(keep: Tensor, segments: Segments, length: int) -> Tensor:
     """``[length]`` int64, source of every packed row: ``crop · P + patch``, −1 for a newline (§5)."""
-    order = segments.order(keep.device)
+    order = _order(segments, keep.device)
     stays = keep.flatten().index_select(0, order.clamp_min(0)) | (order < 0)
     return order.index_select(0, torch.nonzero_static(stays, size=length)[:, 0])
 
@@ -335,35 +345,8 @@ def segmented_topk_gather(
     ranks: Tensor | None = None,
     valid_counts: Tensor | None = None,
 ) -> Gathered:
-    """Budgets, top-k, packing in stitched raster order with newline rows, gather; ragged batches (§3–§5).
-
-    Args:
-        features: ``[T, P, D]`` floating view, any strides.
-        scores: ``[T, P]`` floating.
-        segments: the images of the batch.
-        valid: ``[T, P]`` bool; all valid where ``None``.
-        budgets: what :func:`tile_budgets` returned; or
-        signals: what it takes, for both steps at once. One of the two is given.
-        allocation: the rule of the budgets, those given too: with ``"exact"`` a kernel need not wait for
-            them to know how long the result is.
-        ranks: ``[T, P]`` int16, what :func:`finalize_scores` made of the scores and the same ``valid``.
-            They decide in place of the scores and spare a kernel the search for the cut.
-        valid_counts: ``[T]`` int32, the row sums of ``valid`` where they are known: spares counting them.
-
-    Returns:
-        packed tokens (newline rows zero: they live in the language model's width and are filled after
-        projection), their source, the length of each image, and the budgets. Gradients run from tokens
-        to features.
-
-        On an accelerator, and compiled, the lengths are those that ``segments`` promise, unless
-        ``allocation`` is ``"floor"``. Where budgets or mask hold fewer patches, the image ends in empty
-        rows (zeros, index −2); budgets that hold more are cut off at the length.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape or device, by name; both or none of
-            ``budgets`` and ``signals``; NaN in ``features`` or ``scores`` (on the CPU).
-    """
-    # Where nothing can fall short of what the segments promise, nothing needs to be counted.
+    """The packed order of all patches, restricted to the kept ones (§3 to §5)."""
+    # Lengths are those that the segments promise where no budget or mask can make them shorter.
     promised = allocation == "exact" and budgets is None and valid is None and valid_counts is None
     if budgets is None:
         if valid_counts is None and valid is None:
@@ -374,9 +357,9 @@ def segmented_topk_gather(
     keep = _top(_ranks(scores, valid) if ranks is None else ranks, budgets.budgets, valid)
     lengths = segments.lengths if promised else _lengths(keep, segments)
     index = _packed_index(keep, segments, sum(lengths))
-    # Chosen before the gather: one advanced index on a strided view, without copying the view.
+    # One advanced index on a strided view: flattening first would copy the view.
     crop, patch = index.clamp_min(0) // segments.patches, index.clamp_min(0) % segments.patches
     tokens = features[crop, patch]
     newlines = torch.nonzero_static(index < 0, size=sum(image.newlines for image in segments.images))
-    tokens = tokens.index_fill_(0, newlines[:, 0], 0.0)  # in place: these rows alone are written
+    tokens = tokens.index_fill_(0, newlines[:, 0], 0.0)  # in place: only these rows are written
     return Gathered(tokens, index.to(torch.int32), lengths, budgets)

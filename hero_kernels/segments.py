@@ -15,7 +15,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ._checks import check_choice, describe
@@ -25,7 +24,6 @@ __all__ = ["ALLOCATIONS", "Finalized", "Gathered", "Segment", "Segments", "TileB
 ALLOCATIONS = ("exact", "floor")
 MAX_SIGNALS = 4
 LARGEST = (1 << 31) - 1  # of a count: products with weights then fit into int64
-LANES = 64  # see Lanes
 NUMBERS = (
     "crops",
     "thumbnail",
@@ -116,12 +114,11 @@ class Segments:
                 raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
         if self.crops * self.patches >= 1 << 31:
             raise ValueError(f"images: expected crops · patches below 2³¹, got {self.crops} · {self.patches}")
-        object.__setattr__(self, "_tables", {})
-        object.__setattr__(self, "_lanes", {})
-        object.__setattr__(self, "_orders", {})
+        object.__setattr__(self, "_stored", {})
+        object.__setattr__(self, "_bound", None)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"images": self.images, "side": self.side, "_tables": {}, "_lanes": {}, "_orders": {}}
+        return {"images": self.images, "side": self.side, "_stored": {}, "_bound": None}
 
     @property
     def patches(self) -> int:
@@ -150,29 +147,28 @@ class Segments:
     def table(self, device: torch.device) -> Tensor:
         """``[B, len(COLUMNS)]`` int32 on a device, what a kernel reads of each image.
 
-        Copied to the device once and kept with this object: it must outlive CUDA graphs captured with it.
+        Copied to the device once and stored with this object: it must outlive CUDA graphs that read it.
         """
-        return _kept(self._tables, device, lambda: to_device(_table(self), device))
+        if self._bound is not None:
+            return self._bound
+        return self.stored("table", device, lambda: to_device(_table(self), device))
 
-    def lanes(self, device: torch.device) -> Lanes:
-        """The images as rows of lanes, a crop each, on a device; kept with this object."""
-        return _kept(self._lanes, device, lambda: _lanes(self, device))
-
-    def order(self, device: torch.device) -> Tensor:
-        """``[N]`` int64: ``crop · P + patch`` of all patches in the order of the packed sequence (§5).
-
-        Newlines are −1. A selection drops patches from it, and keeps the order. Kept with this object.
-        """
-        return _kept(self._orders, device, lambda: to_device(_order(self), device))
+    def stored(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        """The result of ``make()`` for a device, computed at the first call and stored with this object."""
+        key = name, device
+        if key not in self._stored:
+            with torch.inference_mode(False):  # it may be used later in a call that has gradients
+                self._stored[key] = make()
+        return self._stored[key]
 
     def warm(self, device: torch.device) -> None:
-        """Compute now what is computed once: compiled code can look that up, but not compute it."""
+        """Compute what is computed once: compiled code can read these values, but not compute them."""
         _ = self.table(device), self.numbers, self.lengths, self.first_crops
 
     def bound(self, table: Tensor) -> Segments:
         """The same segments with their table given."""
         same = object.__new__(Segments)
-        same.__dict__.update(self.__dict__, _tables={table.device: table})
+        same.__dict__.update(self.__dict__, _bound=table)
         return same
 
     @cached_property
@@ -186,25 +182,12 @@ class Segments:
             for image in self.images
         )
 
-    def check_crops(self, name: str, crops: int) -> None:
-        """Raise ``ValueError`` unless argument ``name`` has one row a crop."""
-        if crops != self.crops:
-            raise ValueError(f"{name}: expected {self.crops} crops as in segments, got {crops}")
-
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; no one waits for the copy."""
+    """Copy a host tensor to a device, asynchronously."""
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
-
-
-def _kept(store: dict[torch.device, Any], device: torch.device, make: Callable[[], Any]) -> Any:
-    """What was made for a device before, or is made now."""
-    if device not in store:
-        with torch.inference_mode(False):  # it may serve a call that has gradients
-            store[device] = make()
-    return store[device]
 
 
 def _table(segments: Segments) -> Tensor:
@@ -216,81 +199,6 @@ def _table(segments: Segments) -> Tensor:
         for first, begin, length, image in rows
     ]
     return torch.tensor(numbers, dtype=torch.int32)
-
-
-class Lanes(NamedTuple):
-    """The images of a batch as rows of lanes, a crop a lane, so that all can be computed at once.
-
-    A row has LANES lanes, or a multiple of them where an image of the batch has more crops: the order in
-    which a row is summed must not depend on the other images.
-
-    Attributes:
-        crop: ``[B, L]`` int64, the crop of each lane; 0 where there is none.
-        no_tile: ``[B, L]`` bool, thumbnails and lanes without a crop.
-        equal: ``[B, L]`` fp32, equal parts of the tiles of an image.
-        thumbnail_tokens: ``[B, most]`` int64, at the thumbnail; −1 elsewhere.
-        tile_tokens: ``[B, 1]`` int64.
-        image: ``[T]`` int64, the row of each crop.
-        place: ``[T]`` int64, where each crop is among the first ``most`` lanes, flattened.
-        most: crops of the largest image; no lane beyond has one.
-    """
-
-    crop: Tensor
-    no_tile: Tensor
-    equal: Tensor
-    thumbnail_tokens: Tensor
-    tile_tokens: Tensor
-    image: Tensor
-    place: Tensor
-    most: int
-
-
-def _lanes(segments: Segments, device: torch.device) -> Lanes:
-    images = segments.images
-    crops, thumbnail, thumbnail_tokens, tile_tokens, tiles = (
-        torch.tensor([getattr(image, name) for image in images])[:, None]
-        for name in ("crops", "thumbnail", "thumbnail_tokens", "tile_tokens", "tiles")
-    )
-    first, most = torch.tensor(segments.first_crops[:-1])[:, None], int(crops.max())
-    lane = torch.arange(-(-most // LANES) * LANES)
-    inside, is_thumbnail = lane < crops, lane == thumbnail
-    is_tile = inside & ~is_thumbnail
-    tensors = (
-        torch.where(inside, first + lane, 0),
-        ~is_tile,
-        is_tile / tiles.clamp_min(1),
-        torch.where(is_thumbnail, thumbnail_tokens, -1)[:, :most],
-        tile_tokens,
-        inside.nonzero()[:, 0],
-        inside[:, :most].flatten().nonzero()[:, 0],
-    )
-    return Lanes(*(to_device(tensor, device) for tensor in tensors), most)
-
-
-def _order(segments: Segments) -> Tensor:
-    """:meth:`Segments.order` on the host."""
-    pairs = zip(segments.images, segments.first_crops, strict=False)
-    return torch.cat([_order_of(image, first, segments.side) for image, first in pairs])
-
-
-def _order_of(image: Segment, first: int, side: int) -> Tensor:
-    """The order of one image, whose first crop is ``first``."""
-    source = torch.arange(first * side**2, (first + image.crops) * side**2).view(image.crops, -1)
-    newline = torch.tensor([-1])
-    stitched = rearrange(
-        source[image.first_tile : image.first_tile + image.tiles],
-        "(gh gw) (y x) -> (gh y) (gw x)",
-        gw=image.grid_width,
-        y=side,
-    )
-    begin, end = image.newline_rows
-    rows = stitched[begin:end]
-    rows = torch.cat([rows, newline.expand(len(rows), 1)], dim=1)
-    tiles = [stitched[:begin].flatten(), rows.flatten(), stitched[end:].flatten()]
-    thumbnail = []
-    if image.thumbnail >= 0:
-        thumbnail = [source[image.thumbnail], newline[: int(image.thumbnail_newline)]]
-    return torch.cat([*thumbnail, *tiles] if image.thumbnail <= 0 else [*tiles, *thumbnail])
 
 
 @lru_cache(maxsize=256)

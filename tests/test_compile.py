@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from triton.runtime.jit import JITFunction
+
 from hero_kernels import _launch, kernels
 from hero_kernels._env import SWITCHES
 
@@ -58,18 +60,18 @@ def wanted():
 
 def elements(launch):
     """Elements that a program must at least load in wide accesses, and store so; and a tensor of them."""
-    option = launch.options
-    if launch.name == "cls_rows_kernel":
-        return option["BLOCK"] * option["D_PAD"], 0, launch.arguments[1]
-    if launch.name == "attention_kernel":
-        block = max(option["BLOCK"], option["BLOCK_M"] + 2 * option["BLOCK_N"])
-        return block * option["D_PAD"], 0, launch.arguments[1]
-    if launch.name in ("log_sums_kernel", "columns_kernel"):
-        return (option["BLOCK_M"] + option["BLOCK_N"]) * option["D_PAD"], 0, launch.arguments[1]
+    given = launch.arguments
+    if launch.name == "cls_attention_kernel":
+        return given["BLOCK"] * given["D_PAD"], 0, given["key"]
+    if launch.name == "attention_with_cls_kernel":
+        block = max(given["BLOCK"], given["BLOCK_M"] + 2 * given["BLOCK_N"])
+        return block * given["D_PAD"], 0, given["key"]
+    if launch.name in ("received_log_sums_kernel", "received_columns_kernel"):
+        return (given["BLOCK_M"] + given["BLOCK_N"]) * given["D_PAD"], 0, given["key"]
     if launch.name == "segmented_topk_gather_kernel":
-        rows = option["ROWS"] * option["COLUMNS"] * option["CHUNKS"]
-        return rows, rows, launch.arguments[0]
-    return 0, 0, launch.arguments[0]  # too little to matter
+        rows = given["ROWS"] * given["COLUMNS"] * given["CHUNKS"]
+        return rows, rows, given["features"]
+    return 0, 0, None  # too little to matter
 
 
 def check(launch, target):
@@ -79,7 +81,7 @@ def check(launch, target):
     assert not facts["spills"], what
     assert facts["shared"] <= LIMITS[target], what
     loads, stores, tensor = elements(launch)
-    lanes = launch.options["num_warps"] * TARGETS[target].warp_size
+    lanes = launch.arguments["num_warps"] * TARGETS[target].warp_size
     for name, number in (("wide_loads", loads), ("wide_stores", stores)):
         if number:
             least = max(1, number * tensor.element_size() // (16 * lanes))
@@ -125,17 +127,31 @@ def test_every_kernel_is_launched():
     assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
+def test_no_kernel_takes_more_than_20_runtime_parameters():
+    """Nor does a device function: strides and signals are tuples, absent tensors are ``None``."""
+    modules = [vars(kernels)[module.name] for module in pkgutil.iter_modules(kernels.__path__)]
+    functions = {x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
+    assert len(functions) > 15
+    for function in functions:
+        runtime = [parameter.name for parameter in function.params if not parameter.is_constexpr]
+        assert len(runtime) <= 20, f"{function.__name__}: {runtime}"
+
+
 def test_launches_are_specialised_as_by_the_jit():
     """Divisible strides are known to be, a stride of one is a constant, 72 is not divisible by 16."""
-    (launch,) = recorded(cases_of("siglip bf16")["gather tiles"], "sm_90")
+    *_, launch = recorded(cases_of("siglip bf16")["gather tiles"], "sm_90")
     source = compiled._specialised(launch, "sm_90")
-    names = list(source.signature)
-    given = dict(zip(names, launch.arguments, strict=False))
     assert source.signature["features"] == "*bf16" and source.signature["scores"] == "*fp32"
-    assert source.signature["stride_fd"] == "constexpr" and given["stride_fd"] == 1
-    divisible = {names[i] for (i,), found in source.attrs.items() if ["tt.divisibility", 16] in found}
-    assert {"features", "stride_ft", "stride_fp"} <= divisible
-    assert "side" not in divisible and source.signature["side"] == "i32"
+    kinds, strides = source.signature["feature_strides"], launch.arguments["feature_strides"]
+    assert kinds[2] == "constexpr" and strides[2] == 1
+    names = list(source.signature)
+    divisible = {
+        (names[path[0]], *path[1:])
+        for path, found in source.attrs.items()
+        if ["tt.divisibility", 16] in found
+    }
+    assert {("features",), ("feature_strides", 0), ("feature_strides", 1)} <= divisible
+    assert ("side",) not in divisible and source.signature["side"] == "i32"
 
 
 def test_record_becomes_a_table():

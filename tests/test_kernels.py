@@ -26,9 +26,7 @@ from oracles import (
 )
 
 import hero_kernels as hk
-from hero_kernels import Segment, Segments, TileBudgets, reference
-from hero_kernels._launch import configuration
-from hero_kernels._ops import _MODULES, _launcher
+from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, reference
 from hero_kernels.testing import assert_accurate, same_bits, tensors_in
 
 # --- attention -------------------------------------------------------------------------------------------
@@ -412,6 +410,8 @@ def test_a_crop_does_not_depend_on_its_batch(operation, way):
 def with_blocks(monkeypatch, factor, **least):
     """Kernels launched with other block sizes: each option named, times the factor, at least so much."""
 
+    configuration = _launch.configuration
+
     def varied(kernel, size, device):
         options = configuration(kernel, size, device)
         return {
@@ -419,8 +419,7 @@ def with_blocks(monkeypatch, factor, **least):
             for option, value in options.items()
         }
 
-    for module in set(_MODULES.values()):
-        monkeypatch.setattr(f"hero_kernels.kernels.{module}.configuration", varied)
+    monkeypatch.setattr(_launch, "configuration", varied)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])
@@ -551,9 +550,9 @@ def test_doubles_are_refused(operation):
     pytest.importorskip("triton")
     double = torch.randn(1, 2, 5, 16, dtype=torch.float64)
     arguments = {
-        "attention_with_cls": (double, double, double, 0.5),
-        "received_attention": (double, double, 0.5),
-        "segmented_topk": (double[0, 0], torch.ones(5, dtype=torch.int32)),
+        "attention_with_cls": (*(double, double, double, 0.5), 1.0, None, False),
+        "received_attention": (double, double, 0.5, 1.0, None),
+        "segmented_topk": (double[0, 0], torch.ones(5, dtype=torch.int32), None),
     }
     with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):
-        _launcher(operation)(*arguments[operation])
+        _dispatch.launcher(operation)(*arguments[operation])

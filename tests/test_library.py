@@ -3,6 +3,8 @@
 With ``TRITON_INTERPRET=1`` the operators run the kernels, otherwise the twins.
 """
 
+import inspect
+
 import pytest
 import torch
 from oracles import generator
@@ -87,7 +89,7 @@ def check_same(result, expected):
 
 # --- operators -------------------------------------------------------------------------------------------
 
-NUMBERS, SIDE, TABLE = list(SEGMENTS.numbers), SEGMENTS.side, SEGMENTS.table(torch.device("cpu"))
+LAYOUT = (list(SEGMENTS.numbers), SEGMENTS.side, SEGMENTS.table(torch.device("cpu")))
 
 
 def calls():
@@ -104,30 +106,30 @@ def calls():
     scores = torch.rand(T, P, generator=generator("scores"))
     no_signals = ([], [], [])
     return [
-        ("cls_attention", (query, key, 0.3, None, 0.5, False)),
-        ("cls_attention", (offset(query), offset(key), 0.3, weights, 0.0, False)),
-        ("cls_attention", (query.bfloat16(), key.bfloat16(), 0.3, weights, 0.0, True)),
-        ("cls_attention_", (rows, query, key, 0.3, None, 0.5, False)),
-        ("cls_attention_", (rows.mT.clone().mT, offset(query), offset(key), 0.3, weights, 0.0, True)),
-        ("attention_with_cls", (query, key, value, 0.3, None, 0.5, False)),
-        ("attention_with_cls", (offset(query), offset(key), offset(value), 0.3, weights, 0.0, True)),
-        ("received_attention", (query, key, 0.3, weights, 0.0)),
-        ("received_attention", (offset(query), offset(key), 0.3, None, 0.5)),
-        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, weights, 0.0)),
-        ("received_attention_", (torch.zeros(T, 2, P + 1).mT.clone().mT, query, key, 0.3, None, 0.5)),
+        ("cls_attention", (query, key, 0.3, 0.5, None, False)),
+        ("cls_attention", (offset(query), offset(key), 0.3, 0.0, weights, False)),
+        ("cls_attention", (query.bfloat16(), key.bfloat16(), 0.3, 0.0, weights, True)),
+        ("cls_attention_", (rows, query, key, 0.3, 0.5, None, False)),
+        ("cls_attention_", (rows.mT.clone().mT, offset(query), offset(key), 0.3, 0.0, weights, True)),
+        ("attention_with_cls", (query, key, value, 0.3, 0.5, None, False)),
+        ("attention_with_cls", (offset(query), offset(key), offset(value), 0.3, 0.0, weights, True)),
+        ("received_attention", (query, key, 0.3, 0.0, weights)),
+        ("received_attention", (offset(query), offset(key), 0.3, 0.5, None)),
+        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, 0.0, weights)),
+        ("received_attention_", (torch.zeros(T, 2, P + 1).mT.clone().mT, query, key, 0.3, 0.5, None)),
         ("finalize_scores", (query[..., 1:, 0], valid, True)),
         ("finalize_scores", (query[..., 1:, 0].contiguous(), None, False)),
-        ("tile_budgets", (*signals, counts, NUMBERS, SIDE, TABLE, True)),
-        ("tile_budgets", (*signals, counts.long(), NUMBERS, SIDE, TABLE, False)),
+        ("tile_budgets", (*signals, counts, *LAYOUT, "exact")),
+        ("tile_budgets", (*signals, counts.long(), *LAYOUT, "floor")),
         ("segmented_topk", (scores, budgets, valid)),
         ("segmented_topk", (scores.T.contiguous().T.half(), budgets.long(), None)),
         (
             "segmented_topk_gather",
-            (features, scores, valid, None, *signals, NUMBERS, SIDE, TABLE, None, counts),
+            (features, scores, *LAYOUT, valid, None, *signals, "exact", None, counts),
         ),
         (
             "segmented_topk_gather",
-            (features.half(), scores, None, budgets, *no_signals, NUMBERS, SIDE, TABLE, ranks, None),
+            (features.half(), scores, *LAYOUT, None, budgets, *no_signals, "exact", ranks, None),
         ),
     ]
 
@@ -243,10 +245,16 @@ FORMS = ["eager", "operator", "compiled"]
 
 def formed(form, name):
     """An operation called in one of the forms that gradients run through."""
-    if form == "operator":
-        return getattr(_library, name)
-    torch._dynamo.reset()
     function = getattr(hk, name)
+    if form == "operator":
+
+        def operator(*given, **options):
+            bound = inspect.signature(function).bind(*given, **options)
+            bound.apply_defaults()
+            return _library.call(name, torch.device("cpu"), **bound.arguments)
+
+        return operator
+    torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager") if form == "compiled" else function
 
 

@@ -81,22 +81,39 @@ class Mutant(NamedTuple):
 
 KERNELS = [
     Mutant(
-        "ties to the higher index", "topk", "tied, -patch + LIMIT, 0", "tied, patch + 1, 0", "topk", False
+        "ties to the higher index",
+        "segmented_topk",
+        "tied, -patch + LIMIT, 0",
+        "tied, patch + 1, 0",
+        "topk",
+        False,
     ),
-    Mutant("one patch too many", "topk", "keep = key >= threshold", "keep = key >= threshold - 1", "topk"),
+    Mutant(
+        "one patch too many",
+        "segmented_topk",
+        "keep = key >= threshold",
+        "keep = key >= threshold - 1",
+        "topk",
+    ),
     Mutant("NaN above numbers", "common", "tl.full([], 1, tl.uint32)", "tl.full([], -2, tl.int32)", "topk"),
     Mutant("−0 below +0", "common", "tl.where(magnitude == 0, 0, bits)", "bits", "topk"),
-    Mutant("mask ignored", "topk", "place * stride_vp, mask=ok, other=0) != 0", "0) >= 0", "topk"),
+    Mutant("mask ignored", "common", "mask=inside, other=0) != 0", "mask=inside, other=0) >= 0", "topk"),
     Mutant(
-        "rank ties reversed", "finalize", "p[None, :] < q[:, None]", "p[None, :] > q[:, None]", "finalized"
+        "rank ties reversed",
+        "finalize_scores",
+        "p[None, :] < q[:, None]",
+        "p[None, :] > q[:, None]",
+        "finalized",
     ),
-    Mutant("no entropy of nothing", "finalize", "value, tl.log(count)", "value, count", "finalized"),
-    Mutant("remainder ties reversed", "budgets", "weight.shape[0] - 1 - lane", "lane", "budgets", False),
-    Mutant("one remainder too many", "budgets", "before < left", "before <= left", "budgets"),
-    Mutant("cap off by one", "budgets", "budget = tl.where(full, cap, budget)", "budget += full", "caps"),
-    Mutant("thumbnail without cap", "budgets", "tl.minimum(thumbnail_tokens, cap)", "cap", "budgets"),
-    Mutant("shares rounded down", "budgets", "scaled - whole >= 0.5", "scaled < whole", "budgets"),
-    Mutant("floor without cap", "budgets", "tl.minimum(quota, cap), 0)", "quota, 0)", "floor"),
+    Mutant("no entropy of nothing", "finalize_scores", "value, tl.log(count)", "value, count", "finalized"),
+    Mutant("remainder ties reversed", "tile_budgets", "weight.shape[0] - 1 - lane", "lane", "budgets", False),
+    Mutant("one remainder too many", "tile_budgets", "before < left", "before <= left", "budgets"),
+    Mutant(
+        "cap off by one", "tile_budgets", "budget = tl.where(full, cap, budget)", "budget += full", "caps"
+    ),
+    Mutant("thumbnail without cap", "tile_budgets", "tl.minimum(thumbnail_tokens, cap)", "cap", "budgets"),
+    Mutant("shares rounded down", "tile_budgets", "scaled - whole >= 0.5", "scaled < whole", "budgets"),
+    Mutant("floor without cap", "tile_budgets", "tl.minimum(quota, cap), 0)", "quota, 0)", "floor"),
     Mutant("CLS not in the sum", "cls_attention", " + tl.exp2(first - top)", "", "cls", False),
     Mutant("CLS not dropped", "cls_attention", "(here + 1).to", "here.to", "cls"),
     Mutant(
@@ -110,14 +127,14 @@ KERNELS = [
     Mutant(
         "weight 0 computed",
         "cls_attention",
-        "    if w != 0.0:\n        p = ",
-        "    if True:\n        p = ",
+        "    if w != 0.0:\n        q = ",
+        "    if True:\n        q = ",
         "cls, NaN",
     ),
-    Mutant("keys beyond the last", "attention", "if not EVEN:", "if EVEN:", "attention", False),
+    Mutant("keys beyond the last", "attention_with_cls", "if not EVEN:", "if EVEN:", "attention", False),
     Mutant(
         "CLS key left out",
-        "attention",
+        "attention_with_cls",
         "tl.full([BLOCK_M], 1.0, tl.float32)",
         "tl.zeros([BLOCK_M], tl.float32)",
         "attention",
@@ -126,7 +143,7 @@ KERNELS = [
     Mutant("sum for mean", "received_attention", "w / tokens", "w", "received"),
     Mutant(
         "newline first",
-        "topk_gather",
+        "segmented_topk_gather",
         "(r == side - 1) & (thumbnail_newline",
         "(r == 0) & (thumbnail_newline",
         "gather",
@@ -134,12 +151,18 @@ KERNELS = [
     ),
     Mutant(
         "a newline too many",
-        "topk_gather",
+        "segmented_topk_gather",
         "(stitched < newline_end)",
         "(stitched <= newline_end)",
         "gather, padding",
     ),
-    Mutant("empty rows are newlines", "topk_gather", "tl.where(is_band, -1, -2)", "-1", "gather, too few"),
+    Mutant(
+        "empty rows are newlines",
+        "segmented_topk_gather",
+        "tl.where(is_band, -1, -2)",
+        "-1",
+        "gather, too few",
+    ),
 ]
 TWINS = [
     Mutant(
@@ -198,14 +221,14 @@ TWINS = [
     ),
     Mutant(
         "a newline too many",
-        "segments",
+        "reference",
         "rows = stitched[begin:end]",
         "rows = stitched[begin : (end := end + 1)]",
         "gather, padding",
         False,
     ),
     Mutant(
-        "thumbnail always first", "segments", "if image.thumbnail <= 0 else", "if image.crops else", "gather"
+        "thumbnail always first", "reference", "if image.thumbnail <= 0 else", "if image.crops else", "gather"
     ),
     Mutant(
         "newline rows not empty", "reference", "tokens = tokens.index_fill_", "tokens.index_fill", "gather"

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 import hero
 from hero import mini, picture
-from hero.encoder import Selection
 from hero.layout import Geometry
+from hero.selection import Selection
 
 SMALL = {"crop_size": 32, "patch_size": 8}  # 16 patches a crop
 GEOMETRIES = {
@@ -50,7 +50,7 @@ def select(*layouts, keep=0.2, scores=None):
             valid = torch.ones(layout.side, layout.side, dtype=torch.bool)
             share = 0.0
             if number != layout.thumbnail_crop:
-                top, bottom, left, right = layout.tile_rectangles[number - layout.first_tile]
+                top, bottom, left, right = layout.tile_rectangles[layout.tile_crops.index(number)]
                 valid.zero_()[top:bottom, left:right] = True
                 share = 1 / layout.tiles
             best = torch.where(valid.flatten(), values.nan_to_num(), -1.0).argsort(descending=True)

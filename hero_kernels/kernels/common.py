@@ -1,4 +1,8 @@
-"""What several kernels share: device functions, and the arguments of their launches."""
+"""Shared by several kernels: the columns of the segment table, device functions, and launch arguments.
+
+Conventions: ``t`` is a crop, ``h`` a head, ``m`` a query, ``n`` a key or patch, ``d`` a feature. Base offsets
+are int64. Strides are tuples. An absent tensor is ``None``: the branch that reads it is not compiled.
+"""
 
 import torch
 import triton
@@ -6,11 +10,11 @@ import triton.language as tl
 
 from ..segments import COLUMNS
 
-# Columns of the table of segments.
+# Columns of the segment table, one row per image.
 WIDTH = tl.constexpr(len(COLUMNS))
 FIRST_CROP = tl.constexpr(COLUMNS.index("first_crop"))
 FIRST_ROW = tl.constexpr(COLUMNS.index("first_row"))
-ROWS = tl.constexpr(COLUMNS.index("rows"))
+TABLE_ROWS = tl.constexpr(COLUMNS.index("rows"))
 CROPS = tl.constexpr(COLUMNS.index("crops"))
 THUMBNAIL = tl.constexpr(COLUMNS.index("thumbnail"))
 GRID_WIDTH = tl.constexpr(COLUMNS.index("grid_width"))
@@ -26,9 +30,9 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def order_key(x, ok):
-    """uint32 keys in the order of selection (§4): 0 where not ok, 1 for NaN, then numbers, −0 as +0.
+    """uint32 keys in selection order (method.md, 4): 0 where not ok, 1 for NaN, then numbers; −0 equals +0.
 
-    In integers alone: a device may flush subnormals in floating-point comparisons.
+    Integer arithmetic only: a device may flush subnormals in floating-point comparisons.
     """
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
@@ -39,36 +43,68 @@ def order_key(x, ok):
 
 
 @triton.jit
-def weight_of(weights, weight, crop, HAS_WEIGHTS: tl.constexpr):
-    """Weight of a layer for a crop: from ``weights`` [T] or one number for all."""
-    if HAS_WEIGHTS:
-        return tl.load(weights + crop)
-    else:
+def weight_of(weights, weight, t):
+    """Weight of a layer for crop t: from ``weights`` [T], or one number for all crops."""
+    if weights is None:
         return weight
+    else:
+        return tl.load(weights + t)
+
+
+@triton.jit
+def valid_patches(valid, t, p, inside, patches):
+    """``inside``, restricted to the valid patches of crop t; ``valid`` is [T, P] bytes or ``None``."""
+    if valid is None:
+        return inside
+    else:
+        return inside & (tl.load(valid + t * patches + p, mask=inside, other=0) != 0)
 
 
 def power_of_2(size: int, least: int = 1) -> int:
-    """The least power of two that is not below ``size`` and ``least``."""
+    """The smallest power of two that is at least ``size`` and ``least``."""
     return max(least, triton.next_power_of_2(size))
 
 
 def alignment(*tensors: torch.Tensor) -> int:
-    """Elements that all strides but the last are multiples of: 8 where rows can be read 16 bytes at a time.
+    """A divisor of all strides but the last: 8 where rows can be read in 16-byte accesses, else 1.
 
-    Triton itself sees 16 or nothing, which heads of 72 are not.
+    Triton's own specialisation only detects multiples of 16, which heads of width 72 are not.
     """
     return 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:-1]) else 1
 
 
-def weight_arguments(weight: float | torch.Tensor, some: torch.Tensor) -> tuple[torch.Tensor, float, bool]:
-    """(weights, weight, HAS_WEIGHTS) of a kernel; ``some`` tensor stands in for a pointer not used."""
+def as_bytes(valid: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask as contiguous bytes: the meaning of a pointer to bool differs between versions of Triton."""
+    return None if valid is None else valid.contiguous().view(torch.uint8)
+
+
+def weight_arguments(weight: float | torch.Tensor) -> dict[str, object]:
+    """``weights`` and ``weight`` of a kernel: one weight per crop, or one number."""
     if isinstance(weight, torch.Tensor):
-        return weight.contiguous(), 0.0, True
-    return some, float(weight), False
+        return {"weights": weight.contiguous(), "weight": 0.0}
+    return {"weights": None, "weight": float(weight)}
 
 
-def mask_arguments(valid: torch.Tensor | None, some: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """(mask, strides) of a kernel: bytes, since a pointer to bool means other things in other versions."""
-    if valid is None:
-        return some, 0, 0
-    return valid.view(torch.uint8), *valid.stride()
+def rows_buffer(shape, out, device) -> tuple[torch.Tensor, bool]:
+    """The contiguous buffer ``[T, H, n]`` that a kernel writes, or adds to where the flag is set."""
+    if out is not None and out.is_contiguous():
+        return out, True
+    return torch.empty(shape, dtype=torch.float32, device=device), False
+
+
+def finish_rows(rows, out) -> torch.Tensor:
+    """The rows, added to ``out`` where it is given and the kernel could not add in place."""
+    return rows if out is None or out is rows else out.add_(rows)
+
+
+def matmul_options(kernel: str, key: torch.Tensor) -> tuple[str, str]:
+    """Configuration name and ``tl.dot`` precision of a kernel of matrix products.
+
+    fp32 is multiplied as fp32, not rounded to tf32, and has tuned configurations of its own.
+
+    Raises:
+        TypeError: float64, which GPUs would round or take very long for.
+    """
+    if key.dtype == torch.float64:
+        raise TypeError("key: expected float32, float16 or bfloat16 on a GPU, got float64")
+    return (kernel + "_fp32", "ieee") if key.dtype == torch.float32 else (kernel, "tf32")

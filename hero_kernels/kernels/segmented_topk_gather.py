@@ -1,27 +1,34 @@
-"""Budgets, top-k, packing in stitched raster order, and gather: ragged batches, one launch.
+"""Top-k, packing in stitched raster order, and gather: ragged batches, one launch.
 
     tokens[row] = features[index[row]],  index = the kept patches and newlines of each image in the order in
-    which the model packs them (docs/method.md, 3 to 5)
+    which the model packs them (docs/method.md, 4 and 5)
+
+Shapes: features [T, P, D] in any dtype and strides; scores [T, P] in fp32, fp16 or bf16, or ranks [T, P]
+int16; valid [T, P] bytes or None, valid_counts [T] int32 or int64 or None, budgets [T] int32 or int64, table
+[B, columns] int32, all contiguous; tokens [rows, D], index [rows] int32.
 
 Grid (programs of the longest image, B), known on the host. The rows of an image fall into bands: the
-thumbnail, or one grid row of tiles, whose patch rows interleave. A program writes up to ROWS rows of one
-band and finds out by itself which: the budgets of its image (a lane a crop, unless they are given), where
-its band begins, the patches kept of each tile of the band (top-k, unless ranks are given), by patch row, as
-the bits of a word. Counting gives the place of every patch row, and the n-th set bit of a word the source
-of a row. Then it copies its rows, 16 bytes an access. Nothing is exchanged between programs, nothing is
-sorted, no atomics, and the host waits for nothing.
+thumbnail, or one grid row of tiles, whose patch rows interleave. A program writes up to ROWS rows of one band
+and computes by itself which: from the budgets of its image (one lane per crop) where its band begins; from
+scores (top-k) or ranks the kept patches of each tile of the band, as one bit mask per patch row. Counts of
+bits give the place of every patch row, and the n-th set bit the source of a row. Then it copies its rows, 16
+bytes per access. Programs exchange nothing; no sort, no atomics, no host-device synchronisation.
 
-Bytes: kept features in and out, 2·total·D of their dtype; besides the scores, T·P·4, or the ranks, T·P·2,
-once for each program of a band, mostly from L2.
+Budgets are an input: with ``signals``, :mod:`.tile_budgets` is launched first, since a second launch takes
+less time than every program computing them again; so is a count of the mask where the counts are not given.
+
+Bytes: kept features in and out, 2·total·D of their dtype; the scores, T·P·4, or the ranks, T·P·2, once for
+each program of a band, mostly from L2.
+
+Source: the packing of LLaVA-NeXT (``pack_image_features`` in transformers); the kernel is our own.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import configuration, launch
+from .. import _launch
 from ..segments import Gathered, Segment, Segments
-from .budgets import LANES, budgets_of, check_crops, empty_budgets, shares_of, signal_arguments, tile_budgets
 from .common import (
     CROPS,
     FIRST_CROP,
@@ -29,63 +36,43 @@ from .common import (
     GRID_WIDTH,
     NEWLINE_BEGIN,
     NEWLINE_END,
+    TABLE_ROWS,
     THUMBNAIL,
     THUMBNAIL_NEWLINE,
     WIDTH,
-    mask_arguments,
+    as_bytes,
     order_key,
     power_of_2,
+    valid_patches,
 )
-from .common import ROWS as TABLE_ROWS
-from .topk import check_patches, topk_mask
+from .segmented_topk import check_patches, topk_mask
+from .tile_budgets import LANES, check_crops, tile_budgets
 
 MAX_FEATURES = 8192
 
 
 @triton.jit
-def count_valid(valid, stride_vt, stride_vp, first, crops, patches, lane, P_PAD: tl.constexpr):
-    """Valid patches of each crop of an image, where no one has counted them."""
-    p = tl.arange(0, P_PAD)
-    counts = tl.zeros(lane.shape, tl.int64)
-    for i in range(0, crops):
-        row = valid + (first + i).to(tl.int64) * stride_vt + p.to(tl.int64) * stride_vp
-        count = tl.sum((tl.load(row, mask=p < patches, other=0) != 0).to(tl.int32), 0)
-        counts = tl.where(lane == i, count, counts)
-    return counts
-
-
-@triton.jit
-def keep_of(
+def kept_patches(
     scores,
     ranks,
     valid,
-    stride_st,
-    stride_sp,
-    stride_rt,
-    stride_rp,
-    stride_vt,
-    stride_vp,
     crop,  # int64
     k,  # int32, at most the valid patches
     side,
+    patches,
     SIDE_PAD: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    RANKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``[R, C]``: which patches of a crop are kept, by patch row and column."""
+    """``[SIDE_PAD, SIDE_PAD]``: which patches of a crop are kept, by patch row and column."""
     row = tl.arange(0, SIDE_PAD)[:, None]
     column = tl.arange(0, SIDE_PAD)[None, :]
     patch = row * side + column
-    place = patch.to(tl.int64)
-    ok = (row < side) & (column < side)
-    if HAS_VALID:
-        ok = ok & (tl.load(valid + crop * stride_vt + place * stride_vp, mask=ok, other=0) != 0)
-    if RANKED:
-        rank = tl.load(ranks + crop * stride_rt + place * stride_rp, mask=ok, other=0)
+    ok = valid_patches(valid, crop, patch, (row < side) & (column < side), patches)
+    if ranks is not None:
+        rank = tl.load(ranks + crop * patches + patch, mask=ok, other=0)
         return ok & (rank < k)
     else:
-        score = tl.load(scores + crop * stride_st + place * stride_sp, mask=ok, other=0.0)
+        score = tl.load(scores + crop * patches + patch, mask=ok, other=0.0)
         return topk_mask(order_key(score, ok), patch, k, WIDE)
 
 
@@ -96,54 +83,20 @@ def segmented_topk_gather_kernel(
     ranks,
     valid,
     valid_counts,
-    given,
-    table,
-    stride_ft,
-    stride_fp,
-    stride_fd,
-    stride_st,
-    stride_sp,
-    stride_rt,
-    stride_rp,
-    stride_vt,
-    stride_vp,
-    stride_counts,
-    stride_given,
-    signal_0,
-    signal_1,
-    signal_2,
-    signal_3,
-    stride_0,
-    stride_1,
-    stride_2,
-    stride_3,
-    weight_0,
-    weight_1,
-    weight_2,
-    weight_3,
-    temperature_0,
-    temperature_1,
-    temperature_2,
-    temperature_3,
     budgets,
-    shares,
-    weights,
+    table,
     tokens,
     index,
+    feature_strides,
     side,
     patches,
     width,
     LANES: tl.constexpr,
-    SIGNALS: tl.constexpr,
-    SOFTMAX: tl.constexpr,
     SIDE_PAD: tl.constexpr,
     BAND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    RANKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -158,50 +111,19 @@ def segmented_topk_gather_kernel(
         newline_end = tl.load(image + NEWLINE_END)
         thumbnail_newline = tl.load(image + THUMBNAIL_NEWLINE)
 
-        # Budgets, a lane a crop. Lanes stand in the order of the sequence, a thumbnail last included.
+        # Kept patches, one lane per crop. Lanes are in sequence order, also with the thumbnail last.
         lane = tl.arange(0, LANES)
         inside = lane < crops
         is_thumbnail = inside & (lane == thumbnail)
         is_tile = inside & (lane != thumbnail)
-        if HAS_COUNTS:
-            cap = tl.load(valid_counts + (first + lane) * stride_counts, mask=inside, other=0).to(tl.int64)
-        elif HAS_VALID:
-            cap = count_valid(valid, stride_vt, stride_vp, first, crops, patches, lane, SIDE_PAD * SIDE_PAD)
+        if valid_counts is not None:
+            cap = tl.load(valid_counts + first + lane, mask=inside, other=0).to(tl.int64)
         else:
             cap = tl.where(inside, patches, 0).to(tl.int64)
-        if SIGNALS > 0:
-            share = shares_of(
-                signal_0,
-                signal_1,
-                signal_2,
-                signal_3,
-                stride_0,
-                stride_1,
-                stride_2,
-                stride_3,
-                weight_0,
-                weight_1,
-                weight_2,
-                weight_3,
-                temperature_0,
-                temperature_1,
-                temperature_2,
-                temperature_3,
-                first + lane,
-                is_tile,
-                SIGNALS,
-                SOFTMAX,
-            )
-            budget, weight = budgets_of(share, cap, lane, is_tile, image, True)
-            if program == 0:
-                tl.store(budgets + first + lane, budget.to(tl.int32), mask=inside)
-                tl.store(shares + first + lane, share, mask=inside)
-                tl.store(weights + first + lane, weight.to(tl.int32), mask=inside)
-        else:
-            budget = tl.load(given + (first + lane) * stride_given, mask=inside, other=0).to(tl.int64)
+        budget = tl.load(budgets + first + lane, mask=inside, other=0).to(tl.int64)
         kept_here = tl.where(inside, tl.maximum(tl.minimum(budget, cap), 0), 0).to(tl.int32)
 
-        # Where bands end among the rows of the image, at the lane of a band's last crop.
+        # Where each band ends among the rows of the image, held at the lane of the band's last crop.
         first_tile = (thumbnail == 0).to(tl.int32)
         thumbnail_band = tl.where(thumbnail > 0, (crops - 1) // grid_width, thumbnail)
         tile = lane - first_tile
@@ -212,7 +134,8 @@ def segmented_topk_gather_kernel(
         newlines = tl.where(is_thumbnail, thumbnail_newline, tl.maximum(newlines, 0))
         end = tl.cumsum(kept_here + tl.where(is_last, newlines, 0), 0)
 
-        # This program's rows: bands begin a new block of ROWS, the rows that nothing fills are a last band.
+        # The rows of this program: each band starts a new block of ROWS; rows that stay empty are a last
+        # band.
         mine = tl.sum((is_last & (end // ROWS + band + 1 <= program)).to(tl.int32), 0)
         begin = tl.max(tl.where(is_last & (band < mine), end, 0), 0)
         stop = tl.max(tl.where(is_last & (band == mine), end, 0), 0)
@@ -223,7 +146,7 @@ def segmented_topk_gather_kernel(
         live = (j >= begin) & (j < stop)
         row_base = tl.load(image + FIRST_ROW).to(tl.int64)
 
-        # The kept patches of the band: of each patch row and tile their columns, as bits, and their number.
+        # The kept patches of the band: for each patch row and tile a bit mask of columns, and its count.
         is_stitched = mine != thumbnail_band
         lead = tl.where(is_stitched, first_tile + (mine - first_tile) * grid_width, thumbnail)
         width_of_band = tl.minimum(tl.where(is_stitched, grid_width, 1), crops - lead)
@@ -232,29 +155,16 @@ def segmented_topk_gather_kernel(
         words = tl.zeros([SIDE_PAD, BAND], tl.int64)
         counts = tl.zeros([SIDE_PAD, BAND], tl.int32)
         for i in range(0, width_of_band):
-            keep = keep_of(
-                scores,
-                ranks,
-                valid,
-                stride_st,
-                stride_sp,
-                stride_rt,
-                stride_rp,
-                stride_vt,
-                stride_vp,
-                (first + lead + i).to(tl.int64),
-                tl.sum(tl.where(lane == lead + i, kept_here, 0), 0),
-                side,
-                SIDE_PAD,
-                HAS_VALID,
-                RANKED,
-                WIDE,
+            kept_of_tile = tl.sum(tl.where(lane == lead + i, kept_here, 0), 0)
+            crop_of_tile = (first + lead + i).to(tl.int64)
+            keep = kept_patches(
+                scores, ranks, valid, crop_of_tile, kept_of_tile, side, patches, SIDE_PAD, WIDE
             )
             word = tl.sum(keep.to(tl.int64) << tl.arange(0, SIDE_PAD).to(tl.int64)[None, :], 1)
             words = tl.where(g[None, :] == i, word[:, None], words)
             counts = tl.where(g[None, :] == i, tl.sum(keep.to(tl.int32), 1)[:, None], counts)
 
-        # Where each patch row ends, its newline included.
+        # Where each patch row ends, including its newline.
         length = tl.sum(counts, 1)
         stitched = (mine - first_tile) * side + r
         has_newline = tl.where(
@@ -264,7 +174,7 @@ def segmented_topk_gather_kernel(
         ).to(tl.int32)
         row_end = tl.cumsum(length + has_newline, 0)
 
-        # The source of each row: patch row, place in it, tile, place in that, column.
+        # The source of each row: patch row, place in it, tile, place in that tile, column.
         row = tl.sum((row_end[None, :] <= (j - begin)[:, None]).to(tl.int32), 1)
         here = r[None, :] == row[:, None]
         place = j - begin - tl.sum(tl.where(here, (row_end - length - has_newline)[None, :], 0), 1)
@@ -272,10 +182,10 @@ def segmented_topk_gather_kernel(
         if BAND * SIDE_PAD <= 256:
             row_words = tl.sum(tl.where(here[:, :, None], words[None, :, :], 0), 1)
             row_counts = tl.sum(tl.where(here[:, :, None], counts[None, :, :], 0), 1)
-            # A cumulative sum, which Triton up to 3.6 cannot take of what was reduced from three dimensions.
+            # A cumulative sum; Triton up to 3.6 cannot take tl.cumsum of a reduction of three dimensions.
             up_to = g[None, :, None] >= g[None, None, :]
             ends = tl.sum(tl.where(up_to, row_counts[:, None, :], 0), 2)
-        else:  # too much for the registers at once
+        else:  # row by row: all at once would not fit into registers
             step = tl.arange(0, ROWS)
             row_words = tl.zeros([ROWS, BAND], tl.int64)
             row_counts = tl.zeros([ROWS, BAND], tl.int32)
@@ -297,26 +207,26 @@ def segmented_topk_gather_kernel(
         patch = row * side + column
         source = tl.where(is_patch, crop * patches + patch, tl.where(is_band, -1, -2))
         tl.store(index + row_base + j, source, mask=live)
-        base = features + crop.to(tl.int64) * stride_ft + patch.to(tl.int64) * stride_fp
+        base = features + crop.to(tl.int64) * feature_strides[0] + patch.to(tl.int64) * feature_strides[1]
         d = tl.arange(0, COLUMNS)
         out = tokens + (row_base + j) * width
         for chunk in tl.static_range(CHUNKS):
             feature = chunk * COLUMNS + d
             in_d = (feature < width)[None, :]
             value = tl.load(
-                base[:, None] + feature[None, :] * stride_fd, mask=found[:, None] & in_d, other=0.0
+                base[:, None] + feature[None, :] * feature_strides[2], mask=found[:, None] & in_d, other=0.0
             )
             tl.store(out[:, None] + feature[None, :], value, mask=live[:, None] & in_d)
 
 
 def check_features(features) -> None:
-    """A row is copied by one program, all at once."""
+    """Raise ``ValueError`` for rows that one program cannot copy."""
     if features.shape[2] > MAX_FEATURES:
         raise ValueError(f"features: expected at most {MAX_FEATURES} wide on a GPU, got {features.shape[2]}")
 
 
 def floor_segments(segments: Segments, budgets, valid_counts) -> Segments:
-    """Segments that promise what the budgets hold, which is waited for."""
+    """Segments whose lengths are those of the budgets; synchronises with the device to read them."""
     kept = torch.minimum(budgets.budgets, valid_counts).tolist()
     images = []
     for first, image in zip(segments.first_crops, segments.images, strict=False):
@@ -327,68 +237,56 @@ def floor_segments(segments: Segments, budgets, valid_counts) -> Segments:
 
 
 def programs_of(image: Segment, length: int, rows: int) -> int:
-    """Upper bound of the programs of an image: each band, and the end, may leave one half empty."""
+    """Upper bound on the programs of an image: the last block of each band may be partial."""
     bands = image.tiles // image.grid_width + (image.thumbnail >= 0)
     return length // rows + bands + 1
 
 
 def segmented_topk_gather(
-    features,
-    scores,
-    segments,
-    *,
-    valid=None,
-    budgets=None,
-    signals=None,
-    allocation="exact",
-    ranks=None,
-    valid_counts=None,
+    features, scores, segments, valid, budgets, signals, allocation, ranks, valid_counts
 ):
     check_crops(segments)
     check_patches(scores)
     check_features(features)
     device = scores.device
     crops, patches, width = features.shape
+    if valid_counts is None and valid is not None:
+        valid_counts = valid.sum(1, dtype=torch.int32)
+    if valid_counts is None and (budgets is None or allocation != "exact"):
+        valid_counts = torch.full((crops,), patches, dtype=torch.int32, device=device)
+    if budgets is None:
+        budgets = tile_budgets(signals, valid_counts, segments, allocation)
     if allocation != "exact":
-        if valid_counts is None:
-            valid_counts = torch.full((crops,), patches, device=device) if valid is None else valid.sum(1)
-        if budgets is None:
-            budgets = tile_budgets(signals, valid_counts, segments, allocation=allocation)
         segments = floor_segments(segments, budgets, valid_counts)
-    made = empty_budgets(crops, device) if budgets is None else budgets
-    arguments, flags = signal_arguments(signals if budgets is None else (), scores)
-    side = segments.side
-    side_pad = power_of_2(side, 4)
-    options = configuration("segmented_topk_gather", patches, device)
-    band = power_of_2(max(image.grid_width for image in segments.images))
+    options = _launch.configuration("segmented_topk_gather", patches, device)
+    columns = min(options.pop("COLUMNS"), power_of_2(width, 16))
     total = sum(segments.lengths)
     tokens = torch.empty((total, width), dtype=features.dtype, device=device)
     index = torch.empty((total,), dtype=torch.int32, device=device)
-    mask, *mask_strides = mask_arguments(valid, scores)
-    columns = min(options.pop("COLUMNS"), power_of_2(width, 16))
-    lengths = zip(segments.images, segments.lengths, strict=True)
-    given = scores if budgets is None else budgets.budgets
-    launch(
+    images = zip(segments.images, segments.lengths, strict=True)
+    _launch.launch(
         segmented_topk_gather_kernel,
-        (max(programs_of(*image, options["ROWS"]) for image in lengths), len(segments.images)),
-        *(features, scores, scores if ranks is None else ranks, mask),
-        *(scores if valid_counts is None else valid_counts, given, segments.table(device)),
-        *(*features.stride(), *scores.stride(), *((0, 0) if ranks is None else ranks.stride())),
-        *(*mask_strides, 0 if valid_counts is None else valid_counts.stride(0)),
-        *(0 if budgets is None else given.stride(0), *arguments),
-        *((scores,) * 3 if budgets is not None else made),
-        *(tokens, index, side, patches, width),
+        (max(programs_of(*image, options["ROWS"]) for image in images), len(segments.images)),
+        features=features,
+        scores=scores.contiguous() if ranks is None else None,
+        ranks=None if ranks is None else ranks.contiguous(),
+        valid=as_bytes(valid),
+        valid_counts=None if valid_counts is None else valid_counts.contiguous(),
+        budgets=budgets.budgets.contiguous(),
+        table=segments.table(device),
+        tokens=tokens,
+        index=index,
+        feature_strides=features.stride(),
+        side=segments.side,
+        patches=patches,
+        width=width,
         LANES=LANES,
-        SIDE_PAD=side_pad,
-        BAND=band,
+        SIDE_PAD=power_of_2(segments.side, 4),
+        BAND=power_of_2(max(image.grid_width for image in segments.images)),
         COLUMNS=columns,
         CHUNKS=triton.cdiv(width, columns),
-        HAS_VALID=valid is not None,
-        HAS_COUNTS=valid_counts is not None,
-        RANKED=ranks is not None,
         WIDE=patches > 1023,
-        enable_fp_fusion=False,  # shares as the twin adds them
-        **flags,
+        enable_fp_fusion=True,
         **options,
     )
-    return Gathered(tokens, index, segments.lengths, made)
+    return Gathered(tokens, index, segments.lengths, budgets)

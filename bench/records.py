@@ -1,6 +1,6 @@
-"""What every record says besides its numbers: versions, commit, command, machine. No host names, no paths.
+"""Records: JSON files with the numbers of a benchmark and its versions, commit, command and machine.
 
-Standard library only, save for the versions of what the benchmark has imported.
+They contain no host names and no absolute paths.
 """
 
 from __future__ import annotations
@@ -17,17 +17,6 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
-__all__ = [
-    "ROOT",
-    "accelerator",
-    "commit",
-    "cpu_name",
-    "environment",
-    "fingerprint",
-    "without_folders",
-    "write",
-]
-
 ROOT = Path(__file__).resolve().parent.parent
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # no string holds a newline
 CODE = ("hero", "hero_kernels", "bench", ":!bench/results")
@@ -42,7 +31,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def commit() -> dict[str, object]:
-    """The commit, and whether the code that ran differs from it; ``None`` outside a git checkout."""
+    """The commit, and whether the code differs from it; ``None`` outside a git checkout."""
     changes = _git("status", "--porcelain", "--", *CODE)
     return {"hash": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
@@ -60,24 +49,20 @@ def cpu_name() -> str:
 
 
 def _words(arguments: Sequence[str]) -> list[str]:
-    """Arguments with paths made relative to the repository, or cut to their last part."""
-    words = []
-    for word in arguments:
-        if os.path.isabs(word):
-            path = Path(word)
-            word = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        words.append(word)
-    return words
+    """Arguments, absolute paths made relative to the repository or cut to their last part."""
+    paths = [Path(word) for word in arguments]
+    inside = [path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name for path in paths]
+    return [str(one) if path.is_absolute() else word for word, path, one in zip(arguments, paths, inside)]
 
 
 def without_folders(text: str) -> str:
-    """Words of an error without this machine's folders: a path's part within the checkout, or its end."""
+    """An error message with absolute paths cut to the part within the repository, or to the file name."""
     text = text.replace(f"{ROOT}{os.sep}", "")
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text)
 
 
 def fingerprint() -> str:
-    """The beginning of a hash of the code that ran: it tells copies apart that have no git with them."""
+    """The beginning of a hash of the code, for copies without git."""
     digest = hashlib.sha256()
     for folder in CODE[:3]:
         for file in sorted((ROOT / folder).rglob("*")):
@@ -114,11 +99,7 @@ def accelerator() -> dict[str, object] | None:
 def environment(
     module: str, arguments: Sequence[str], packages: Sequence[str], command: Sequence[str] | None = None
 ) -> dict[str, object]:
-    """Versions, commit, command and machine of a run of ``python -m module arguments``.
-
-    Args:
-        command: what was run instead of ``python -m module``.
-    """
+    """Versions, commit, command and machine of a run of ``python -m module arguments``, or of ``command``."""
     import hero
 
     versions = {"python": platform.python_version(), "hero": hero.__version__}
@@ -138,7 +119,7 @@ def environment(
 
 
 def write(path: str | Path, record: Mapping[str, object]) -> None:
-    """Write a record as JSON, lists of numbers on one line; the file appears whole or not at all."""
+    """Write a record as JSON, lists of numbers on one line. The file is replaced atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -1,19 +1,26 @@
-"""Exact top-k of many crops at once, without sorting (docs/method.md, 4).
+"""Exact top-k of many crops at once, without sorting.
 
-Scores become uint32 keys in the order of selection (:func:`.common.order_key`). The k-th largest key is
-found by bisection, two bits a pass with one reduction, which counts the keys above three candidates at
-once; it stops as soon as a candidate leaves exactly k. Only where equal keys straddle the cut, a second
-bisection over indices finds which of them are in.
+    keep[t, p] = (rank of p among the valid patches of crop t) < budgets[t]              (docs/method.md, 4)
+
+Shapes: scores [T, P] in fp32, fp16 or bf16, budgets [T] int32 or int64, valid [T, P] bytes or None; keep
+[T, P] bool. All contiguous.
+
+Scores become uint32 keys in selection order (:func:`.common.order_key`). The k-th largest key is found by
+bisection, two bits per pass: one reduction counts the keys above three candidates at once. It stops as soon
+as a candidate leaves exactly k. Only where equal keys straddle the cut, a second bisection over indices finds
+which of them are kept.
 
 Grid (T,). Bytes: T·P·(score + 2).
+
+Source: radix select, as in flashinfer's top-k; the packed counts are our own.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import configuration, launch
-from .common import mask_arguments, order_key, power_of_2
+from .. import _launch
+from .common import as_bytes, order_key, power_of_2, valid_patches
 
 MAX_PATCHES = 4096
 LIMIT = tl.constexpr(MAX_PATCHES)
@@ -23,8 +30,8 @@ LIMIT = tl.constexpr(MAX_PATCHES)
 def bisect(key, k, BITS: tl.constexpr, WIDE: tl.constexpr):
     """A threshold with ``count(key >= threshold) >= k``, and that count.
 
-    The count is k where such a threshold exists; otherwise the threshold is the k-th key. Wants
-    ``1 <= k <= count(key > 0)``. Three counts travel in one word: 10 bits each up to 1023 patches, else 20.
+    The count is k where such a threshold exists; otherwise the threshold is the k-th key. Requires
+    ``1 <= k <= count(key > 0)``. Three counts share one word: 10 bits each up to 1023 patches, else 20.
     """
     threshold = (k * 0).to(tl.uint32)
     unit = threshold + (1 << (BITS - 2))
@@ -73,35 +80,19 @@ def topk_mask(key, patch, k, WIDE: tl.constexpr):
 
 
 @triton.jit
-def segmented_topk_kernel(
-    scores,
-    budgets,
-    valid,
-    keep,
-    stride_st,
-    stride_sp,
-    stride_budgets,
-    stride_vt,
-    stride_vp,
-    patches,
-    P_PAD: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def segmented_topk_kernel(scores, budgets, valid, keep, patches, P_PAD: tl.constexpr, WIDE: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, P_PAD)
-    place = patch.to(tl.int64)
-    ok = patch < patches
-    if HAS_VALID:
-        ok = ok & (tl.load(valid + t * stride_vt + place * stride_vp, mask=ok, other=0) != 0)
-    score = tl.load(scores + t * stride_st + place * stride_sp, mask=ok, other=0.0)
-    k = tl.minimum(tl.load(budgets + t * stride_budgets), patches).to(tl.int32)
+    inside = patch < patches
+    ok = valid_patches(valid, t, patch, inside, patches)
+    score = tl.load(scores + t * patches + patch, mask=ok, other=0.0)
+    k = tl.minimum(tl.load(budgets + t), patches).to(tl.int32)
     kept = topk_mask(order_key(score, ok), patch, k, WIDE)
-    tl.store(keep + t * patches + patch, kept.to(tl.int8), mask=patch < patches)
+    tl.store(keep + t * patches + patch, kept.to(tl.int8), mask=inside)
 
 
 def check_patches(scores) -> None:
-    """A crop's keys are held in registers."""
+    """Raise for crops whose keys do not fit into registers, and for float64."""
     if scores.shape[1] > MAX_PATCHES:
         raise ValueError(
             f"scores: expected at most {MAX_PATCHES} patches a crop on a GPU, got {scores.shape[1]}"
@@ -110,19 +101,21 @@ def check_patches(scores) -> None:
         raise TypeError("scores: expected float32, float16 or bfloat16 on a GPU, got float64")
 
 
-def segmented_topk(scores, budgets, valid=None):
+def segmented_topk(scores, budgets, valid):
     check_patches(scores)
     crops, patches = scores.shape
     keep = torch.empty((crops, patches), dtype=torch.bool, device=scores.device)
-    mask, *mask_strides = mask_arguments(valid, scores)
-    launch(
+    _launch.launch(
         segmented_topk_kernel,
         (crops,),
-        *(scores, budgets, mask, keep.view(torch.uint8)),
-        *(*scores.stride(), budgets.stride(0), *mask_strides, patches),
+        scores=scores.contiguous(),
+        budgets=budgets.contiguous(),
+        valid=as_bytes(valid),
+        keep=keep.view(torch.uint8),
+        patches=patches,
         P_PAD=power_of_2(patches, 16),
-        HAS_VALID=valid is not None,
         WIDE=patches > 1023,
-        **configuration("segmented_topk", patches, scores.device),
+        enable_fp_fusion=True,
+        **_launch.configuration("segmented_topk", patches, scores.device),
     )
     return keep

@@ -1,21 +1,28 @@
-"""From rows per head to patch scores, and what follows from these alone: one launch after the last layer.
+"""Patch scores from rows per head, their entropy and their ranks, in one launch after the last layer.
 
     score[t, p] = 1/H · Σ_h rows[t, h, p]                       heads in fixed order
-    entropy[t] = −Σ_p x_p ln x_p,  x = score over the valid patches, normalised; ln(valid) of no scores
-    rank[t, p] = |{p' : p' comes before p in the order of selection}|            (docs/method.md, 2 and 4)
+    entropy[t] = −Σ_p x_p ln x_p,  x = score over the valid patches, normalised; ln(valid) without scores
+    rank[t, p] = |{p' : p' comes before p in selection order}|                   (docs/method.md, 2 and 4)
 
-Grid (slices, T). Each program reads all rows of its crop, T·H·P·4 bytes, and owns the ranks of SLICE
-patches: it compares their keys with all P, which costs P² comparisons a crop and needs no sort. Without
-ranks there is one slice. The rank does not depend on the budget, so selection becomes a comparison.
+Shapes: rows [T, H, P] fp32, valid [T, P] bytes or None; scores [T, P] fp32, entropy [T] fp32, ranks [T, P]
+int16 or None. All contiguous.
+
+Grid (slices, T). Each program reads all rows of its crop and owns the ranks of SLICE patches: it compares
+their keys with all P, which takes P² comparisons per crop and no sort. Without ranks there is one slice. The
+rank does not depend on the budget, so selection becomes a comparison.
+
+Bytes: T·H·P·4 in (again from L2 for each slice), T·P·6 out.
+
+Source: our own.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .._launch import configuration, launch
+from .. import _launch
 from ..segments import Finalized
-from .common import mask_arguments, order_key, power_of_2
+from .common import as_bytes, order_key, power_of_2, valid_patches
 
 
 @triton.jit
@@ -29,29 +36,23 @@ def head_mean(rows, t, p, heads, patches):
 
 
 @triton.jit
-def finalize_kernel(
+def finalize_scores_kernel(
     rows,
     valid,
     scores,
     entropy,
     ranks,
-    stride_vt,
-    stride_vp,
     heads,
     patches,
     P_PAD: tl.constexpr,
     SLICE: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    RANK: tl.constexpr,
 ):
     s = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64)
     p = tl.arange(0, P_PAD)
     inside = p < patches
     score = head_mean(rows, t, p, heads, patches)
-    ok = inside
-    if HAS_VALID:
-        ok = inside & (tl.load(valid + t * stride_vt + p.to(tl.int64) * stride_vp, mask=inside, other=0) != 0)
+    ok = valid_patches(valid, t, p, inside, patches)
     if s == 0:
         tl.store(scores + t * patches + p, score, mask=inside)
         weight = tl.where(ok & (score > 0.0), score, 0.0)
@@ -61,14 +62,10 @@ def finalize_kernel(
         value = -tl.sum(tl.where(some, share * tl.log(tl.where(some, share, 1.0)), 0.0), 0)
         count = tl.maximum(tl.sum(ok.to(tl.int32), 0), 1).to(tl.float32)
         tl.store(entropy + t, tl.where((total > 0.0) & (total < float("inf")), value, tl.log(count)))
-    if RANK:
+    if ranks is not None:
         key = order_key(score, ok)
         q = s * SLICE + tl.arange(0, SLICE)
-        mine = q < patches
-        if HAS_VALID:
-            mine = mine & (
-                tl.load(valid + t * stride_vt + q.to(tl.int64) * stride_vp, mask=mine, other=0) != 0
-            )
+        mine = valid_patches(valid, t, q, q < patches, patches)
         key_q = order_key(head_mean(rows, t, q, heads, patches), mine)
         before = (key[None, :] > key_q[:, None]) | (
             (key[None, :] == key_q[:, None]) & (p[None, :] < q[:, None])
@@ -77,23 +74,25 @@ def finalize_kernel(
         tl.store(ranks + t * patches + q, rank.to(tl.int16), mask=q < patches)
 
 
-def finalize_scores(rows, *, valid=None, rank=False):
+def finalize_scores(rows, valid, rank):
     rows = rows.contiguous()
     crops, heads, patches = rows.shape
     scores = rows.new_empty((crops, patches))
     entropy = rows.new_empty((crops,))
     ranks = torch.empty((crops, patches), dtype=torch.int16, device=rows.device) if rank else None
-    options = configuration("finalize", patches, rows.device)
-    size = options.pop("SLICE")
-    mask, *strides = mask_arguments(valid, rows)
-    launch(
-        finalize_kernel,
-        (triton.cdiv(patches, size) if rank else 1, crops),
-        *(rows, mask, scores, entropy, ranks if rank else rows, *strides, heads, patches),
+    options = _launch.configuration("finalize", patches, rows.device)
+    _launch.launch(
+        finalize_scores_kernel,
+        (triton.cdiv(patches, options["SLICE"]) if rank else 1, crops),
+        rows=rows,
+        valid=as_bytes(valid),
+        scores=scores,
+        entropy=entropy,
+        ranks=ranks,
+        heads=heads,
+        patches=patches,
         P_PAD=power_of_2(patches, 16),
-        SLICE=size,
-        HAS_VALID=valid is not None,
-        RANK=rank,
+        enable_fp_fusion=True,
         **options,
     )
     return Finalized(scores, entropy, ranks)

@@ -1,0 +1,79 @@
+"""Which implementation of an operation runs: the Triton kernel or the PyTorch reference.
+
+CUDA and ROCm devices run the kernels of :mod:`hero_kernels.kernels`; every other device, or any device
+without Triton, runs :mod:`hero_kernels.reference`. The ``HERO_*`` variables (:mod:`hero_kernels._env`)
+override this.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from . import reference
+from ._env import SWITCHES
+
+__all__ = ["implementations", "is_plain", "kernel", "launcher", "run"]
+
+
+@cache
+def launcher(name: str) -> Callable | None:
+    """The function that launches the kernel of an operation; ``None``, with a warning, without Triton."""
+    try:
+        module = importlib.import_module(f"{__package__}.kernels.{name}")
+    except ImportError as error:
+        if not (error.name or "").startswith("triton"):
+            raise
+        warnings.warn(f"hero_kernels: no Triton ({error}), the PyTorch reference runs instead", stacklevel=2)
+        return None
+    return getattr(module, name)
+
+
+def kernel(name: str, device_type: str) -> Callable | None:
+    """The launcher that serves an operation on a device type, if any."""
+    if SWITCHES.reference or not (device_type == "cuda" or (device_type == "cpu" and SWITCHES.interpret)):
+        return None
+    return launcher(name)
+
+
+def run(name: str, device: torch.device, **arguments):
+    """Run an operation on checked arguments, with the kernel or the reference.
+
+    Raises:
+        RuntimeError: ``HERO_REQUIRE_KERNEL`` is set and the accelerator has no kernel.
+    """
+    launch = kernel(name, device.type)
+    if launch is not None:
+        return launch(**arguments)
+    if SWITCHES.require_kernel and device.type != "cpu":
+        raise RuntimeError(
+            f"hero_kernels.{name}: HERO_REQUIRE_KERNEL is set and {device.type!r} has no kernel"
+        )
+    return getattr(reference, name)(**arguments)
+
+
+def implementations(device: str = "cpu") -> dict[str, str]:
+    """``{operation: "kernel" or "reference"}`` on a device type such as ``"cpu"`` or ``"cuda"``."""
+    return {name: "kernel" if kernel(name, device) else "reference" for name in reference.__all__}
+
+
+def is_plain(tensors: Sequence[Tensor | None], differentiable: Sequence[Tensor] = ()) -> bool:
+    """Whether :func:`run` can be called directly.
+
+    Otherwise the call goes through the operator of :mod:`hero_kernels._library`: under ``torch.compile``, for
+    tensor subclasses and dispatch modes, and where a kernel has to take part in autograd. Gradients run
+    through the ``differentiable`` tensors only.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    if any(tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return False
+    if not any(tensor.requires_grad for tensor in differentiable) or not torch.is_grad_enabled():
+        return True
+    return kernel("cls_attention", differentiable[0].device.type) is None  # the reference is differentiable

@@ -1,0 +1,174 @@
+"""Token budgets of the tiles of each image: shares, fixed point, apportionment.
+
+    share_i = Σ_s w_s · signal_s,i          each signal normalised over the tiles of its image
+    weight_i = floor(share_i · 2²⁴ + ½)
+    budget = largest remainder of ``tile_tokens`` over the weights, with caps    (docs/method.md, 2 and 3)
+
+Shapes: table [B, columns] int32, valid_counts [T] int32 or int64, up to four signals [T] in fp32, fp16 or
+bf16; budgets and weights [T] int32, shares [T] fp32. All contiguous.
+
+Grid (B,): one program per image, one lane per crop. Shares are fp32; from the weights on all arithmetic is in
+integers, so budgets equal those of the reference on the same weights, and the weights are returned for the
+check. There are always LANES lanes: the order of sums must not depend on the other images of the batch.
+
+Bytes: T·(signals + 4)·4; the launch dominates.
+
+Source: HERO's allocation and the largest-remainder method (docs/method.md, 2 and 3).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _launch
+from ..segments import TileBudgets
+from .common import CROPS, FIRST_CROP, THUMBNAIL, THUMBNAIL_TOKENS, TILE_TOKENS, WIDTH
+
+LANES = 64  # crops of an image: 63 tiles and a thumbnail
+FIXED_POINT = tl.constexpr(16777216.0)
+
+
+@triton.jit
+def normalised(values, temperature, crop, is_tile):
+    """A signal normalised to sum 1 over the tiles: softmax, or division by the sum without a temperature.
+
+    Equal parts where the sum is zero or beyond fp32.
+    """
+    v = tl.load(values + crop, mask=is_tile, other=0.0).to(tl.float32)
+    count = tl.sum(is_tile.to(tl.int32), 0).to(tl.float32)
+    if temperature is not None:
+        top = tl.max(tl.where(is_tile, v, float("-inf")), 0)
+        e = tl.where(is_tile, tl.exp(tl.div_rn(v - top, temperature)), 0.0)
+    else:
+        e = tl.where(is_tile & ((v > 0.0) | (v != v)), v, 0.0)
+    total = tl.sum(e, 0)
+    share = tl.div_rn(e, tl.where(total > 0.0, total, 1.0) + tl.zeros_like(e))
+    whole = tl.sum(tl.where(is_tile, share, 0.0), 0)
+    even = tl.div_rn(tl.full(share.shape, 1.0, tl.float32), tl.maximum(count, 1.0) + tl.zeros_like(share))
+    share = tl.where((whole > 0.5) & (whole < 1.5), share, even)  # NaN is neither
+    return tl.where(is_tile, share, 0.0)
+
+
+@triton.jit
+def fixed_point(share):
+    """``floor(share · 2²⁴ + ½)`` exactly: the sum with ½ could round, the comparison cannot."""
+    scaled = share * FIXED_POINT
+    whole = tl.floor(scaled)
+    return whole.to(tl.int64) + (scaled - whole >= 0.5).to(tl.int64)
+
+
+@triton.jit
+def apportion(weight, cap, is_tile, total):
+    """Largest remainder with caps, in int64 (docs/method.md, 3): sums to ``min(total, Σ cap)``.
+
+    Tiles whose quota reaches their cap are fixed at the cap and removed, until none is left to fix; quotas
+    are compared by cross-multiplication. At most 63 tiles of 4096 patches and weights of 2²⁴: products stay
+    below 2⁴³.
+    """
+    lane = tl.arange(0, weight.shape[0])
+    cap = tl.where(is_tile, cap, 0)
+    active = cap > 0
+    left = tl.minimum(total, tl.sum(cap, 0))
+    budget = tl.zeros_like(cap)
+    whole = tl.sum(tl.where(active, weight, 0), 0)
+    w = tl.where(whole > 0, weight, 1)
+    whole = tl.where(whole > 0, whole, tl.sum(active.to(tl.int64), 0))
+    full = active & (left * w >= cap * whole)
+    some = tl.sum(full.to(tl.int32), 0)
+    while some > 0:
+        budget = tl.where(full, cap, budget)
+        left -= tl.sum(tl.where(full, cap, 0), 0)
+        active = active & (full == 0)
+        whole = tl.sum(tl.where(active, weight, 0), 0)
+        w = tl.where(whole > 0, weight, 1)
+        whole = tl.where(whole > 0, whole, tl.sum(active.to(tl.int64), 0))
+        full = active & (left * w >= cap * whole)
+        some = tl.sum(full.to(tl.int32), 0)
+    product = tl.where(active, left * w, 0)
+    whole = tl.maximum(whole, 1)
+    quota = product // whole
+    remainder = product - quota * whole
+    left -= tl.sum(quota, 0)
+    # Sort key of each tile, larger where it comes first: by remainder, then by lower index.
+    order = tl.where(active, remainder * weight.shape[0] + (weight.shape[0] - 1 - lane), -1)
+    before = tl.sum((order[None, :] > order[:, None]).to(tl.int64), 1)
+    return budget + quota + (active & (before < left)).to(tl.int64)
+
+
+@triton.jit
+def apportion_floor(weight, cap, is_tile, total):
+    """The rule of the released code: the floor of each quota, at most the cap; the remainder is lost."""
+    weight = tl.where(is_tile, weight, 0)
+    quota = total * weight // tl.maximum(tl.sum(weight, 0), 1)
+    return tl.where(is_tile, tl.minimum(quota, cap), 0)
+
+
+@triton.jit
+def tile_budgets_kernel(
+    table,
+    valid_counts,
+    signals,  # tuples with one entry per signal
+    signal_weights,
+    temperatures,
+    budgets,
+    shares,
+    weights,
+    LANES: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    image = table + tl.program_id(0) * WIDTH
+    lane = tl.arange(0, LANES)
+    crop = tl.load(image + FIRST_CROP) + lane
+    inside = lane < tl.load(image + CROPS)
+    thumbnail = tl.load(image + THUMBNAIL)
+    is_tile = inside & (lane != thumbnail)
+    share = tl.zeros([LANES], tl.float32)
+    for s in tl.static_range(len(signals)):
+        share += signal_weights[s] * normalised(signals[s], temperatures[s], crop, is_tile)
+    weight = fixed_point(share)
+    cap = tl.load(valid_counts + crop, mask=inside, other=0).to(tl.int64)
+    tile_tokens = tl.load(image + TILE_TOKENS).to(tl.int64)
+    if EXACT:
+        budget = apportion(weight, cap, is_tile, tile_tokens)
+    else:
+        budget = apportion_floor(weight, cap, is_tile, tile_tokens)
+    thumbnail_tokens = tl.load(image + THUMBNAIL_TOKENS).to(tl.int64)
+    budget = tl.where(lane == thumbnail, tl.minimum(thumbnail_tokens, cap), budget)
+    tl.store(budgets + crop, budget.to(tl.int32), mask=inside)
+    tl.store(shares + crop, share, mask=inside)
+    tl.store(weights + crop, weight.to(tl.int32), mask=inside)
+
+
+def check_crops(segments) -> None:
+    """Raise ``ValueError`` for images with more crops than a program has lanes."""
+    for number, image in enumerate(segments.images):
+        if image.crops > LANES:
+            raise ValueError(
+                f"segments.images[{number}]: expected at most {LANES} crops on a GPU, got {image.crops}"
+            )
+
+
+def tile_budgets(signals, valid_counts, segments, allocation):
+    check_crops(segments)
+    device = valid_counts.device
+    result = TileBudgets(
+        torch.empty(segments.crops, dtype=torch.int32, device=device),
+        torch.empty(segments.crops, dtype=torch.float32, device=device),
+        torch.empty(segments.crops, dtype=torch.int32, device=device),
+    )
+    total = sum(signal.weight for signal in signals)
+    _launch.launch(
+        tile_budgets_kernel,
+        (len(segments.images),),
+        table=segments.table(device),
+        valid_counts=valid_counts.contiguous(),
+        signals=tuple(signal.values.contiguous() for signal in signals),
+        signal_weights=tuple(float(signal.weight / total) for signal in signals),
+        temperatures=tuple(None if s.temperature is None else float(s.temperature) for s in signals),
+        **result._asdict(),
+        LANES=LANES,
+        EXACT=allocation == "exact",
+        enable_fp_fusion=False,  # shares are rounded as the reference rounds them
+        **_launch.configuration("tile_budgets", LANES, device),
+    )
+    return result

@@ -1,0 +1,427 @@
+"""The public operations. They check their arguments, then run the kernel or the reference of the device.
+
+Section numbers are those of ``docs/method.md``; :mod:`hero_kernels.reference` specifies each operation in
+plain PyTorch. On the shapes: T crops, H heads, N tokens per crop (P = N − 1 patches with a CLS token, else P
+= N), head width D, B images.
+
+Plain tensors in eager mode go straight to the implementation (:func:`hero_kernels._dispatch.run`). Under
+``torch.compile``, with fake tensors and dispatch modes, and where autograd runs through a kernel, the
+operation is one operator of :mod:`hero_kernels._library`.
+
+Every operation raises ``TypeError`` or ``ValueError`` for an argument of another type, shape, dtype or device
+than documented; the message names the argument, what was expected and what was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _dispatch, _library
+from ._checks import FLOATS, INTEGERS, check_number, check_tensor, describe
+from ._env import SWITCHES
+from .segments import MAX_SIGNALS, Finalized, Gathered, Segments, TileBudgets, TileSignal, check_allocation
+
+__all__ = [
+    "attention_with_cls",
+    "cls_attention",
+    "finalize_scores",
+    "received_attention",
+    "segmented_topk",
+    "segmented_topk_gather",
+    "tile_budgets",
+]
+
+# --- attention -------------------------------------------------------------------------------------------
+
+
+def cls_attention(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    weight: float | Tensor = 1.0,
+    out: Tensor | None = None,
+    second_softmax: bool = False,
+) -> Tensor:
+    """Attention of the CLS token to every patch, per head (§1).
+
+    ``out[t, h, n] += weight[t] · softmax_j(scale · q[t, h, 0] · k[t, h, j])[n + 1]`` in fp32: the softmax
+    runs over all N keys, then the CLS column is dropped without renormalising. :func:`finalize_scores` takes
+    the mean over heads, once after the last layer.
+
+    Args:
+        query: ``[T, H, N or 1, D]`` floating point, any strides; only row 0 is read.
+        key: ``[T, H, N, D]`` of the same dtype, any strides.
+        scale: factor of the logits, usually D^−½.
+        weight: factor of this layer, for all crops or ``[T]`` fp32, one per crop. Crops of weight 0 are
+            skipped: nothing is added, even if their keys are NaN.
+        out: ``[T, H, N − 1]`` fp32 buffer to add to in place; a new tensor where ``None``.
+        second_softmax: apply a second softmax over the N − 1 patches of each head, as HERO's released code
+            does.
+
+    Returns:
+        ``[T, H, N − 1]`` fp32; ``out`` where given. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+
+    Source: the CLS scores of HiRED (2408.10945) and FasterVLM (2412.01818).
+    """
+    _check_attention(query, key, scale, cls=True)
+    _check_flag("second_softmax", second_softmax)
+    _check_accumulation(weight, out, key, key.shape[2] - 1)
+    query, key = query.detach(), key.detach()
+    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
+    return _call("cls_attention", key.device, (query, key, out), **arguments, second_softmax=second_softmax)
+
+
+def attention_with_cls(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    weight: float | Tensor = 1.0,
+    out: Tensor | None = None,
+    second_softmax: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Full attention, not causal, that also returns the rows of :func:`cls_attention`.
+
+    ``output[t, h, m] = Σ_n softmax_n(scale · q[t, h, m] · k[t, h, n]) · v[t, h, n]``, accumulated in fp32.
+
+    Args:
+        query, key, value: ``[T, H, N, D]`` of one floating-point dtype, any strides.
+        scale, weight, out, second_softmax: as in :func:`cls_attention`.
+
+    Returns:
+        the attention output ``[T, H, N, D]`` in the dtype of ``query``, differentiable with respect to query,
+        key and value; and the rows ``[T, H, N − 1]`` fp32, which are not differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+
+    Source: FlashAttention-2 (2307.08691).
+    """
+    _check_attention(query, key, scale)
+    check_tensor("value", value, tuple(key.shape), (key.dtype,), key.device)
+    if key.shape[2] < 2:
+        raise ValueError(f"key: expected at least 2 tokens a crop, got {describe(key)}")
+    _check_flag("second_softmax", second_softmax)
+    _check_accumulation(weight, out, key, key.shape[2] - 1)
+    arguments = {"query": query, "key": key, "value": value, "scale": scale, "weight": weight, "out": out}
+    return _call(
+        *("attention_with_cls", key.device, (query, key, value, out), (query, key, value)),
+        **arguments,
+        second_softmax=second_softmax,
+    )
+
+
+def received_attention(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    *,
+    weight: float | Tensor = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention that each token receives, averaged over queries: the score of encoders without CLS (§1).
+
+    ``out[t, h, n] += weight[t] · mean_m softmax_j(scale · q[t, h, m] · k[t, h, j])[n]`` in fp32.
+
+    Args:
+        query, key: ``[T, H, N, D]`` of one floating-point dtype, any strides.
+        scale, weight: as in :func:`cls_attention`.
+        out: ``[T, H, N]`` fp32 buffer to add to in place; a new tensor where ``None``.
+
+    Returns:
+        ``[T, H, N]`` fp32; ``out`` where given. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+
+    Source: VisionZip (2412.04467), for SigLIP towers.
+    """
+    _check_attention(query, key, scale)
+    _check_accumulation(weight, out, key, key.shape[2])
+    query, key = query.detach(), key.detach()
+    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
+    return _call("received_attention", key.device, (query, key, out), **arguments)
+
+
+# --- scores, budgets, selection --------------------------------------------------------------------------
+
+
+def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = False) -> Finalized:
+    """Patch scores from rows per head, their entropy, and their ranks (§1, §2, §4).
+
+    Args:
+        rows: ``[T, H, P]`` fp32, as :func:`cls_attention` or :func:`received_attention` accumulate them.
+        valid: ``[T, P]`` bool; all patches are valid where ``None``.
+        rank: whether to compute ranks.
+
+    Returns:
+        ``scores[t, p] = mean_h rows[t, h, p]``; the entropy in nats of each crop's scores over its valid
+        patches, normalised to sum 1 (negative scores and NaN count as 0; without a finite sum above 0 it is
+        ``ln(valid)``, that of equal scores); and the place of each patch in selection order: highest score
+        first, ties to the lower index, then NaN, then invalid patches.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; more than 32767 patches with ``rank``.
+    """
+    check_tensor("rows", rows, ("T", "H", "P"), (torch.float32,))
+    if not rows.shape[1]:
+        raise ValueError(f"rows: expected at least one head, got {describe(rows)}")
+    if valid is not None:
+        check_tensor("valid", valid, (rows.shape[0], rows.shape[2]), (torch.bool,), rows.device)
+    _check_flag("rank", rank)
+    if rank and rows.shape[2] > torch.iinfo(torch.int16).max:
+        raise ValueError(f"rows: expected at most 32767 patches to rank, got {describe(rows)}")
+    rows = rows.detach()
+    return _call("finalize_scores", rows.device, (rows, valid), rows=rows, valid=valid, rank=rank)
+
+
+def tile_budgets(
+    signals: Sequence[TileSignal],
+    valid_counts: Tensor,
+    segments: Segments,
+    *,
+    allocation: str = "exact",
+) -> TileBudgets:
+    """Divide each image's tile tokens among its tiles (§2, §3).
+
+    ``share_i = Σ_s w_s · signal_s,i / Σ_s w_s``, each signal normalised to sum 1 over the tiles of its image.
+    Shares become integers ``floor(share · 2²⁴ + ½)``; all further arithmetic is exact.
+
+    Args:
+        signals: one to four, with a positive sum of weights.
+        valid_counts: ``[T]`` int32 or int64, valid patches of each crop: the caps.
+        segments: the images of the batch.
+        allocation: ``"exact"``, largest remainders with caps, always ``min(tile_tokens, Σ valid)`` in sum; or
+            ``"floor"``, the rule of HERO's released code, which loses what the floors and caps leave over.
+
+    Returns:
+        budgets, shares and fixed-point weights; a thumbnail's budget is ``min(thumbnail_tokens, valid)``, its
+        share 0.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; on the CPU also a signal that is not finite. (On a GPU
+            such a signal gives equal parts.)
+
+    Source: HERO's allocation; HiRED (2408.10945) for ``"floor"``.
+    """
+    _check_segments(segments)
+    check_allocation(allocation)
+    check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS)
+    _check_counts("valid_counts", valid_counts)
+    _check_signals(signals, segments, valid_counts.device)
+    signals = _detached(signals)
+    return _call(
+        *("tile_budgets", valid_counts.device, (valid_counts, *(signal.values for signal in signals))),
+        signals=signals,
+        valid_counts=valid_counts,
+        segments=segments,
+        allocation=allocation,
+    )
+
+
+def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Per crop, the budget's highest-scoring valid patches (§4).
+
+    Ties go to the lower index, −0 equals +0, and a budget beyond the valid patches is clamped to them.
+
+    Args:
+        scores: ``[T, P]`` floating point.
+        budgets: ``[T]`` int32 or int64, >= 0.
+        valid: ``[T, P]`` bool; all patches are valid where ``None``.
+
+    Returns:
+        ``[T, P]`` bool, true where the patch is kept.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; on the CPU also NaN in ``scores``. (On a GPU NaN ranks
+            below every number.)
+    """
+    check_tensor("scores", scores, ("T", "P"), FLOATS)
+    check_tensor("budgets", budgets, (scores.shape[0],), INTEGERS, scores.device)
+    if valid is not None:
+        check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), scores.device)
+    _check_counts("budgets", budgets)
+    _check_numbers("scores", scores)
+    scores = scores.detach()
+    arguments = {"scores": scores, "budgets": budgets, "valid": valid}
+    return _call("segmented_topk", scores.device, (scores, budgets, valid), **arguments)
+
+
+def segmented_topk_gather(
+    features: Tensor,
+    scores: Tensor,
+    segments: Segments,
+    *,
+    valid: Tensor | None = None,
+    budgets: TileBudgets | None = None,
+    signals: Sequence[TileSignal] | None = None,
+    allocation: str = "exact",
+    ranks: Tensor | None = None,
+    valid_counts: Tensor | None = None,
+) -> Gathered:
+    """Top-k of each crop, packing in stitched raster order with newline rows, and gather (§3 to §5).
+
+    Args:
+        features: ``[T, P, D]`` floating point, any strides.
+        scores: ``[T, P]`` floating point.
+        segments: the images of the batch.
+        valid: ``[T, P]`` bool; all patches are valid where ``None``.
+        budgets: what :func:`tile_budgets` returned; or
+        signals: its argument, to do both steps in one call. Exactly one of the two is given.
+        allocation: the rule of the budgets, also of given ones. With ``"exact"`` the lengths follow from
+            ``segments``; with ``"floor"`` they depend on the data, which takes a host-device synchronisation.
+        ranks: ``[T, P]`` int16 from :func:`finalize_scores` on the same scores and ``valid``. They are used
+            in place of the scores, and a kernel need not search for the cut.
+        valid_counts: ``[T]`` int32 or int64, the row sums of ``valid``, if known: they need not be counted.
+
+    Returns:
+        packed tokens, their source, the length of each image, and the budgets. Newline rows are zero: they
+        live in the language model's width and are filled after projection. Gradients run from tokens to
+        features.
+
+        On an accelerator, and compiled, the lengths are those that ``segments`` promise, unless
+        ``allocation`` is ``"floor"``. Where budgets or the mask give fewer patches, the image ends in empty
+        rows (zeros, index −2); where they give more, the sequence is cut at the promised length.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; both or neither of ``budgets`` and ``signals``; on the
+            CPU also NaN in ``features`` or ``scores``.
+
+    Source: the packing is that of LLaVA-NeXT (``pack_image_features`` in transformers).
+    """
+    _check_segments(segments)
+    check_allocation(allocation)
+    check_tensor("scores", scores, (segments.crops, segments.patches), FLOATS)
+    device = scores.device
+    check_tensor("features", features, (segments.crops, segments.patches, "D"), FLOATS, device)
+    if valid is not None:
+        check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), device)
+    if ranks is not None:
+        check_tensor("ranks", ranks, tuple(scores.shape), (torch.int16,), device)
+    if valid_counts is not None:
+        check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
+    if (budgets is None) == (signals is None):
+        raise ValueError(
+            "budgets: expected either budgets or signals, got " + ("both", "none")[budgets is None]
+        )
+    if signals is not None:
+        _check_signals(signals, segments, device)
+        signals = _detached(signals)
+    elif not isinstance(budgets, TileBudgets):
+        raise TypeError(f"budgets: expected TileBudgets, got {describe(budgets)}")
+    else:
+        check_tensor("budgets.budgets", budgets.budgets, (segments.crops,), INTEGERS, device)
+        _check_counts("budgets.budgets", budgets.budgets)
+    _check_numbers("scores", scores)
+    _check_numbers("features", features)
+    scores = scores.detach()
+    tensors = (valid, ranks, valid_counts, *(budgets or ()), *(signal.values for signal in signals or ()))
+    return _call(
+        *("segmented_topk_gather", scores.device, (features, scores, *tensors), (features,)),
+        features=features,
+        scores=scores,
+        segments=segments,
+        valid=valid,
+        budgets=budgets,
+        signals=signals,
+        allocation=allocation,
+        ranks=ranks,
+        valid_counts=valid_counts,
+    )
+
+
+# --- how they run, and checks ----------------------------------------------------------------------------
+
+
+def _call(
+    name: str,
+    device: torch.device,
+    tensors: Sequence[Tensor | None],
+    differentiable: Sequence[Tensor] = (),
+    **arguments,
+):
+    """Run an operation on checked arguments; ``tensors`` are those among them."""
+    if _dispatch.is_plain(tensors, differentiable):
+        return _dispatch.run(name, device, **arguments)
+    return _library.call(name, device, **arguments)
+
+
+def _detached(signals: Sequence[TileSignal]) -> list[TileSignal]:
+    return [signal._replace(values=signal.values.detach()) for signal in signals]
+
+
+def _check_attention(query: Tensor, key: Tensor, scale: float, *, cls: bool = False) -> None:
+    key = check_tensor("key", key, ("T", "H", "N", "D"), FLOATS)
+    crops, heads, tokens, width = key.shape
+    check_tensor("query", query, (crops, heads, "N or 1" if cls else tokens, width), (key.dtype,), key.device)
+    if cls and query.shape[2] not in (1, tokens):
+        raise ValueError(f"query: expected {tokens} rows or the CLS row alone, got {describe(query)}")
+    if tokens < 1 + cls:
+        raise ValueError(f"key: expected at least {1 + cls} tokens a crop, got {describe(key)}")
+    check_number("scale", scale)
+
+
+def _check_accumulation(weight: float | Tensor, out: Tensor | None, key: Tensor, size: int) -> None:
+    crops, heads = key.shape[:2]
+    if isinstance(weight, Tensor):
+        check_tensor("weight", weight, (crops,), (torch.float32,), key.device)
+    else:
+        check_number("weight", weight)
+    if out is not None:
+        check_tensor("out", out, (crops, heads, size), (torch.float32,), key.device)
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+
+
+def _check_segments(segments: Segments) -> None:
+    if not isinstance(segments, Segments):
+        raise TypeError(f"segments: expected hero_kernels.Segments, got {describe(segments)}")
+
+
+def _check_signals(signals: Sequence[TileSignal], segments: Segments, device: torch.device) -> None:
+    if not isinstance(signals, Sequence) or not 1 <= len(signals) <= MAX_SIGNALS:
+        raise ValueError(f"signals: expected 1 to {MAX_SIGNALS} TileSignals, got {describe(signals)}")
+    for number, signal in enumerate(signals):
+        name = f"signals[{number}]"
+        if not isinstance(signal, TileSignal):
+            raise TypeError(f"{name}: expected a TileSignal, got {describe(signal)}")
+        check_tensor(f"{name}.values", signal.values, (segments.crops,), FLOATS, device)
+        check_number(f"{name}.weight", signal.weight, low=0.0)
+        if signal.temperature is not None:
+            check_number(f"{name}.temperature", signal.temperature, positive=True)
+        _check_cpu(f"{name}.values", "finite numbers", signal.values, torch.isfinite)
+    if sum(signal.weight for signal in signals) <= 0:
+        raise ValueError(f"signals: expected a weight > 0, got {[signal.weight for signal in signals]}")
+
+
+def _check_cpu(name: str, expected: str, values: Tensor, fits: Callable[[Tensor], Tensor]) -> None:
+    """Check values where this needs no synchronisation: on the CPU, outside compiled code."""
+    if values.device.type != "cpu" or not _dispatch.is_plain((values,)):
+        return
+    if values.is_floating_point() and values.detach().sum().isfinite():  # then all values are
+        return
+    fit = fits(values)
+    if not fit.all():
+        wrong = values[~fit]
+        kind = "NaN" if torch.isnan(wrong).any() else "infinite" if wrong.isinf().any() else "wrong"
+        raise ValueError(f"{name}: expected {expected}, got {len(wrong)} {kind} of {values.numel()}")
+
+
+def _check_numbers(name: str, values: Tensor) -> None:
+    if not SWITCHES.interpret:  # the interpreter behaves as a GPU does
+        _check_cpu(name, "numbers", values, lambda values: ~torch.isnan(values))
+
+
+def _check_counts(name: str, counts: Tensor) -> None:
+    _check_cpu(name, "integers >= 0", counts, lambda counts: counts >= 0)
