@@ -1,16 +1,29 @@
-# Needs make and Python 3.11 or newer; the first target that wants an environment makes it. `make help` lists.
+# Needs make and Python 3.11 or newer; the first target that needs an environment makes it. `make help` lists targets.
 
-# The first interpreter that the pinned versions install on and that can make an environment.
-PYTHON ?= $(firstword $(foreach python,python3.11 python3 python,$(shell $(python) -c \
-    'import ensurepip, sys, venv; sys.version_info >= (3, 11) and print("$(python)")' 2>/dev/null)))
+comma := ,
+# $(call interpreter,names,condition): the first interpreter that can make environments and meets a condition.
+interpreter = $(firstword $(foreach python,$(1),$(shell $(python) -c \
+    'import ensurepip, sys, venv; $(2) and print("$(python)")' 2>/dev/null)))
+# The pinned versions need Python 3.11.
+PYTHON ?= $(call interpreter,python3.11 python3 python,sys.version_info >= (3$(comma) 11))
+# Test processes at once; each runs one thread.
+JOBS ?= 2
 PYTEST_ARGS ?=
 
-# Run again in Triton's interpreter, where the CPU runs the kernels.
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,kernels kernel_properties library mutants encoder))
+tests = $(wildcard $(addprefix tests/test_,$(addsuffix .py,$(1))))
+# Tests of bench/, which is not part of the product.
+BENCH_TESTS := $(call tests,bench* compare quality* train speed)
+# Run once more in Triton's interpreter, which runs the kernels on the CPU.
+INTERPRETER_TESTS := $(call tests,kernels kernel_properties library mutants encoder)
+# Independent of transformers, so not run again with the oldest one.
+KERNEL_TESTS := $(call tests,kernels kernel_properties library mutants reference ops compile)
 # The oldest supported Triton and the newest, beside the pinned one.
 TRITONS := 3.3.0 3.9.0
+# The oldest supported Python and the newest, beside the one of the environment.
+PYTHONS := 3.10 3.13
 
-BOTH = $(MAKE) --no-print-directory -j2 -Otarget test-here test-interpreter
+# Each process begins with half of the tests in order, so that most files stay in one process with their fixtures.
+PYTEST = python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 VENV := .venv
 LOWEST := .venv-lowest
@@ -35,7 +48,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow test-lowest test-triton test-lmms test-exhaustive test-here test-interpreter lint clean
+.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-pythons test-triton test-lmms
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -55,28 +68,40 @@ $(LOWEST_STAMP): setup.py constraints.txt constraints-lowest.txt
 demo: $(STAMP) ## ask the bundled model three questions; pictures in out/
 	$(VENV)/bin/hero demo --out out
 
-test: $(STAMP) ## the fast tests, and those of the kernels again in the interpreter, side by side
-	@$(BOTH) MARK="not slow"
+test: $(STAMP) ## the fast tests, and those of the kernels again in the interpreter
+	$(VENV)/bin/$(PYTEST) -m "not slow" $(BENCH_TESTS:%=--ignore=%)
+	TRITON_INTERPRET=1 $(VENV)/bin/$(PYTEST) -m "not slow" $(INTERPRETER_TESTS)
 
-test-slow: $(STAMP) ## the slow tests, likewise
-	@$(BOTH) MARK="slow and not exhaustive"
+test-bench: $(STAMP) ## the fast tests of the benchmarks
+	$(VENV)/bin/$(PYTEST) -m "not slow" $(BENCH_TESTS)
 
-test-exhaustive: $(STAMP) ## the kernels at every configuration, for every target: when kernels change
-	@$(BOTH) MARK=exhaustive
+test-slow: $(STAMP) ## the slow tests of both, likewise
+	$(VENV)/bin/$(PYTEST) -m "slow and not exhaustive"
+	TRITON_INTERPRET=1 $(VENV)/bin/$(PYTEST) -m "slow and not exhaustive" $(INTERPRETER_TESTS)
 
-test-here: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m "$(MARK)" $(PYTEST_ARGS)
-
-test-interpreter: $(STAMP)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q -m "$(MARK)" $(KERNEL_TESTS) $(PYTEST_ARGS)
+test-exhaustive: $(STAMP) ## the kernels in every configuration, for every target: run it when kernels change
+	$(VENV)/bin/$(PYTEST) -m exhaustive
+	TRITON_INTERPRET=1 $(VENV)/bin/$(PYTEST) -m exhaustive $(INTERPRETER_TESTS)
 
 test-lowest: $(LOWEST_STAMP) ## the fast tests on the oldest supported transformers, in .venv-lowest
-	$(LOWEST)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(LOWEST)/bin/$(PYTEST) -m "not slow" $(patsubst %,--ignore=%,$(BENCH_TESTS) $(KERNEL_TESTS))
+
+test-pythons: $(PYTHONS:%=test-python-%) ## what needs no torch, on the oldest and the newest Python, if they are installed
+
+test-python-%: PYENV = $(wildcard $(HOME)/.pyenv/versions/$*.*/bin/python)
+test-python-%:
+	@set -e; python='$(call interpreter,python$* $(PYENV),True)'; \
+	if [ -z "$$python" ]; then echo "Python $*: not installed, not tested"; exit 0; fi; \
+	echo "Python $*: $$python"; \
+	$$python -m venv .venv-python$*; \
+	.venv-python$*/bin/python -m pip install -qq --progress-bar off -c constraints.txt pytest packaging setuptools; \
+	.venv-python$*/bin/python -m compileall -q hero hero_kernels bench tests; \
+	.venv-python$*/bin/python -m pytest -q -k "not loads_its_model" tests/test_config.py tests/test_packaging.py $(PYTEST_ARGS)
 
 test-triton: $(STAMP) $(TRITONS:%=.triton/%) ## compile the kernels with the oldest and the newest Triton, in .triton
 	for version in $(TRITONS); do \
 	    echo "Triton $$version"; \
-	    PYTHONPATH=.triton/$$version $(VENV)/bin/python -m pytest -q -m "not exhaustive" tests/test_compile.py $(PYTEST_ARGS) || exit 1; \
+	    PYTHONPATH=.triton/$$version $(VENV)/bin/$(PYTEST) -m "not exhaustive" tests/test_compile.py || exit 1; \
 	done
 
 .triton/%: | $(STAMP)
@@ -84,16 +109,19 @@ test-triton: $(STAMP) $(TRITONS:%=.triton/%) ## compile the kernels with the old
 	mv $@.part $@
 
 test-lmms: $(STAMP) $(LMMS_STAMP) ## the model for lmms-eval, with lmms-eval in .lmms
-	PYTHONPATH=$(CURDIR)/$(LMMS) $(VENV)/bin/python -m pytest -q tests/test_lmms_eval.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(LMMS) $(VENV)/bin/$(PYTEST) tests/test_lmms_eval.py
 
 $(LMMS_STAMP): requirements-lmms.txt | $(STAMP)
 	@rm -rf $(LMMS)
 	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $(LMMS) -r requirements-lmms.txt
 	@touch $@
 
-lint: $(STAMP) ## ruff
+lint: $(STAMP) ## ruff, and mypy: the packages, and a strictly typed program that uses the public API
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file= --strict --follow-imports=silent tests/typing_api.py
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(LOWEST) $(LMMS) .triton out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV)* $(LMMS) .triton out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

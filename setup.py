@@ -21,12 +21,12 @@ def read_readme() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
-# What the mini model's scene generator and training script need beyond the package itself.
-MINI = ["scikit-learn", "scikit-image", "tqdm"]
-BENCH = ["pytest", "pytest-benchmark"]
-TEST = [*BENCH, "hypothesis", *MINI]
-DEV = [*TEST, "ruff", "build"]
-# lmms-eval's own llava_hf, which hero_llava_next is made from, wants decord.
+PLOT = ["matplotlib>=3.9"]
+# scikit-learn and scikit-image bring the digits and photographs that bench/mini draws its scenes from.
+BENCH = [*PLOT, "pytest", "pytest-benchmark", "scikit-learn", "scikit-image", "tqdm"]
+TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging"]
+DEV = [*TEST, "ruff", "mypy", "build"]
+# hero_llava_next subclasses lmms-eval's llava_hf, which imports decord.
 LMMS = ["lmms-eval[video-legacy]>=0.7.3"]
 
 setup(
@@ -40,10 +40,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(str(HERE), include=["hero", "hero.*", "hero_kernels", "hero_kernels.*"]),
     package_data={
-        "hero.mini": ["card.md"]
-        + [f"weights/*.{kind}" for kind in ("json", "safetensors", "md")]
+        "hero": ["py.typed"],
+        "hero.mini": [f"weights/*.{kind}" for kind in ("json", "safetensors", "md")]
         + [f"demo/*.{kind}" for kind in ("png", "json")],
-        "hero_kernels": ["configs/*.json"],
+        "hero_kernels": ["py.typed", "configs/*.json"],
     },
     install_requires=[
         "torch>=2.7",
@@ -53,7 +53,7 @@ setup(
         "numpy",
         "pillow>=10.1",
     ],
-    extras_require={"mini": MINI, "bench": BENCH, "test": TEST, "dev": DEV, "lmms": LMMS},
+    extras_require={"plot": PLOT, "bench": BENCH, "test": TEST, "dev": DEV, "lmms": LMMS},
     entry_points={
         "console_scripts": ["hero = hero.cli:main"],
         "lmms_eval.models": ["hero_llava_next = hero.lmms_eval:manifest"],
@@ -67,7 +67,10 @@ setup(
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
     ],
 )

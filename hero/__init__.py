@@ -5,12 +5,20 @@ first use: counting tokens needs neither.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import policies
 from ._version import __version__
 from .config import HeroConfig, count_tokens
 from .layout import Geometry
 from .policies import SignalWeights
+
+if TYPE_CHECKING:  # type checkers do not see what __getattr__ imports on first use
+    from .encoder import HeroVisionEncoder
+    from .handle import Handle, attach
+    from .picture import visualize
+    from .relevance import ClipRelevance
+    from .selection import Selection
 
 __all__ = [
     "ClipRelevance",

@@ -1,3 +1,3 @@
 """The version, in a module without imports so that ``setup.py`` can read it as text."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,6 +1,7 @@
 """The ``hero`` command, as a user types it."""
 
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -48,6 +49,29 @@ def test_count_and_policy(capsys, tmp_path, policy):
         capsys, "ask", str(DEMO[0].image), DEMO[0].question, "--tokens", "40", "--policy", policy, *save
     )
     assert re.search(r"kept tokens +58 visual tokens", out)  # and 18 newlines
+
+
+OWN_POLICY = """
+from dataclasses import dataclass
+from hero.policies import Uniform
+
+@dataclass(frozen=True)
+class Corner(Uniform):
+    alpha: float = 0.0
+
+    def divide(self, keep_ratio, keep_tokens, patches, tiles):
+        return int(self.alpha * 10), 20
+"""
+
+
+def test_policy_of_a_module(capsys, tmp_path, monkeypatch):
+    """``module:Class`` from the current folder, with an option that the class has."""
+    (tmp_path / "own_policy.py").write_text(OWN_POLICY, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for options, tokens in (((), 38), (("--alpha", "0.5"), 43)):  # of which 18 newlines
+        out = run(capsys, "show", str(DEMO[0].image), "--policy", "own_policy:Corner", *options)
+        assert out.startswith(f"{tokens} of 378 visual tokens kept")
 
 
 def test_model_from_a_folder(capsys, tmp_path):
@@ -106,6 +130,14 @@ def test_env(capsys):
         ),
         (("ask", str(DEMO[0].image), "what", "--clip", "some"), "--clip: expected a --model beside it"),
         (("ask", str(DEMO[0].image), "what", "--second-pass"), "--second-pass: expected a --clip model"),
+        (
+            ("show", str(DEMO[0].image), "--policy", "fastervlm", "--alpha", "0.9"),
+            "alpha: expected .* of policy 'fastervlm'",
+        ),
+        (
+            ("show", str(DEMO[0].image), "--policy", "nowhere:Class"),
+            "policy: expected .* got 'nowhere:Class'",
+        ),
         (("bench", str(DEMO[0].image), "--rounds", "0"), "--rounds: expected a number >= 1"),
         (
             ("bench", str(DEMO[0].image), "--keep", "0.2,2"),

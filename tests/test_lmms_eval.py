@@ -195,11 +195,11 @@ def test_command_line(asked, tasks, tmp_path):
 
 
 def test_arguments_reach_the_configuration():
-    text = 'keep_ratio=0.1,policy=random,tile_layers=[1, 2],weights={"density": 1, "saliency": 3}'
+    text = 'keep_ratio=0.1,policy=hero,tile_layers=[1, 2],weights={"density": 1, "saliency": 3}'
     model = build(f"pretrained=mini,second_softmax=true,allocation=floor,{text}", batch_size="4")
     assert model.handle.config == hero.HeroConfig(
         keep_ratio=0.1,
-        policy="random",
+        policy="hero",
         tile_layers=(1, 2),
         weights={"density": 1, "saliency": 3},
         allocation="floor",
@@ -209,6 +209,11 @@ def test_arguments_reach_the_configuration():
     assert model.device == model.model.device == torch.device("cpu")
     assert model.model.dtype == torch.float16, "dtype=auto is that of the checkpoint"
     assert model.handle.encoder.relevance is None
+
+
+def test_policy_is_a_class_of_a_module():
+    model = build(f"{MINI},policy=hero.policies.uniform:Uniform,tile_layers=[0.5]")
+    assert model.handle.config.policy == hero.policies.Uniform(tile_layers=(0.5,))
 
 
 def test_relevance_is_read_from_a_clip_checkpoint(tmp_path):
@@ -221,7 +226,7 @@ def test_relevance_is_read_from_a_clip_checkpoint(tmp_path):
         read.handle.encoder.relevance.text_embeddings(text),
         own.handle.encoder.relevance.text_embeddings(text),
     )
-    assert read.handle.config.signal_weights(with_relevance=True).relevance > 0
+    assert read.handle.config.policy.signal_weights(with_relevance=True).relevance > 0
 
 
 def test_a_clip_model_of_other_weights_needs_a_second_pass(tmp_path):
@@ -248,6 +253,8 @@ def test_chat_template_is_read_from_a_file(tmp_path):
         ("keep_ratio=most", "keep_ratio"),
         ("keep_ratio=0.2,keep_tokens=100", "keep_tokens"),
         ("policy=best", "policy"),
+        ("policy=nowhere:Class", "policy"),
+        ("policy=fastervlm,alpha=0.5", "alpha"),
         ("alpha=0.5", "relevance"),
         ("weights={1", "weights"),
         ("tile_layers=[2.5]", "tile_layers"),

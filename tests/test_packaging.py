@@ -155,7 +155,9 @@ def test_wheel_carries_code_weights_demo_and_licence(contents):
         "hero/__init__.py",
         "hero/cli.py",
         "hero/_version.py",
+        "hero/py.typed",
         "hero_kernels/__init__.py",
+        "hero_kernels/py.typed",
         f"{MINI_WEIGHTS}/model.safetensors",
         f"{MINI_WEIGHTS}/clip_head.safetensors",
         f"{MINI_DEMO}/questions.json",
@@ -188,8 +190,17 @@ def test_wheel_carries_every_module_and_data_file(contents):
 @pytest.mark.slow
 def test_wheel_carries_nothing_else(contents):
     assert {name.split("/")[0] for name in contents} == {"hero", "hero_kernels", dist_info(contents)}
-    known = re.compile(r"\.(py|json|safetensors|md|png)$|\.dist-info/")
+    known = re.compile(r"\.(py|json|safetensors|md|png)$|/py\.typed$|\.dist-info/")
     assert [name for name in contents if not known.search(name)] == []
+    # What made the mini model stays in bench/mini.
+    assert [name for name in contents if re.search(r"scenes?\.py$|train|card", Path(name).name)] == [
+        f"{MINI_WEIGHTS}/training.json"
+    ]
+
+
+@pytest.mark.slow
+def test_wheel_is_at_most_3_megabytes(wheel):
+    assert wheel.stat().st_size <= 3_000_000
 
 
 @pytest.mark.slow
@@ -198,7 +209,8 @@ def test_wheel_metadata(wheel, contents):
         head = email.message_from_bytes(archive.read(f"{dist_info(contents)}/METADATA"))
         scripts = archive.read(f"{dist_info(contents)}/entry_points.txt").decode()
     assert (head["Name"], head["License-Expression"]) == ("hero-vlm", "Apache-2.0")
-    assert set(head.get_all("Provides-Extra")) == {"mini", "bench", "test", "dev", "lmms"}
+    assert set(head.get_all("Provides-Extra")) == {"plot", "bench", "test", "dev", "lmms"}
+    assert (head["Requires-Python"], "Typing :: Typed" in head.get_all("Classifier")) == (">=3.10", True)
     assert "hero = hero.cli:main" in scripts
     assert "[lmms_eval.models]" in scripts
 

@@ -1,16 +1,16 @@
 """lmms-eval's own ``llava_hf`` with hero attached: same loading, same prompts, same generation settings.
 
-What differs from it, beside the dropped tokens: answers are generated in batches, and an error while
-generating is raised, where ``llava_hf`` would score an empty answer.
+Apart from the dropped tokens there are two differences: answers are generated in batches, and an error during
+generation is raised, while ``llava_hf`` scores an empty answer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import PartialState
@@ -28,15 +28,12 @@ from hero import mini
 __all__ = ["HeroLlavaNext"]
 
 MINI = "mini"
-# The mini model's prompts are the bare words of the question; it comes without a chat template.
+# The mini model has no chat template. Its prompts are the words of the question.
 MINI_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}{% if not loop.first %} {% endif %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
-# Fields of HeroConfig that are no plain numbers or words: JSON in --model_args.
-_JSON = ("tile_layers", "thumbnail_layers", "weights")
-_FIELDS = tuple(field.name for field in dataclasses.fields(hero.HeroConfig))
 _LOADING = tuple(
     name
     for name, parameter in inspect.signature(LlavaHf.__init__).parameters.items()
@@ -45,25 +42,27 @@ _LOADING = tuple(
 
 
 class HeroLlavaNext(LlavaHf):
-    """A LLaVA-NeXT checkpoint that keeps only the visual tokens worth keeping.
+    """A LLaVA-NeXT checkpoint that keeps only the visual tokens that the policy selects.
 
     Args:
         pretrained: folder or hub id of a checkpoint of ``LlavaNextForConditionalGeneration``; ``"mini"`` is
             the bundled mini model.
-        relevance: folder or hub id of a CLIP model, to weigh tiles by the question; ``"mini"`` is the mini
-            model's own, ``"none"`` goes without.
+        relevance: folder or hub id of a CLIP model, which weights tiles by the question; ``"mini"`` is the
+            mini model's own, ``"none"`` uses no CLIP model.
+        second_pass: as in :class:`hero.ClipRelevance`.
         batch_size: questions answered at once.
         dtype: ``"auto"`` or a floating-point dtype of torch by name, for both models.
         chat_template: a Jinja template, or the path of a file that holds one, instead of the checkpoint's.
-        arguments: fields of :class:`hero.HeroConfig`, such as ``keep_ratio`` and ``policy``, sequences and
-            mappings as JSON text; and the other arguments of lmms-eval's ``llava_hf``, such as ``device``.
+        arguments: the other arguments of lmms-eval's ``llava_hf``, such as ``device``, and those of
+            :class:`hero.HeroConfig`, such as ``keep_ratio``, ``policy`` (a name or ``module:Class``) and the
+            parameters of the policy. Sequences and mappings are JSON.
 
     Attributes:
-        handle: what ``hero.attach`` returned; ``None`` once lmms-eval has all answers.
+        handle: what ``hero.attach`` returned; ``None`` after :meth:`clean`.
 
     Raises:
-        ValueError: an argument that is unknown or has no such value, by name. All but layers that the
-            encoder does not have are found before any weight is loaded.
+        ValueError: an unknown argument or an argument out of range, by name. Raised before any weights are
+            loaded, except for layers that the encoder does not have.
     """
 
     def __init__(
@@ -76,15 +75,11 @@ class HeroLlavaNext(LlavaHf):
         chat_template: str | None = None,
         **arguments,
     ) -> None:
-        unknown = sorted(set(arguments) - {*_FIELDS, *_LOADING})
-        if unknown:
-            known = ", ".join(dict.fromkeys(["relevance", "second_pass", *_FIELDS, *_LOADING]))
-            raise ValueError(f"{', '.join(unknown)}: expected model arguments among {known}")
         relevance = None if relevance in (None, "none") else relevance
         if not isinstance(second_pass, bool):
             raise ValueError(f"second_pass: expected True or False, got {second_pass!r}")
-        config = _config({name: arguments.pop(name) for name in _FIELDS if name in arguments})
-        config.signal_weights(with_relevance=relevance is not None)
+        config = _config({name: arguments.pop(name) for name in [*arguments] if name not in _LOADING})
+        config.policy.needs(with_relevance=relevance is not None)
         if isinstance(batch_size, bool) or not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
         floating = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
@@ -106,7 +101,7 @@ class HeroLlavaNext(LlavaHf):
                 _check_type("relevance", relevance, "clip")
 
         if PartialState().num_processes == 1:
-            # llava_hf's own default, an empty string, is none that transformers 5 takes.
+            # llava_hf's own default is an empty string, which transformers 5 rejects.
             arguments.setdefault("device_map", arguments.get("device", "cuda"))
         super().__init__(pretrained, batch_size=batch_size, dtype=dtype, **arguments)
         processor = self._image_processor
@@ -126,20 +121,22 @@ class HeroLlavaNext(LlavaHf):
             clip_model = CLIPModel.from_pretrained(relevance, dtype=tower.dtype).to(tower.device).eval()
             tokenizer = AutoTokenizer.from_pretrained(relevance)
             clip = hero.ClipRelevance(clip_model, tokenizer, second_pass=second_pass)
-        self.handle = hero.attach(self.model, processor, config=config, relevance=clip)
+        self.handle: hero.Handle | None = hero.attach(self.model, processor, config=config, relevance=clip)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests.
 
-        The run's ``throughput`` reports, beside lmms-eval's own numbers, the visual tokens an image is left
-        with and those that the stock model would see, both on average.
+        The run's ``throughput`` also reports the visual tokens kept per image and those of the stock model,
+        both on average.
 
         Raises:
             ValueError: a request with a video.
         """
-        results, seconds, visual = [], 0.0, []
-        # Requests are (context, doc_to_messages, settings, doc id, task, split): those with the same
-        # settings share batches.
+        results: list[GenerationResult] = []
+        kept: list[int] = []
+        stock: list[int] = []
+        seconds = 0.0
+        # Requests are (context, doc_to_messages, settings, doc id, task, split). A batch has one setting.
         order = utils.Collator(
             [request.args for request in requests],
             lambda arguments: (arguments[4], arguments[3]),
@@ -151,12 +148,11 @@ class HeroLlavaNext(LlavaHf):
                 inputs = self._inputs(chunk)
                 start = time.perf_counter()
                 output = self.model.generate(**inputs, **self._settings(chunk[0][2]))
-                answers = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for an accelerator
+                answers = output[:, inputs["input_ids"].shape[1] :].tolist()  # synchronises with the device
                 seconds += time.perf_counter() - start
-                if "pixel_values" in inputs:
-                    selection = self.handle.last
-                    stock = [layout.full_tokens for layout in selection.layout]
-                    visual += zip(selection.lengths, stock, strict=True)
+                if "pixel_values" in inputs and self.handle is not None and self.handle.last is not None:
+                    kept += self.handle.last.lengths
+                    stock += [layout.full_tokens for layout in self.handle.last.layout]
                 for text, asked, answer in zip(
                     self.tokenizer.batch_decode(answers, skip_special_tokens=True),
                     inputs["attention_mask"].sum(1).tolist(),
@@ -168,9 +164,8 @@ class HeroLlavaNext(LlavaHf):
                 progress.update(len(chunk))
         generated = sum(result.token_counts.output_tokens for result in results)
         counts = {"rank": self.rank}
-        if visual:
-            kept, stock = map(sum, zip(*visual, strict=True))
-            counts |= {"visual_tokens": kept / len(visual), "stock_visual_tokens": stock / len(visual)}
+        if kept:
+            counts |= {"visual_tokens": fmean(kept), "stock_visual_tokens": fmean(stock)}
         log_metrics(seconds, generated, generated / seconds if seconds else 0.0, additional_metrics=counts)
         return order.get_original(results)
 
@@ -192,7 +187,7 @@ class HeroLlavaNext(LlavaHf):
         return inputs.to(self.device, self.model.dtype)
 
     def _settings(self, task: dict) -> dict:
-        """Arguments of ``generate``, as ``llava_hf`` reads them from a task: ``until`` has no effect."""
+        """Arguments of ``generate``, read from a task as ``llava_hf`` does. ``until`` is ignored."""
         temperature = task.get("temperature", 0)
         return {
             "do_sample": temperature > 0,
@@ -206,28 +201,30 @@ class HeroLlavaNext(LlavaHf):
         }
 
     def clean(self) -> None:
-        """Take hero off and free the model, as lmms-eval asks once it has all answers."""
+        """Remove hero and free the model. lmms-eval calls this when it has all answers."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
         super().clean()
 
 
-def _config(fields: dict) -> hero.HeroConfig:
-    for name in _JSON:
-        if isinstance(fields.get(name), str):
+def _config(options: dict) -> hero.HeroConfig:
+    """The configuration of options from a command line, where sequences and mappings are text."""
+    for name, value in options.items():
+        text = value.strip("'") if isinstance(value, str) else ""
+        if text.startswith(("[", "{")):
             try:
-                fields[name] = json.loads(fields[name].strip("'"))
+                options[name] = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{name}: expected JSON, got {fields[name]!r}: {error}") from error
+                raise ValueError(f"{name}: expected JSON, got {value!r}: {error}") from error
     try:
-        return hero.HeroConfig(**fields)
-    except TypeError as error:  # arguments come as text, where a wrong type is a wrong value
+        return hero.HeroConfig(**options)
+    except TypeError as error:  # all arguments come as text: a wrong type is a wrong value
         raise ValueError(str(error)) from error
 
 
 def _folder(name: str) -> tuple[str, bool]:
-    """The name as transformers knows it, and whether it is that of the mini model."""
+    """The folder or hub id that transformers loads, and whether it is the mini model."""
     bundled = name == MINI or Path(str(name)).resolve() == mini.WEIGHTS.resolve()
     return str(mini.WEIGHTS) if bundled else name, bundled
 
@@ -243,7 +240,7 @@ def _check_type(argument: str, name: str, expected: str, **kwargs) -> None:
 
 
 def _template(given: str) -> str:
-    """A Jinja template, read from a file unless it is one."""
+    """A Jinja template, given as text or as the path of a file."""
     if not isinstance(given, str):
         raise ValueError(f"chat_template: expected a Jinja template or a file that holds one, got {given!r}")
     if "{" in given:
