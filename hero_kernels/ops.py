@@ -309,9 +309,8 @@ def segmented_topk_gather(
     if valid_counts is not None:
         check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
     if (budgets is None) == (signals is None):
-        raise ValueError(
-            "budgets: expected either budgets or signals, got " + ("both", "none")[budgets is None]
-        )
+        given = "none" if budgets is None else "both"
+        raise ValueError(f"budgets: expected either budgets or signals, got {given}")
     if signals is not None:
         _check_signals(signals, segments, device)
         signals = _detached(signals)
@@ -322,12 +321,11 @@ def segmented_topk_gather(
         _check_counts("budgets.budgets", budgets.budgets)
     _check_numbers("scores", scores)
     _check_numbers("features", features)
-    scores = scores.detach()
     tensors = (valid, ranks, valid_counts, *(budgets or ()), *(signal.values for signal in signals or ()))
     return _call(
         *("segmented_topk_gather", scores.device, (features, scores, *tensors), (features,)),
         features=features,
-        scores=scores,
+        scores=scores.detach(),
         segments=segments,
         valid=valid,
         budgets=budgets,

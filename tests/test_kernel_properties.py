@@ -1,7 +1,7 @@
 """Kernels on thousands of random inputs, many of them packed into one launch.
 
 The properties of the reference are in ``test_reference.py``: 3,000 random examples of budgets, 30,000
-apportionments and 800 of top-k. Here a launch of ``tile_budgets`` holds 200 images, each an apportionment
+apportionments and 800 of top-k. Here a launch of ``tile_budgets`` holds 100 images, each an apportionment
 checked against exact fractions.
 """
 
@@ -16,7 +16,7 @@ from test_kernels import check_budgets, check_gather, counts_of
 
 from hero_kernels import Segment, Segments, TileSignal
 
-IMAGES = 200  # of a launch
+IMAGES = 100  # per launch
 
 
 def examples(count):

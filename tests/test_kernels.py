@@ -449,7 +449,9 @@ def with_blocks(monkeypatch, factor, **least):
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])
-@pytest.mark.parametrize("name", ["stitched 2 × 3, padding rows", "P 36"])
+@pytest.mark.parametrize(
+    "name", ["stitched 2 × 3, padding rows", pytest.param("P 36", marks=pytest.mark.slow)]
+)
 def test_block_sizes_decide_nothing(name, factor, kernel, monkeypatch):
     """Selections, budgets and ranks are integers, and the same for every configuration."""
     case = next(case for case in FEW if case.name == name)
