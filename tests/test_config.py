@@ -385,7 +385,7 @@ def test_parameters_beside_a_policy_object():
 )
 def test_policies_by_class(policy, kind):
     assert HeroConfig(policy="hero.policies:Hero", alpha=0.3) == HeroConfig(alpha=0.3)
-    with pytest.raises(kind, match="^policy: expected one of 'hero', .*, got "):
+    with pytest.raises(kind, match=r"^policy: expected one of 'hero', .*, got "):
         HeroConfig(policy=policy)
 
 
