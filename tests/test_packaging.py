@@ -4,7 +4,9 @@ The slow tests build a wheel from a copy of the source tree and install it into 
 one empty and one that also sees this environment's packages (so that torch is not downloaded again).
 """
 
+import ast
 import email
+import graphlib
 import importlib.util
 import json
 import os
@@ -56,6 +58,39 @@ def run(*command: str | Path, cwd: Path) -> str:
     )
     assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def imports_of(file: Path) -> set[str]:
+    """Names that a file imports, in functions too; of ``from a import b`` both ``a`` and ``a.b``."""
+    folders = file.relative_to(ROOT).with_suffix("").parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = folders[: len(folders) + 1 - node.level] if node.level else ()
+            base = ".".join(filter(None, (*parents, node.module)))
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_structure_of_the_packages():
+    """No import cycles; kernels need no ``hero``; ``hero`` itself knows no model family; no long file."""
+    files = [file for package in ("hero", "hero_kernels") for file in ROOT.glob(f"{package}/**/*.py")]
+    named = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    imported = {name.removesuffix(".__init__"): imports_of(file) for name, file in named.items()}
+    within = {name: {other for other in names if other in imported} for name, names in imported.items()}
+    for name, names in within.items():  # of a.b.c, not of the packages it lies in
+        names -= {other for other in names if any(more.startswith(f"{other}.") for more in names)} | {name}
+    graphlib.TopologicalSorter(within).prepare()  # raises CycleError
+    for name, names in imported.items():
+        if name.startswith("hero_kernels"):
+            assert not {other.split(".")[0] for other in names} & {"hero", "transformers"}, name
+        elif name.split(".")[1:2] not in (["models"], ["lmms_eval"], ["mini"]):
+            hero_families = {other for other in imported if other.startswith("hero.models.")}
+            assert not names & hero_families, name
+            assert not [other for other in names if other.startswith("transformers.models.")], name
+    assert not [name for name, file in named.items() if len(file.read_text("utf-8").splitlines()) > 450]
 
 
 # --- requirements and pins -------------------------------------------------------------------------------

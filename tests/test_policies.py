@@ -1,9 +1,10 @@
-"""Policies against the reference of ``independent_policies.py``, and the seam they plug into."""
+"""Policies against the reference of ``independent_policies.py``, and the interface of a policy."""
 
 import dataclasses
 import functools
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -279,8 +280,8 @@ def test_scores_come_from_the_layer_of_the_features(policy, layer):
 
 
 @pytest.mark.parametrize("policy", PEERS)
-def test_nothing_waits_for_the_device(model, policy):
-    """Fake tensors have no values: reading one, as a wait for the device would, raises."""
+def test_no_synchronisation(model, policy):
+    """Fake tensors have no values: reading one, as a host-device synchronisation would, raises."""
     with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
         encoder, inputs = handle.encoder, batch(tiny_processor(), "two sizes")
         crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
@@ -674,3 +675,25 @@ def test_errors_of_a_policy_are_named(model):
         hero.attach(model, policy=_Thumbnail(layer=6))
     with pytest.raises(TypeError, match=r"^policy: expected one of 'hero', .*, got <class"):
         hero.attach(model, policy=_Thumbnail)
+
+
+def test_the_policy_of_the_readme(model):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [code] = [
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "class Spread" in block
+    ]
+    processor = tiny_processor()
+    given = {"dataclass": dataclasses.dataclass, "hero": hero, "hero_kernels": hk, "__name__": __name__}
+    given.update(model=model, processor=processor)
+    try:
+        exec(code, given)
+        inputs = processor(images=[tiny_image(120, 90, 0)], text=[ONE], return_tensors="pt")
+        with torch.no_grad():
+            assert model(**inputs).logits.isfinite().all()
+        selection = given["handle"].last
+        assert selection.policy == given["handle"].config.policy.name
+        assert given["handle"].config.policy.power == 2.0
+        assert selection.lengths == [given["handle"].count_tokens((120, 90))]
+    finally:
+        if "handle" in given:
+            given["handle"].remove()
