@@ -141,9 +141,9 @@ def test_copies_start_without_graphs():
     encoder = with_graphs(encoder_of(), "cpu")
     with torch.no_grad():
         plain = encoder(pixels(encoder, ONE), ONE)
-        twin = copy.deepcopy(encoder)
-        assert (len(encoder.cuda_graphs), len(twin.cuda_graphs)) == (1, 0)
-        assert_same(twin(pixels(encoder, ONE), ONE), plain)
+        other = copy.deepcopy(encoder)
+        assert (len(encoder.cuda_graphs), len(other.cuda_graphs)) == (1, 0)
+        assert_same(other(pixels(encoder, ONE), ONE), plain)
     assert len(pickle.loads(pickle.dumps(encoder.cuda_graphs))) == 0
     encoder.remove()
     assert len(encoder.cuda_graphs) == 0

@@ -614,15 +614,15 @@ def test_deepcopy_is_independent(model):
     with handle, torch.no_grad():
         inputs = batch(processor, "one image")
         wanted = model(**inputs).logits
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(**inputs).logits, wanted)
-        assert twin._hero.encoder.vision_tower is twin.model.vision_tower
-        for parameter in twin.model.vision_tower.parameters():
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(**inputs).logits, wanted)
+        assert copied._hero.encoder.vision_tower is copied.model.vision_tower
+        for parameter in copied.model.vision_tower.parameters():
             parameter.zero_()
         assert torch.equal(model(**inputs).logits, wanted)
-        stock = twin._hero
+        stock = copied._hero
         stock.remove()
-        assert "generate" not in twin.__dict__
+        assert "generate" not in copied.__dict__
         assert torch.equal(model(**inputs).logits, wanted)
     assert "generate" not in model.__dict__
 

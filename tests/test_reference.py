@@ -700,7 +700,7 @@ def test_operations_do_not_grow_with_tiles_or_images(masked, allocation):
         assert len({tuple(name for name in one.operations if name not in copied) for one in part}) == 1
 
 
-def test_nothing_waits_where_the_lengths_are_known():
+def test_no_synchronisation_where_the_lengths_are_known():
     """The ``meta`` device has no values that could be read."""
     for counter in operations(BATCHES["ragged"], "meta", masked=False):
         assert not counter.waits
