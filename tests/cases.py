@@ -60,6 +60,17 @@ def parameters(cases):
     return [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in cases]
 
 
+# The tests of the kernels run twice, without and with Triton's interpreter. Tests that do not depend on the
+# kernels, or whose kernels other cases run too, are slow in the interpreter.
+SLOW_IN_INTERPRETER = [pytest.mark.slow] if SWITCHES.interpret else []
+
+
+def slow_in_interpreter(test):
+    for mark in SLOW_IN_INTERPRETER:
+        test = mark(test)
+    return test
+
+
 def combined(cases, options, fast):
     """Cases with options: slow unless fast; slow cases with options that are not fast are exhaustive."""
 
@@ -299,6 +310,8 @@ CROPS = list(
         if case.segments.crops <= 25
     }.values()
 )
+# Many images or tiles, which the interpreter takes seconds to gather; other cases have some of each.
+LARGE = ("ragged", "grid widths", "63 tiles", "K from 0 to 40")
 # A few for options that are the same everywhere.
 FEW = [
     case

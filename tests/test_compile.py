@@ -2,8 +2,8 @@
 wide accesses, shared memory that fits. No GPU needed; what is compiled are the launches that the launchers
 make (:mod:`bench.compiled`).
 
-The fast tests compile CLIP in bf16 for one target and a few cases besides; the slow ones CLIP and the widest
-heads for all targets; ``-m exhaustive`` everything, on the Triton that is installed.
+The fast tests compile each kernel once for one target; the slow ones CLIP and the widest heads in bf16 for
+all targets, and a few cases besides; ``-m exhaustive`` everything, on the Triton that is installed.
 """
 
 import json
@@ -31,11 +31,9 @@ ALL += ("widest bf16", "clip fp16", "clip fp32", "siglip fp32", "internvit-6b fp
 VARIANTS = ("gather {}", "gather {}, mask", "gather {}, budgets, mask, ranks")
 USUAL = ("clip bf16", "internvit-6b bf16")
 KEPT = {name.format(layout) for name in VARIANTS for layout in ("anyres", "tiles", "wide")}
-FAST = {
-    "sm_90": {"clip bf16": None, "siglip bf16": ("received", "gather tiles, mask"), "clip fp32": ("fused",)},
-    "gfx942": {"clip bf16": ("rows", "fused", "gather anyres, mask")},
-    "sm_100": {"clip bf16": ("fused", "gather anyres, mask")},
-}
+EVERY_KERNEL = ("rows", "fused", "received", "finalize, ranks", "budgets", "topk", "gather anyres, mask")
+FAST = {"sm_90": {"clip bf16": EVERY_KERNEL}, "gfx942": {"clip bf16": ("rows",)}}
+SLOW = {"sm_90": {"siglip bf16": ("received", "gather tiles, mask"), "clip fp32": ("fused",)}}  # beside USUAL
 
 
 @cache
@@ -44,15 +42,14 @@ def cases_of(place):
 
 
 def wanted():
-    """(target, place, case) of every test: ``FAST``; slow, the usual towers; and all the rest by hand."""
+    """(target, place, case) of every test: ``FAST``; ``SLOW`` and the usual towers; the rest by hand."""
     for target in TARGETS:
         for place in ALL:
-            few = FAST.get(target, {}).get(place, ())
+            few, more = (cases.get(target, {}).get(place, ()) for cases in (FAST, SLOW))
             for case in cases_of(place):
                 small = case in KEPT or not case.startswith("gather")
-                fast = small if few is None else case in few
-                marks = () if fast else (pytest.mark.slow,)
-                if not fast and not (small and place in USUAL):
+                marks = () if case in few else (pytest.mark.slow,)
+                if case not in (*few, *more) and not (small and place in USUAL):
                     marks = (pytest.mark.slow, pytest.mark.exhaustive)
                 if small or place in FULL:
                     yield pytest.param(target, place, case, marks=marks, id=f"{target}-{place}-{case}")

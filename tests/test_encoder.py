@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import SLOW_IN_INTERPRETER, slow_in_interpreter
 from independent import (
     ONE,
     Independent,
@@ -132,7 +133,7 @@ def test_module_protocol(model):
     model.float()
 
 
-@pytest.mark.parametrize("name", ["uniform", "random"])
+@pytest.mark.parametrize("name", ["uniform", pytest.param("random", marks=SLOW_IN_INTERPRETER)])
 def test_policies(model, inputs, name):
     own = LAYERS if name == "uniform" else {}
     with hero.attach(model, keep_ratio=0.3, policy=name, **own) as handle, torch.no_grad():
@@ -225,6 +226,7 @@ def test_rows_of_encoders_without_cls():
     torch.testing.assert_close(output, wanted)
 
 
+@slow_in_interpreter
 def test_base_attention_sees_the_users_configuration(model, inputs):
     """FlashAttention reads its own name from ``module.config``: it must find it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -293,9 +295,13 @@ NEEDS = {
     "features of the last layer": ({**LAYERS}, -1, 6, False),
     "embeddings and last": ({**LAYERS}, [0, 6], 6, False),
 }
+LAST_SCORED = ("saliency", "last layer scored, saliency")  # by a kernel, from one query in place of all
 
 
-@pytest.mark.parametrize("case", NEEDS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in LAST_SCORED else SLOW_IN_INTERPRETER) for case in NEEDS],
+)
 def test_the_tower_runs_no_more_than_it_must(inputs, case):
     """The layers skipped change nothing: a tower run whole gives the same."""
     options, layer, whole, cls_only = NEEDS[case]
@@ -326,6 +332,7 @@ def test_the_tower_runs_no_more_than_it_must(inputs, case):
     torch.testing.assert_close(short.tokens, long.tokens, rtol=0, atol=1e-5)
 
 
+@slow_in_interpreter
 def test_hidden_states_come_along_when_asked_for(model, inputs):
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
     with torch.no_grad(), hero.attach(model, keep_ratio=0.3, **LAYERS) as handle:

@@ -6,11 +6,24 @@ written, nothing around it, and no input is changed.
 """
 
 import math
+from functools import cache
 from itertools import chain
 
 import pytest
 import torch
-from cases import ATTENTION, CROPS, FEW, NAN, SELECTION, Selection, Way, combined, parameters
+from cases import (
+    ATTENTION,
+    CROPS,
+    FEW,
+    LARGE,
+    NAN,
+    SELECTION,
+    SLOW_IN_INTERPRETER,
+    Selection,
+    Way,
+    combined,
+    parameters,
+)
 from oracles import (
     attention_maps,
     draw_attention,
@@ -293,9 +306,11 @@ def check_gather(result, features, scores, valid, budgets, segments, promised):
 GIVEN = ("signals", "budgets", "ranks", "counts", "budgets and ranks", "floor", "floor of budgets")
 
 
-@pytest.mark.parametrize(
-    ("case", "given"), combined(SELECTION, GIVEN, lambda case, given: given == "signals" or case in FEW)
-)
+def fast_gather(case, given):
+    return case in FEW or (given == "signals" and not (SLOW_IN_INTERPRETER and case.name in LARGE))
+
+
+@pytest.mark.parametrize(("case", "given"), combined(SELECTION, GIVEN, fast_gather))
 def test_segmented_topk_gather(case, given, way):
     features, scores, valid, signals = (
         getattr(case, f"draw_{name}")() for name in ("features", "scores", "valid", "signals")
@@ -390,13 +405,20 @@ def everything(way, rows, case, features, valid, signals, segments):
     return [*finalized, *budgets, keep], gathered
 
 
+@cache
+def neighbours(way):
+    """A batch, and what :func:`everything` makes of it."""
+    case = NEIGHBOURS
+    given = (rows_of(case, 3).exp2().log(), case.draw_features(), case.draw_valid(), case.draw_signals())
+    rows, *others = given
+    return given, everything(way, rows, case, *others, case.segments)
+
+
 @pytest.mark.parametrize("order", ["alone", "reversed", "again"])
 def test_an_image_does_not_depend_on_its_batch(order, way):
     """Bit-identical for any neighbours, any place among them, and on every run."""
     case, segments = NEIGHBOURS, NEIGHBOURS.segments
-    rows, features = rows_of(case, 3).exp2().log(), case.draw_features()
-    valid, signals = case.draw_valid(), case.draw_signals()
-    whole, gathered = everything(way, rows, case, features, valid, signals, segments)
+    (rows, features, valid, signals), (whole, gathered) = neighbours(way)
     images = list(zip(segments.images, segments.first_crops))
     batches = {"alone": [[image] for image in images], "reversed": [images[::-1]], "again": [images]}[order]
     for batch in batches:

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from cases import SLOW_IN_INTERPRETER, slow_in_interpreter
 from oracles import generator
 
 import hero_kernels as hk
@@ -141,12 +142,14 @@ def test_every_operator_is_checked():
     assert {name for name, _ in calls()} == NAMES
 
 
+@slow_in_interpreter
 @pytest.mark.parametrize(("name", "arguments"), CALLS)
 def test_opcheck(name, arguments):
     """Schema, mutation, fake results, autograd registration, AOT dispatch with dynamic shapes."""
     torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
 
 
+@slow_in_interpreter
 @pytest.mark.parametrize(("name", "number"), [("attention_with_cls", 3), ("segmented_topk_gather", 1)])
 def test_opcheck_with_gradients(name, number):
     for operator, arguments in calls():
@@ -173,6 +176,7 @@ def test_fake_strides(name, arguments):
 # --- compiled --------------------------------------------------------------------------------------------
 
 
+@slow_in_interpreter
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled(backend):
     torch._dynamo.reset()
@@ -240,7 +244,7 @@ def gradients(function, *tensors):
     return result, torch.autograd.grad((result * weight.to(result)).sum(), tensors)
 
 
-FORMS = ["eager", "operator", "compiled"]
+FORMS = ["eager", "operator", pytest.param("compiled", marks=SLOW_IN_INTERPRETER)]
 
 
 def formed(form, name):
@@ -362,7 +366,7 @@ def test_compiled_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_floor_waits_for_its_lengths_and_no_more():
+def test_floor_synchronises_for_its_lengths_and_no_more():
     """``floor`` reads the budgets back once; the lengths are those of the reference."""
     given, cpu = inputs("cuda"), inputs()
     results = [

@@ -83,7 +83,14 @@ def test_requiring_a_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "on"), [("1", True), ("true", True), ("0", False), ("", False), ("off", False)]
+    ("value", "on"),
+    [
+        *(("1", True), ("0", False)),
+        *(
+            pytest.param(*given, marks=pytest.mark.slow)
+            for given in (("true", True), ("", False), ("off", False))
+        ),
+    ],
 )
 def test_switches_come_from_the_environment(value, on):
     code = "from hero_kernels._env import SWITCHES as s; print(s.reference, s.require_kernel, s.interpret)"
