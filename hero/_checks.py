@@ -13,6 +13,7 @@ __all__ = [
     "check_layers",
     "check_positive",
     "check_real",
+    "count",
     "error",
     "floor_ratio",
 ]
@@ -121,3 +122,11 @@ def check_layers(name: str, value: object) -> tuple[int | float, ...]:
 def floor_ratio(value: float) -> int:
     """``floor(value + 1e-9)``: 0.29 · 100 is 29 although the product falls just short of it."""
     return math.floor(value + 1e-9)
+
+
+def count(keep_ratio: float | None, keep_tokens: int | None, tokens: int) -> int:
+    """``keep_tokens``, or the share ``keep_ratio`` of ``tokens``, rounded down; one of the two is given."""
+    if keep_tokens is not None:
+        return keep_tokens
+    assert keep_ratio is not None
+    return floor_ratio(keep_ratio * tokens)

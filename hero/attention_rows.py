@@ -18,6 +18,7 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +168,7 @@ class _View:
 class _State:
     """What :func:`install` keeps on an attention module."""
 
-    config: object  # the user's
+    config: Any  # the user's
     view: _View
     layer: int
     received: bool
@@ -178,7 +179,7 @@ class _State:
     keys: Tensor | None = field(default=None, repr=False)
 
 
-def _base(module: nn.Module, config: object):
+def _base(module: nn.Module, config: Any):
     """The attention function that a configuration names."""
     name = config._attn_implementation
     if name in (None, "eager"):

@@ -63,19 +63,19 @@ class HeroConfig:
         if keep_tokens is not None:
             keep_tokens = check_integer("keep_tokens", keep_tokens)
         else:
-            expected, given = "a number in (0, 1]", keep_ratio
-            keep_ratio = check_real("keep_ratio", expected, DEFAULT_KEEP_RATIO if given is None else given)
+            expected, value = "a number in (0, 1]", DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio
+            keep_ratio = check_real("keep_ratio", expected, value)
             if not 0.0 < keep_ratio <= 1.0:
-                raise error(ValueError, "keep_ratio", expected, given)
-        values = {
+                raise error(ValueError, "keep_ratio", expected, value)
+        fields = {
             "keep_ratio": keep_ratio,
             "keep_tokens": keep_tokens,
             "policy": make_policy(policy, policy_options),
             "allocation": check_choice("allocation", allocation, ALLOCATIONS),
             "attention": check_choice("attention", attention, ATTENTIONS),
         }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        for name, field in fields.items():
+            object.__setattr__(self, name, field)
 
     def to_dict(self) -> dict[str, Any]:
         """A flat dictionary of plain values, fit for JSON: the fields, with the policy as its name and the
@@ -127,7 +127,7 @@ def count_tokens(
         raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
     if geometry is not None and not isinstance(geometry, Geometry):
         raise TypeError(f"geometry: expected hero.Geometry, got {geometry!r}")
-    given = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
+    given: dict[str, Any] = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
     given = {name: value for name, value in given.items() if value is not None}
     if geometry is not None and given:
         raise ValueError(f"geometry: expected it or {', '.join(given)}, got both")

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 __all__ = ["CudaGraphs"]
 
 LIMIT = 8  # graphs kept; each keeps the memory that its kernels write
-Step = Callable[[object, Tensor], object]  # (what the step before returned, its input) → what it returns
+Step = Callable[[Any, Tensor], Any]  # (what the step before returned, its input) → what it returns
 
 
 @dataclass
@@ -142,7 +143,8 @@ class CudaGraphs:
             self._pools[device] = torch.cuda.graph_pool_handle()
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
             inputs = [value.clone() for value in values]
-        replays, state = [], None
+        replays: list[Callable[[], None]] = []
+        state: Any = None
         for step, static in zip(steps, inputs, strict=True):
             replay, state = self.record(step, state, static, self._pools.get(device))
             replay()  # recording runs no kernel, and the next step reads what this one writes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .selection import Encoded, Selection
 
 __all__ = ["HeroVisionEncoder"]
 
-Text = str | Sequence[str] | Tensor | None
+Text: TypeAlias = str | Sequence[str] | Tensor | None
 
 
 class HeroVisionEncoder(nn.Module):
@@ -279,10 +280,10 @@ class HeroVisionEncoder(nn.Module):
         """
         if text is not None and self.relevance is None:
             raise ValueError(f"text: expected None without a relevance model, got {text!r}")
-        text = check_questions(text, len(plan.layouts), required=self.needs_text)
-        if not self.needs_text:
+        questions = check_questions(text, len(plan.layouts), required=self.needs_text)
+        if self.relevance is None or questions is None or not self.needs_text:
             return None
-        return (lambda: text) if isinstance(text, Tensor) else self.relevance.start(text)
+        return (lambda: questions) if isinstance(questions, Tensor) else self.relevance.start(questions)
 
     def score(self, encoded: Encoded, plan: Plan, text: Text | Callable[[], Tensor] = None) -> Scored:
         """Patch scores and tile signals, by the policy.
@@ -294,17 +295,16 @@ class HeroVisionEncoder(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`text_embeddings`.
         """
-        question = text if callable(text) else self.text_embeddings(plan, text)
-        relevance = patch_relevance = None
-        if self.relevance is not None:
-            images = plan.places.images
+        question: Any = text if callable(text) else self.text_embeddings(plan, text)
+        images = plan.places.images
+        clip: Any = self.relevance
 
-            def relevance() -> Tensor:
-                pooled = encoded.pooled if self._shared else None
-                return self.relevance(question(), images, encoded.pixel_values, pooled)
+        def relevance() -> Tensor:
+            pooled = encoded.pooled if self._shared else None
+            return clip(question(), images, encoded.pixel_values, pooled)
 
-            def patch_relevance() -> Tensor:
-                return self.relevance.of_patches(question(), images, encoded.pixel_values, encoded.patches)
+        def patch_relevance() -> Tensor:
+            return clip.of_patches(question(), images, encoded.pixel_values, encoded.patches)
 
         with torch.no_grad():
             observed = Observed(
@@ -314,8 +314,8 @@ class HeroVisionEncoder(nn.Module):
                 layouts=plan.layouts,
                 places=plan.places,
                 constants=plan.constants,
-                relevance=relevance,
-                patch_relevance=patch_relevance,
+                relevance=None if clip is None else relevance,
+                patch_relevance=None if clip is None else patch_relevance,
             )
             return self.config.policy.score(observed)
 
@@ -376,7 +376,7 @@ class HeroVisionEncoder(nn.Module):
         question = self.text_embeddings(plan, text)
         output, lengths = None, plan.segments.lengths
         if self.cuda_graphs is not None:
-            tensors = self._replay(crops, plan, question, **kwargs)
+            tensors = tuple(self._replay(self.cuda_graphs, crops, plan, question, **kwargs))
         else:
             encoded = self.encode(crops, plan, **kwargs)
             tensors, lengths = self._choose(encoded, plan, question)
@@ -411,6 +411,7 @@ class HeroVisionEncoder(nn.Module):
 
     def _replay(
         self,
+        graphs: CudaGraphs,
         crops: Tensor,
         plan: Plan,
         question: Callable[[], Tensor] | None,
@@ -440,4 +441,4 @@ class HeroVisionEncoder(nn.Module):
         def weights() -> list[Tensor]:
             return [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
 
-        return self.cuda_graphs.run(key, steps, inputs, weights, plan)
+        return graphs.run(key, steps, inputs, weights, plan)

@@ -71,7 +71,7 @@ class Handle:
         self._adapter = adapter_for(model)
         self._last = _PerThread()
         self._undo: list[tuple[object, str, bool, object]] = []
-        self._hooks = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def last(self) -> Selection | None:
@@ -125,7 +125,7 @@ class Handle:
         def method(self, *args, **kwargs):
             return patch.function(self, *args, **kwargs)
 
-        method._hero_patch = True
+        method.__dict__["_hero_patch"] = True
         self._put(patch.owner, patch.name, types.MethodType(method, patch.owner))
 
     def image_tokens(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
-from ._checks import check_integer, error, floor_ratio
+from ._checks import check_integer, count, error
 
 __all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "Keep", "grid_pinpoints"]
 
@@ -128,10 +128,10 @@ class ImageLayout:
 
     def _quota(self, config: Keep) -> tuple[int, int]:
         """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
-        ratio, total = config.keep_ratio, config.keep_tokens
         if self.thumbnail == "none":
-            return 0, floor_ratio(ratio * (self.tiles * self.patches)) if total is None else total
-        thumbnail, tiles = config.policy.divide(ratio, total, self.patches, self.tiles)
+            return 0, count(config.keep_ratio, config.keep_tokens, self.tiles * self.patches)
+        given = config.keep_ratio, config.keep_tokens
+        thumbnail, tiles = config.policy.divide(*given, self.patches, self.tiles)
         if not (type(thumbnail) is type(tiles) is int and 0 <= thumbnail <= self.patches and tiles >= 0):
             expected = f"divide() to return two integers >= 0, the first at most {self.patches}"
             raise error(ValueError, f"policy {config.policy.name!r}", expected, (thumbnail, tiles))
@@ -231,24 +231,20 @@ class Geometry:
 
 @lru_cache(maxsize=4096)
 def _layout(geometry: Geometry, height: int, width: int) -> ImageLayout:
-    side = geometry.side
-    fields = {
-        "side": side,
-        "thumbnail": geometry.thumbnail,
-        "stitched": geometry.stitched,
-        "newlines": geometry.newlines,
-    }
+    def layout(grid: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]) -> ImageLayout:
+        fields = geometry.thumbnail, geometry.stitched, geometry.newlines
+        return ImageLayout((height, width), grid, geometry.side, rows, columns, *fields)
+
     if not geometry.pinpoints:
-        return ImageLayout((height, width), (0, 0), rows=(0, 0), columns=(0, 0), **fields)
+        return layout((0, 0), (0, 0), (0, 0))
     best_height, best_width = _best_resolution(height, width, geometry.pinpoints)
     grid = best_height // geometry.crop_size, best_width // geometry.crop_size
-    rows, columns = _unpadded(height, width, grid[0] * side, grid[1] * side)
-    return ImageLayout((height, width), grid, rows=rows, columns=columns, **fields)
+    return layout(grid, *_unpadded(height, width, grid[0] * geometry.side, grid[1] * geometry.side))
 
 
 def _best_resolution(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The pinpoint that keeps most of the image's pixels, then wastes least, then comes first."""
-    best, best_effective, best_wasted = None, 0, math.inf
+    best, best_effective, best_wasted = pinpoints[0], 0, math.inf
     for pinpoint in pinpoints:
         scale = min(pinpoint[1] / width, pinpoint[0] / height)
         effective = min(int(width * scale) * int(height * scale), width * height)

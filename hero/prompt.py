@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,12 +67,12 @@ def questions(
 
 
 def shrink(
-    inputs: Mapping[str, object],
+    inputs: Mapping[str, Any],
     image_token_id: int,
     runs: Sequence[tuple[int, int]],
     *,
     pad_token_id: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Shorten runs of placeholders in a batch of prompts.
 
     Rows are padded again to the longest of them, on the side they were padded on, or on the left.

@@ -55,7 +55,12 @@ class Places(NamedTuple):
 def places_of(layouts: Sequence[ImageLayout]) -> Places:
     """The places of a batch, on the CPU."""
     most = max(1, *(layout.tiles for layout in layouts))
-    images, crops, thumbnails, tiles, counts, first = [], [], [], [], [], 0
+    images: list[int] = []
+    crops: list[int] = []
+    thumbnails: list[int] = []
+    tiles: list[list[int]] = []
+    counts: list[int] = []
+    first = 0
     for number, layout in enumerate(layouts):
         own = [first + crop for crop in layout.tile_crops]
         images += [number] * layout.crops
@@ -65,8 +70,8 @@ def places_of(layouts: Sequence[ImageLayout]) -> Places:
         counts += [layout.tiles] * layout.crops
         first += layout.crops
     is_tile = torch.arange(most) < torch.tensor(counts)[:, None]
-    numbers = (torch.tensor(values) for values in (images, crops, thumbnails, tiles))
-    return Places(*numbers, is_tile.double())
+    numbers = [torch.tensor(values) for values in (images, crops, thumbnails, tiles)]
+    return Places(numbers[0], numbers[1], numbers[2], numbers[3], is_tile.double())
 
 
 def density_of(layouts: Sequence[ImageLayout]) -> Tensor:

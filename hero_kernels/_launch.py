@@ -14,7 +14,7 @@ crop's scores must not depend on the rest of the batch.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = ["config_names", "configuration", "launch", "read_config"]
 CONFIGS = resources.files(__package__) / "configs"
 
 
-def launch(kernel: Callable, grid: Sequence[int], *, enable_fp_fusion: bool, **arguments: object) -> None:
+def launch(kernel: Any, grid: Sequence[int], *, enable_fp_fusion: bool, **arguments: object) -> None:
     """Launch a Triton kernel with its arguments by name; nothing is launched on an empty grid.
 
     ``enable_fp_fusion`` has no default, since versions of Triton differ in theirs. Tests and benchmarks

@@ -8,7 +8,7 @@ operator, ``name_``, that adds to it. Each operator runs the kernel or the refer
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,9 +49,9 @@ def _unpack_segments(numbers: list[int], side: int, table: Tensor) -> Segments:
     return segments_of(tuple(numbers), side).bound(table)
 
 
-def _pack_signals(signals: list[TileSignal] | None, _) -> tuple[list, list, list]:
+def _pack_signals(signals: Sequence[TileSignal] | None, _) -> tuple[list, list, list]:
     """A temperature of 0 stands for none, an empty list for no signals."""
-    signals = signals or ()
+    signals = signals or []
     return (
         [signal.values for signal in signals],
         [float(signal.weight) for signal in signals],
@@ -60,7 +60,8 @@ def _pack_signals(signals: list[TileSignal] | None, _) -> tuple[list, list, list
 
 
 def _unpack_signals(values: list, weights: list, temperatures: list) -> list[TileSignal] | None:
-    signals = [TileSignal(*one, t or None) for *one, t in zip(values, weights, temperatures, strict=True)]
+    columns = zip(values, weights, temperatures, strict=True)
+    signals = [TileSignal(value, weight, temperature or None) for value, weight, temperature in columns]
     return signals or None
 
 
@@ -303,7 +304,8 @@ def call(name: str, device: torch.device, **arguments):
         output, rows = result
         return output, rows.detach() if out is None else out.add_(rows.detach())
     if name == "finalize_scores":
-        return Finalized(*result[:2], result[2] if arguments["rank"] else None)
+        scores, entropy, ranks = result
+        return Finalized(scores, entropy, ranks if arguments["rank"] else None)
     if name == "tile_budgets":
         return TileBudgets(*result)
     if name == "segmented_topk_gather":

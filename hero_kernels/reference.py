@@ -175,7 +175,7 @@ def _make_lanes(segments: Segments, device: torch.device) -> Lanes:
         inside.nonzero()[:, 0],
         inside[:, :most].flatten().nonzero()[:, 0],
     )
-    return Lanes(*(to_device(tensor, device) for tensor in tensors), most)
+    return Lanes._make([*(to_device(tensor, device) for tensor in tensors), most])
 
 
 def _part(signal: TileSignal, lanes: Lanes) -> Tensor:
@@ -352,9 +352,9 @@ def segmented_topk_gather(
     if budgets is None:
         if valid_counts is None and valid is None:
             valid_counts = torch.full((segments.crops,), segments.patches, device=scores.device)
-        elif valid_counts is None:
+        elif valid_counts is None and valid is not None:
             valid_counts = valid.sum(1)
-        budgets = tile_budgets(signals, valid_counts, segments, allocation=allocation)
+        budgets = tile_budgets(signals or (), valid_counts, segments, allocation=allocation)
     keep = _top(_ranks(scores, valid) if ranks is None else ranks, budgets.budgets, valid)
     lengths = segments.lengths if promised else _lengths(keep, segments)
     index = _packed_index(keep, segments, sum(lengths))

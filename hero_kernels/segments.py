@@ -9,7 +9,7 @@ how LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -89,6 +89,10 @@ class Segments:
 
     images: tuple[Segment, ...]
     side: int
+    _stored: dict[tuple[str, torch.device], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _bound: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.side, int) or self.side < 1:
@@ -114,8 +118,6 @@ class Segments:
                 raise ValueError(f"{name}: expected newline_rows within the stitched rows, got {image}")
         if self.crops * self.patches >= 1 << 31:
             raise ValueError(f"images: expected crops · patches below 2³¹, got {self.crops} · {self.patches}")
-        object.__setattr__(self, "_stored", {})
-        object.__setattr__(self, "_bound", None)
 
     def __getstate__(self) -> dict[str, object]:
         return {"images": self.images, "side": self.side, "_stored": {}, "_bound": None}
@@ -207,7 +209,7 @@ def segments_of(numbers: tuple[int, ...], side: int) -> Segments:
     images = []
     for i in range(0, len(numbers), len(NUMBERS)):
         *fields, begin, end, newline = numbers[i : i + len(NUMBERS)]
-        images.append(Segment(*fields, (begin, end), bool(newline)))
+        images.append(Segment._make([*fields, (begin, end), bool(newline)]))
     return Segments(tuple(images), side)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from .._checks import check_flag, check_layers, error, floor_ratio
+from .._checks import check_flag, check_layers, count, error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +42,8 @@ class Rows(NamedTuple):
     @classmethod
     def mean(cls, thumbnail: Sequence[int], tiles: Sequence[int], *, ranked: bool = True) -> Rows:
         """The mean over layers; an empty sequence reads no layer."""
-        weights = [{layer: 1.0 / len(layers) for layer in layers} for layers in (thumbnail, tiles)]
-        return cls(*weights, ranked)
+        first, second = ({layer: 1.0 / len(layers) for layer in layers} for layers in (thumbnail, tiles))
+        return cls(first, second, ranked)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ class Policy(ABC):
             tiles: K, tiles of the image.
         """
         if keep_tokens is None:
-            return floor_ratio(keep_ratio * patches), floor_ratio(keep_ratio * (tiles * patches))
+            return count(keep_ratio, None, patches), count(keep_ratio, None, tiles * patches)
         thumbnail = min(keep_tokens // (tiles + 1), patches)
         return thumbnail, keep_tokens - thumbnail
 
@@ -211,7 +211,7 @@ def half_to_thumbnail(
     keep_ratio: float | None, keep_tokens: int | None, patches: int, tiles: int
 ) -> tuple[int, int]:
     """:meth:`Policy.divide` of policies that give the thumbnail half of all tokens, at most P."""
-    total = floor_ratio(keep_ratio * ((tiles + 1) * patches)) if keep_tokens is None else keep_tokens
+    total = count(keep_ratio, keep_tokens, (tiles + 1) * patches)
     thumbnail = min(total // min(2, tiles + 1), patches)
     return thumbnail, total - thumbnail
 
