@@ -615,7 +615,6 @@ def test_report_renders_kernels(device_run, device_record):
     folder = device_run[0]
     page = ROOT / "docs" / "benchmarks.md"
     (folder / "page.md").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "compiled.json").write_text('{"benchmark": "compiled"}', encoding="utf-8")
     assert _report(folder).returncode == 0
     text = (folder / "page.md").read_text(encoding="utf-8")
     for one in device_record["results"]:
