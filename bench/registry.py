@@ -1,7 +1,7 @@
 """What a microbenchmark is made of: shapes, minimum costs, cases with their variants, and checks.
 
-Shapes are real encoders at real batches of images, and small ones to test the scripts. In a cost each input is read
-once and each output written once; an accumulator is read and written; a multiply-add is two operations.
+Shapes are real encoders at real batches of images, and small ones to test the scripts. In a cost, each input
+is read once and each output written once; an accumulator is read and written; a multiply-add counts twice.
 """
 
 from __future__ import annotations

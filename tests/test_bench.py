@@ -238,25 +238,18 @@ def test_record_keeps_every_raw_time(record):
     assert [(one["batch"], one["rounds"]) for one in record["series"]] == [("1", ROUNDS), ("2", ROUNDS)]
     for series in record["series"]:
         times = series["seconds"]
-        assert set(times) == {"vision", "ttft", "prefill", "decode"}
-        assert set(times["vision"]) == set(series["stages"]) == EVERY
-        for group in ("ttft", "prefill", "decode"):
-            assert set(times[group]) == EVERY - {"stock again"}
-        stages = {name: set(spans) for name, spans in series["stages"].items()}
-        assert stages["stock"] == {"encode", "project", "pack"}
-        assert stages["hero 0.2"] == {"text", "encode", "rows", "score", "budget", "select", "project"}
-        assert stages["released"] == {"encode", "score", "budget", "select", "project", "pack"}
-        values = [*times.values(), *series["stages"].values()]
-        assert all(len(one) == ROUNDS and min(one) > 0 for found in values for one in found.values())
-        for name, spans in series["stages"].items():  # a stage is part of the call that was timed
-            outer = [stage for stage in spans if stage != "rows"]
-            for number, whole in enumerate(times["vision"][name]):
-                assert sum(spans[stage][number] for stage in outer) < whole
+        assert set(times) == {"vision", "tower", "ttft"}
+        assert set(times["vision"]) == set(times["tower"]) == EVERY
+        assert set(times["ttft"]) == EVERY - {"stock again"}
+        values = [one for found in times.values() for one in found.values()]
+        assert all(len(one) == ROUNDS and min(one) > 0 for one in values)
+        for name, spent in times["tower"].items():  # the tower is part of the call that was timed
+            assert all(part < whole for part, whole in zip(spent, times["vision"][name], strict=True))
 
 
 def test_ratios_are_positive_and_inside_their_intervals(record):
     comparisons = _comparisons(record["summary"])
-    assert len(comparisons) > 60
+    assert len(comparisons) > 45
     for comparison in comparisons:
         low, high = comparison["interval"]
         assert 0 < low <= comparison["paired"] <= high
@@ -266,12 +259,6 @@ def test_ratios_are_positive_and_inside_their_intervals(record):
         pairs = zip(seconds["vision"]["hero 0.2"], seconds["vision"]["stock"])
         middle = statistics.median(one / other for one, other in pairs)
         assert found["vision"]["hero 0.2"]["paired"] == pytest.approx(middle)
-        parts = [sum(both) for both in zip(seconds["vision"]["hero 0.1"], seconds["prefill"]["hero 0.1"])]
-        ratios = [one / other for one, other in zip(seconds["ttft"]["hero 0.1"], parts)]
-        middle = statistics.median(ratios)
-        assert found["ttft"]["hero 0.1"]["to_predicted"]["paired"] == pytest.approx(middle)
-        rate = int(batch) * record["decoded"] / statistics.median(seconds["decode"]["stock"])
-        assert found["decode"]["stock"] == pytest.approx(rate)
 
 
 def test_token_counts_are_those_of_count_tokens(record):
