@@ -33,7 +33,7 @@ from unittest import mock
 import torch
 
 from .records import ROOT, environment, write
-from .timing import compare, eager_us, graph_us, interval, positive, seconds, summary, take_turns
+from .timing import call_us, compare, graph_us, interval, positive, seconds, summary, take_turns
 
 PACKAGES = ("hero", "hero_kernels")
 SIDES = ("base", "head")
@@ -102,7 +102,7 @@ def kernel(case, variant, clock: str) -> Made:
     sets = sets_of(case, default_device())
     result = variant.call(sets[0])
     if variant.synchronises or not torch.cuda.is_available():
-        return result, lambda calls: 1e-6 * eager_us(variant.call, sets, default_device())
+        return result, lambda calls: 1e-6 * call_us(variant.call, sets, default_device(), calls)
     return result, lambda calls: 1e-6 * statistics.median(graph_us(variant.call, sets)[0])
 
 

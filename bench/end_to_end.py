@@ -27,7 +27,6 @@ import os
 import resource
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -119,7 +118,6 @@ class Prepared:
             inputs["pixel_values"] = inputs["pixel_values"].to(subject.model.dtype)
             self.inputs[ratio] = dict(inputs)
         self.pixels, self.sizes = self.inputs[None]["pixel_values"], self.inputs[None]["image_sizes"].cpu()
-        self.masks = {name: self.inputs[variant.keep]["attention_mask"] for name, variant in VARIANTS.items()}
 
 
 class Bench:
@@ -235,7 +233,6 @@ class Bench:
             tokens = ready.vision()
         if not all(0 < len(one) <= most for one, most in zip(tokens, visual[MAIN], strict=True)):
             raise RuntimeError(f"released: expected at most {visual[MAIN]} tokens, got {[*map(len, tokens)]}")
-        batch.masks["released"] = self.embedded(batch, tokens)["attention_mask"]
         placeholders = {name: sum(visual[variant.keep]) for name, variant in VARIANTS.items()}
         return {
             "images": [list(layout.image_size) for layout in layouts],
@@ -243,7 +240,6 @@ class Bench:
             "visual_tokens": {
                 name: count for name, count in placeholders.items() if name not in ("stock again", "released")
             },
-            "prompt_tokens": {name: mask.shape[1] for name, mask in batch.masks.items()},
         }
 
     def measure(self, batch: Prepared, name: str) -> dict[str, float]:
@@ -269,47 +265,8 @@ class Bench:
                 launches, waits = len(counter.operations), len(counter.waits)
                 return {"launches": launches, "waits": waits, "peak_bytes": peak_bytes(ready.vision)}
             ready.vision()
-            found = {**_launches(ready.vision), "waits": _synchronisations(ready.vision)}
-            return {**found, "peak_bytes": _peak_gpu(ready.vision)}
-
-
-def _launches(function: Callable[[], object]) -> dict[str, object]:
-    """Return the kernels that a call launches, and its copies and fills; ``None`` if nothing is seen."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
-    names = [one.name for one in on_gpu if not getattr(one, "is_user_annotation", False)]
-    if not names:
-        return {"launches": None, "reason": "the profiler saw nothing on the GPU"}
-    moves = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"launches": len(names) - moves, "copies": moves}
-
-
-def _synchronisations(function: Callable[[], object]) -> int:
-    """Return how often the host waits for the GPU within a call."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(one.message) for one in caught)
-
-
-def _peak_gpu(function: Callable[[], object]) -> int:
-    """Return the peak of PyTorch's GPU memory during a call, beyond what was allocated before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+            found = {**timing.launches_gpu(ready.vision), "waits": timing.synchronisations_gpu(ready.vision)}
+            return {**found, "peak_bytes": timing.peak_gpu(ready.vision)}
 
 
 # --- summary ---------------------------------------------------------------------------------------------

@@ -58,14 +58,13 @@ def _times(variant: Variant, sets: Sequence[Any], device: torch.device) -> dict[
     if device.type != "cuda":
         times = [timing.call_us(variant.call, sets, device) for _ in range(ROUNDS)]
         return {"timing": "wall", "times_us": times}
-    eager = timing.eager_us(variant.call, sets, device)
     if variant.synchronises:
         times = [timing.call_us(variant.call, [one], device) for one in (sets * ROUNDS)[:ROUNDS]]
-        return {"timing": "wall", "times_us": times, "eager_us": eager}
+        return {"timing": "wall", "times_us": times}
     times, inputs, last = timing.graph_us(variant.call, sets)
     if variant.reset is None:  # check the result of the replayed graph too
         variant.check(inputs, last)
-    return {"timing": "graph", "times_us": times, "eager_us": eager}
+    return {"timing": "graph", "times_us": times}
 
 
 def measure(
