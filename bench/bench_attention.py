@@ -3,9 +3,6 @@
 Inputs are views [T, H, N, D] of [T, N, H·D], as the projections of an encoder return them. The peers of the
 CLS rows compute them from logits in PyTorch; the peers of attention with CLS rows are SDPA followed by
 ``cls_attention``, and eager attention that keeps its maps.
-
-``pytest bench/bench_attention.py --benchmark-only`` runs the cases with pytest-benchmark: the reference at
-small shapes on a CPU, everything at real shapes on a GPU.
 """
 
 from __future__ import annotations
@@ -21,18 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hero_kernels as hk
 from hero_kernels import reference
 
-from .kernels import (
-    Case,
-    Unavailable,
-    Variant,
-    benchmark_variant,
-    checked_crops,
-    close,
-    generate_tests,
-    item_size,
-    same,
-)
-from .registry import CLIP, Shape, shapes
+from .registry import CLIP, Case, Shape, Unavailable, Variant, checked_crops, close, item_size, same, shapes
 
 ROWS = 1e-3  # tolerance of rows computed in fp32
 ROUNDED = 2e-2  # tolerance if logits or maps are rounded to bf16
@@ -108,19 +94,13 @@ def check_rows(shape: Shape, tolerance: float, inputs: SimpleNamespace, rows: Te
 
 
 def rows_case(shape: Shape, device: torch.device) -> Case:
-    def compiled(x):
-        if device.type != "cuda" or shape.geometry != CLIP or shape.crops not in COMPILED_CROPS:
-            raise Unavailable("compiled only on a GPU, for CLIP at T = 5 and 160, to save time")
-        return _compiled_row()(*x.qk)
-
     exact, rounded = (partial(check_rows, shape, tolerance) for tolerance in (ROWS, ROUNDED))
-    variants = (
-        Variant(
-            "cls_attention", lambda x: hk.cls_attention(*x.qk, out=x.rows), exact, ours=True, reset=reset
-        ),
+    variants = [
+        Variant("cls_attention", lambda x: hk.cls_attention(*x.qk, out=x.rows), exact, True, reset=reset),
         Variant("softmax(q₀Kᵀ), eager", lambda x: logits_row(*x.qk), rounded),
-        Variant("softmax(q₀Kᵀ), compiled", compiled, rounded),
-    )
+    ]
+    if device.type == "cuda" and shape.geometry == CLIP and shape.crops in COMPILED_CROPS:
+        variants.append(Variant("softmax(q₀Kᵀ), compiled", lambda x: _compiled_row()(*x.qk), rounded))
     return _case("cls_attention", shape, device, variants)
 
 
@@ -161,7 +141,7 @@ def attention_case(shape: Shape, device: torch.device) -> Case:
             Variant(f"SDPA {name} + cls_attention", partial(with_rows, attention), exact, reset=reset),
         ]
     variants.append(Variant("eager, maps kept", with_maps, rounded))
-    return _case("attention_with_cls", shape, device, tuple(variants))
+    return _case("attention_with_cls", shape, device, variants)
 
 
 # Received attention.
@@ -220,11 +200,11 @@ def finalize_case(shape: Shape, device: torch.device) -> Case:
             return hk.finalize_scores(x.random_rows, valid=x.valid, rank=rank)
 
         variants.append(Variant(name, call, partial(check_finalized, rank), ours=True, cost=name))
-    return _case("finalize_scores", shape, device, tuple(variants))
+    return _case("finalize_scores", shape, device, variants)
 
 
 def _case(op, shape, device, variants) -> Case:
-    return Case(op, shape, 4 * shape.activations(), partial(make_attention, shape, device), variants)
+    return Case(op, shape, 4 * shape.activations(), partial(make_attention, shape, device), tuple(variants))
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:
@@ -236,14 +216,3 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
             yield finalize_case(shape, device)
         else:
             yield received_case(shape, device)
-
-
-# pytest-benchmark
-
-
-def pytest_generate_tests(metafunc) -> None:
-    generate_tests(metafunc, cases)
-
-
-def test_attention(benchmark, case, variant) -> None:
-    benchmark_variant(benchmark, case, variant)

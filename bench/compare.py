@@ -8,9 +8,7 @@ rounds in turns, A B B A. Where its memory lies makes a process faster or slower
 are several pairs of processes. Results are compared before anything is timed.
 
 Cases: ``vision``, hero on a CLIP tower of real width and few layers; ``mini``, the vision stage of the
-bundled model; ``selection``, the reference of budgets and gather at 1, 8 and 32 images; ``dispatch``, all
-operations at small shapes on a CPU, where checks and routing weigh most; on a GPU ``kernels``, the operations
-at the shapes of :mod:`bench.registry`.
+bundled model; on a GPU ``kernels``, the operations at the shapes of :mod:`bench.registry`.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ from unittest import mock
 import torch
 
 from .records import ROOT, environment, write
-from .timing import compare, eager_us, graph_us, interval, positive, seconds, summary, take_turns
+from .timing import call_us, compare, graph_us, interval, positive, seconds, summary, take_turns
 
 PACKAGES = ("hero", "hero_kernels")
 SIDES = ("base", "head")
-CASES = ("vision", "mini", "selection", "dispatch", "kernels")
+CASES = ("vision", "mini", "kernels")
 SPAN = 0.1  # seconds of a round, at least one call
 KEEP = 0.2
 ENVIRONMENT = {
@@ -98,44 +96,13 @@ def mini(clock: str) -> Made:
     return by_clock(clock, lambda: model.model.get_image_features(pixels, sizes).pooler_output)
 
 
-def selection(images: int, clock: str) -> Made:
-    from hero_kernels import reference
-
-    from .bench_selection import make_selection
-    from .registry import CLIP, Shape
-
-    shape = Shape(CLIP, ((2, 2),) * images, 4)
-    segments = shape.segments
-    x = make_selection(shape, segments, torch.device("cpu"), 0)
-    given = {"valid": x.valid, "ranks": x.ranks, "valid_counts": x.counts}
-
-    def call():
-        budgets = reference.tile_budgets(x.signals, x.counts, segments)
-        result = reference.segmented_topk_gather(x.features, x.scores, segments, budgets=budgets, **given)
-        return result.tokens, result.index, budgets.budgets, budgets.shares
-
-    return by_clock(clock, call)
-
-
-def dispatch(clock: str) -> Made:
-    from .kernels import all_cases
-
-    every = [
-        (variant.call, case.make(0))
-        for case in all_cases(True, torch.device("cpu"))
-        for variant in case.variants
-        if variant.ours
-    ]
-    return by_clock(clock, lambda: [call(inputs) for call, inputs in every])
-
-
 def kernel(case, variant, clock: str) -> Made:
     from .kernels import default_device, sets_of
 
     sets = sets_of(case, default_device())
     result = variant.call(sets[0])
     if variant.synchronises or not torch.cuda.is_available():
-        return result, lambda calls: 1e-6 * eager_us(variant.call, sets, default_device())
+        return result, lambda calls: 1e-6 * call_us(variant.call, sets, default_device(), calls)
     return result, lambda calls: 1e-6 * statistics.median(graph_us(variant.call, sets)[0])
 
 
@@ -143,10 +110,8 @@ def cases(wanted: Sequence[str]) -> dict[str, Callable[[str], Made]]:
     """Return functions that prepare a case for a clock, by name."""
     from .kernels import all_cases, default_device
 
-    found: dict[str, Callable[[str], Made]] = {"vision": vision, "mini": mini, "dispatch": dispatch}
+    found: dict[str, Callable[[str], Made]] = {"vision": vision, "mini": mini}
     found = {name: found[name] for name in wanted if name in found}
-    if "selection" in wanted:
-        found |= {f"selection {images}": partial(selection, images) for images in (1, 8, 32)}
     if "kernels" in wanted:
         for case in all_cases(default_device().type == "cpu", default_device()):
             ours = (variant for variant in case.variants if variant.ours)

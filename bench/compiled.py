@@ -1,23 +1,17 @@
-"""What the kernels compile to: registers, shared memory, spills, wide accesses. Needs Triton and no GPU.
+"""What the kernels compile to: shared memory, spills, wide accesses. Needs Triton and no GPU.
 
-``python -m bench.compiled --out bench/results/compiled.json`` compiles for every target and writes the
-record; ``--page docs/kernels.md`` shows it there. The operations run on tensors without memory and their
-launches are recorded, then specialised as by Triton's JIT. ``tests/test_compile.py`` asserts on the same
-facts.
+The operations run on tensors without memory. Their launches are recorded, specialised as by Triton's JIT and
+compiled for each target. ``tests/test_compile.py`` asserts on the facts.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +28,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _dispatch, _launch
 
-from . import records, report
 from .registry import CLIP, INTERNVIT, SIGLIP, Geometry
 
 TARGETS = {
@@ -55,12 +48,6 @@ GEOMETRIES = {
     "widest": Geometry("7744 patches, heads of 256", 24, heads=4, tokens=7745, width=256, features=1024),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GATHER = ("gather anyres, mask, ranks", "gather tiles, mask", "gather wide, mask")
-CHOSEN = {  # the cases of the record, as the models run them
-    "clip": ("rows", "fused", "finalize, ranks", "topk, mask", "budgets", *GATHER),
-    "siglip": ("received", "finalize, ranks", *GATHER),
-    "internvit": ("rows", "fused", "topk, mask", GATHER[1]),
-}
 MOST_CROPS, MOST_PATCHES = 64, 4096  # of an image; of a crop to select from
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -251,8 +238,7 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         file.flush()
         used = subprocess.check_output([folder / "cuobjdump", "--dump-resource-usage", file.name], text=True)
         code = subprocess.check_output([folder / "nvdisasm", "-c", file.name], text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used)
-    registers, stack, local = map(int, found.groups())
+    stack, local = map(int, re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used).groups())
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
 
     def count(pattern: str) -> int:
@@ -262,7 +248,6 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         return count(rf"{name}\.E.*\.128") + 2 * count(rf"{name}\.E.*\.256")
 
     return {
-        "registers": registers,
         "spills": stack + local,
         "wide_loads": wide("LDG") + wide("LDGSTS"),
         "wide_stores": wide("STG"),
@@ -280,77 +265,8 @@ def _amd(code: str) -> dict[str, int]:
         return len(re.findall(rf"^\s+{pattern}", code, re.MULTILINE))
 
     return {
-        "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
-        "scalar_spills": number("sgpr_spill_count"),
         "wide_loads": count("(global|buffer)_load_(lds_)?dwordx4"),
         "wide_stores": count("(global|buffer)_store_dwordx4"),
         "instructions": count(r"[sv]_\w+ |(global|buffer|ds|flat)_\w+ "),
     }
-
-
-# --- the record --------------------------------------------------------------------------------------------
-
-
-def facts(dtype: str = "bf16") -> Iterator[dict[str, object]]:
-    """Return a row for each launch of the chosen cases on each target."""
-    for geometry, names in CHOSEN.items():
-        every = cases(geometry, dtype)
-        for name in names:
-            for target in TARGETS:
-                for launch in recorded(every[name], target):
-                    yield {
-                        "tower": GEOMETRIES[geometry].name,
-                        "case": name,
-                        "kernel": launch.name.removesuffix("_kernel"),
-                        "target": target,
-                        **compiled(launch, target),
-                    }
-
-
-def tables(content: Mapping) -> list[str]:
-    """Return the section of the page: a table of the launches on each target."""
-    commit = (content["commit"]["hash"] or "unknown")[:12]
-    lines = [
-        f"`{content['command']}`, {content['date']}, commit {commit}, "
-        f"Triton {content['versions']['triton']}, {content['dtype']}.",
-        "",
-        "Each cell: registers per thread, shared memory, instructions; bytes spilled per thread, if any.",
-        "",
-    ]
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in content["launches"]:
-        shared = row["shared"]
-        shared = f"{shared / 1024:.4g} KiB" if shared >= 1024 else f"{shared} B"
-        cell = f"{row['registers']} · {shared} · {row['instructions']}"
-        cell += f" · spills {row['spills']} B" if row["spills"] else ""
-        key = row["tower"], f"`{row['kernel']}`", row["case"]
-        cells.setdefault(key, {})[row["target"]] = cell
-    rows = [[*key, *(cell[target] for target in TARGETS)] for key, cell in cells.items()]
-    return lines + report.table(["tower", "kernel", "case", *TARGETS], rows, names=3)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="compile, and write the record here")
-    parser.add_argument("--page", type=Path, help="show the record, that of --out or the last, on this page")
-    options = parser.parse_args(arguments)
-    if options.out:
-        content = {
-            "benchmark": "compiled",
-            **records.environment("bench.compiled", arguments, ("torch", "triton")),
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "dtype": "bf16",
-            "launches": list(facts("bf16")),
-        }
-        records.write(options.out, content)
-    if options.page:
-        path = options.out or report.RESULTS / "compiled.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
-        page = report.replace(options.page.read_text(encoding="utf-8"), "compiled", tables(content))
-        options.page.write_text(page, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -7,9 +7,8 @@ machine), ``hero R`` at each keep ratio R, ``hero 0.2 + text`` with relevance fr
 ``released`` (:mod:`bench.released`, R = 0.2, with relevance from a second pass of CLIP); on a GPU also hero
 with ``cuda_graphs=True``, marked ``(graph)``. They run in interleaved rounds (:mod:`bench.timing`) per batch:
 
-- ``vision``: from crops to the visual tokens of the language model; ``stages`` splits it;
-- ``ttft``: ``generate`` of one token from processed inputs; ``prefill`` and ``decode``: the language model
-  alone on as many random embeddings, and the tokens after them. ``vision + prefill`` predicts ``ttft``;
+- ``vision``: from crops to the visual tokens of the language model; on a CPU also the ``tower`` within it;
+- ``ttft``: ``generate`` of one token from processed inputs;
 - ``counts``: launches, host-device synchronisations ("waits") and peak memory of the vision stage.
 
 The record is written after every round. Rounds that do not fit into ``--seconds`` are recorded as left out,
@@ -28,7 +27,6 @@ import os
 import resource
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -39,7 +37,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hero
-import hero_kernels
 from hero_kernels.testing import OperationCounter, peak_bytes
 
 from . import timing
@@ -51,7 +48,6 @@ from .timing import Clock, compare, summary
 MAIN = 0.2  # the keep ratio of relevance, of the released method and of the targets
 KEEP = (1.0, 0.5, MAIN, 0.1)
 GPU_ROUNDS, CPU_ROUNDS = 7, 6
-DECODED = 16  # tokens after the first
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of R = 1: the projector gets other rows
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy")
 
@@ -85,35 +81,26 @@ def measured(gpu: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def timed(
-    functions: Sequence[tuple[object, str, str]], now: Callable[[], float]
-) -> Iterator[dict[str, float]]:
-    """Time functions inside the block, each given as (owner, attribute, stage); yields seconds by stage."""
-    totals: dict[str, float] = defaultdict(float)
+def timed(owner: object, name: str, now: Callable[[], float]) -> Iterator[list[float]]:
+    """Time a method inside the block; yields a list that gets the seconds of each call."""
+    function, spent = getattr(owner, name), []
 
-    def wrapped(function: Callable, stage: str) -> Callable:
-        @functools.wraps(function)
-        def run(*args, **kwargs):
-            begin = now()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                totals[stage] += now() - begin
+    def run(*args, **kwargs):
+        begin = now()
+        result = function(*args, **kwargs)
+        spent.append(now() - begin)
+        return result
 
-        return run
-
-    with contextlib.ExitStack() as stack:
-        for owner, name, stage in functions:
-            stack.enter_context(mock.patch.object(owner, name, wrapped(getattr(owner, name), stage)))
-        yield totals
+    with mock.patch.object(owner, name, run):
+        yield spent
 
 
 class Ready(NamedTuple):
-    """A variant on the model, and the stages of its vision stage for :func:`timed`."""
+    """A variant on the model; ``tower`` is the owner and the name of the method that runs the tower."""
 
     vision: Callable[[], list[Tensor]]
     first_token: Callable[[], Tensor]
-    stages: list[tuple[object, str, str]]
+    tower: tuple[object, str]
 
 
 class Prepared:
@@ -131,7 +118,6 @@ class Prepared:
             inputs["pixel_values"] = inputs["pixel_values"].to(subject.model.dtype)
             self.inputs[ratio] = dict(inputs)
         self.pixels, self.sizes = self.inputs[None]["pixel_values"], self.inputs[None]["image_sizes"].cpu()
-        self.masks = {name: self.inputs[variant.keep]["attention_mask"] for name, variant in VARIANTS.items()}
 
 
 class Bench:
@@ -139,7 +125,7 @@ class Bench:
 
     def __init__(self, subject: Subject, device: torch.device, clock: str):
         self.subject, self.device, self.clock = subject, device, clock
-        self.model, self.gpu, self._cache = subject.model, device.type == "cuda", None
+        self.model, self.gpu = subject.model, device.type == "cuda"
         self.image_token = self.model.config.image_token_id
         count = len(subject.batches)
         self.prepared = [Prepared(subject, number, device, self._attached) for number in range(count)]
@@ -169,11 +155,8 @@ class Bench:
         variant, model = VARIANTS[name], self.model.model
         text = batch.batch.questions if variant.text else None
         generate = functools.partial(self.generate, **batch.inputs[variant.keep])
-        methods = ("encode", "score", "budget", "select", "project")
         if variant.keep is None:
-            stages = [(model.vision_tower, "forward", "encode"), (model, "pack_image_features", "pack")]
-            stages.append((model.multi_modal_projector, "forward", "project"))
-            yield Ready(functools.partial(self.stock, batch), generate, stages)
+            yield Ready(functools.partial(self.stock, batch), generate, (model.vision_tower, "forward"))
         elif variant.released:
             config = hero.HeroConfig(keep_ratio=variant.keep)
             released = Released(self.model, config, self._geometry(), self.subject.relevance)
@@ -181,10 +164,11 @@ class Bench:
             def vision() -> list[Tensor]:
                 return released(batch.pixels, batch.sizes, text)[0]
 
-            stages = [(released, method, method) for method in (*methods, "pack")]
-            stages.append((released, "share", "score"))
+            def first_token() -> Tensor:
+                return self.generate(**self.embedded(batch, vision()))
+
             with eager(model.vision_tower):
-                yield Ready(vision, lambda: self.generate(**self.embedded(batch, vision())), stages)
+                yield Ready(vision, first_token, (released, "encode"))
         else:
             with self._attached(variant) as handle:
                 handle.encoder.prepare(batch.pixels, batch.sizes)  # makes the plan, which later calls reuse
@@ -192,13 +176,7 @@ class Bench:
                 def vision() -> list[Tensor]:
                     return handle.encoder(batch.pixels, batch.sizes, text=text).per_image()
 
-                stages = [(handle.encoder, method, method) for method in methods]
-                stages.append((handle.encoder, "text_embeddings", "text"))
-                stages += [
-                    (hero_kernels, operation, "rows")
-                    for operation in ("cls_attention", "attention_with_cls", "received_attention")
-                ]
-                yield Ready(vision, generate, [] if variant.graph else stages)  # a replay calls none of them
+                yield Ready(vision, generate, (handle.encoder, "encode"))
 
     def stock(self, batch: Prepared) -> list[Tensor]:
         """Run the stock vision stage."""
@@ -220,25 +198,6 @@ class Bench:
 
     # Measurements.
 
-    def prefill(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Run the language model on embeddings; keeps the cache for :meth:`decode`."""
-        output = self.model.model.language_model(
-            inputs_embeds=embeddings, attention_mask=mask, use_cache=True
-        )
-        self._cache = output.past_key_values, mask
-        return self.model.lm_head(output.last_hidden_state[:, -1:])
-
-    def decode(self) -> None:
-        """Generate ``DECODED`` tokens greedily after a prefill."""
-        cache, mask = self._cache
-        token = mask.new_full((len(mask), 1), 5)
-        for _ in range(DECODED):
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self.model.model.language_model(
-                input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            token = self.model.lm_head(hidden[:, -1:]).argmax(-1)
-
     def time(self, function: Callable[[], object]) -> float:
         """Return the seconds of a call, the device synchronised before and after."""
 
@@ -249,10 +208,6 @@ class Bench:
 
         self.wait()
         return timing.seconds(run, self.clock)
-
-    def now(self) -> float:
-        self.wait()
-        return timing.CLOCKS[self.clock]()
 
     def check(self, batch: Prepared) -> dict[str, object]:
         """Check that the variants are right, and describe the batch.
@@ -278,7 +233,6 @@ class Bench:
             tokens = ready.vision()
         if not all(0 < len(one) <= most for one, most in zip(tokens, visual[MAIN], strict=True)):
             raise RuntimeError(f"released: expected at most {visual[MAIN]} tokens, got {[*map(len, tokens)]}")
-        batch.masks["released"] = self.embedded(batch, tokens)["attention_mask"]
         placeholders = {name: sum(visual[variant.keep]) for name, variant in VARIANTS.items()}
         return {
             "images": [list(layout.image_size) for layout in layouts],
@@ -286,34 +240,21 @@ class Bench:
             "visual_tokens": {
                 name: count for name, count in placeholders.items() if name not in ("stock again", "released")
             },
-            "prompt_tokens": {name: mask.shape[1] for name, mask in batch.masks.items()},
         }
 
-    def measure(self, batch: Prepared, name: str, prefills: dict) -> dict[str, object]:
-        """Measure a variant once: seconds of vision, ttft, prefill and decode, and of each of the ``stages``.
-
-        ``prefills`` shares prefill and decode among variants that keep equally many tokens. Stages are timed
-        in the same call as ``vision`` on a CPU, and synchronised in a call of their own on a GPU.
-        """
-        found: dict[str, object] = {}
+    def measure(self, batch: Prepared, name: str) -> dict[str, float]:
+        """Measure a variant once: seconds of vision, on a CPU of the tower within it, and of ttft."""
         with self.ready(batch, name) as ready:
-            if self.gpu:  # warms up: a new attachment does some work only once
-                ready.vision()
-                found["vision"] = self.time(ready.vision)
-            with timed(ready.stages, self.now) as stages:
-                whole = self.time(ready.vision)
-            found = {"vision": whole, **found, "stages": dict(stages)}
-            if name == "stock again":
-                return found
-            found["ttft"] = self.time(ready.first_token)
-        key = tuple(batch.masks[name].sum(1).tolist())
-        if key not in prefills:
-            mask, width = batch.masks[name], self.model.config.text_config.hidden_size
-            embeddings = torch.randn(*mask.shape, width, device=self.device, dtype=self.model.dtype)
-            prefill = self.time(functools.partial(self.prefill, embeddings, mask))
-            prefills[key] = {"prefill": prefill, "decode": self.time(self.decode)}
-            self._cache = None
-        return found | prefills[key]
+            if self.gpu:
+                ready.vision()  # warms up: a new attachment does some work only once
+                found = {"vision": self.time(ready.vision)}
+            else:
+                with timed(*ready.tower, timing.CLOCKS[self.clock]) as spent:
+                    found = {"vision": self.time(ready.vision)}
+                found["tower"] = sum(spent)
+            if name != "stock again":
+                found["ttft"] = self.time(ready.first_token)
+        return found
 
     def counts(self, batch: Prepared, name: str) -> dict[str, object]:
         """Return launches, synchronisations and peak memory of the vision stage."""
@@ -324,90 +265,34 @@ class Bench:
                 launches, waits = len(counter.operations), len(counter.waits)
                 return {"launches": launches, "waits": waits, "peak_bytes": peak_bytes(ready.vision)}
             ready.vision()
-            found = {**_launches(ready.vision), "waits": _synchronisations(ready.vision)}
-            return {**found, "peak_bytes": _peak_gpu(ready.vision)}
-
-
-def _launches(function: Callable[[], object]) -> dict[str, object]:
-    """Return the kernels that a call launches, and its copies and fills; ``None`` if nothing is seen."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
-    names = [one.name for one in on_gpu if not getattr(one, "is_user_annotation", False)]
-    if not names:
-        return {"launches": None, "reason": "the profiler saw nothing on the GPU"}
-    moves = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"launches": len(names) - moves, "copies": moves}
-
-
-def _synchronisations(function: Callable[[], object]) -> int:
-    """Return how often the host waits for the GPU within a call."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(one.message) for one in caught)
-
-
-def _peak_gpu(function: Callable[[], object]) -> int:
-    """Return the peak of PyTorch's GPU memory during a call, beyond what was allocated before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+            found = {**timing.launches_gpu(ready.vision), "waits": timing.synchronisations_gpu(ready.vision)}
+            return {**found, "peak_bytes": timing.peak_gpu(ready.vision)}
 
 
 # --- summary ---------------------------------------------------------------------------------------------
+
+
+def to_stock(group: Mapping[str, Sequence[float]]) -> dict[str, Mapping | None]:
+    """Compare each variant with stock; ``None`` if stock failed."""
+    stock = group.get("stock")
+    return {name: stock and compare(times, stock) for name, times in group.items()}
 
 
 def summarise(record: Mapping) -> dict[str, object]:
     """Return ``{batch: {group: {variant: comparison or median}}}`` from the raw times of a record."""
     result = {}
     for series in record["series"]:
-        times, stages = defaultdict(dict, series["seconds"]), series["stages"]
-        rate = int(series["batch"]) * record["decoded"]
-
-        def to(base: str, group: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, object]:
-            return {name: compare(group[name], group[base]) if base in group else None for name in names}
-
-        parts = {
-            name: [sum(pair) for pair in zip(times["vision"][name], prefill)]
-            for name, prefill in times["prefill"].items()
-        }
-        first, predicted = (to("stock", group, parts) for group in (times["ttft"], parts))
-        towers = {name: spans["encode"] for name, spans in stages.items()}
+        times = {group: series["seconds"].get(group, {}) for group in ("vision", "tower", "ttft")}
+        towers = {name: found for name, found in to_stock(times["tower"]).items() if name != "stock"}
         result[series["batch"]] = found = {
             "times": {
                 group: {name: summary(values) for name, values in variants.items()}
                 for group, variants in times.items()
             },
-            "vision": to("stock", times["vision"], times["vision"]),
-            "ttft": {
-                name: {
-                    "to_stock": first[name],
-                    "predicted_to_stock": predicted[name],
-                    "to_predicted": compare(times["ttft"][name], parts[name]),
-                }
-                for name in parts
-            },
-            "decode": {name: rate / summary(values)["median"] for name, values in times["decode"].items()},
-            "stages": {
-                "seconds": {
-                    name: {stage: summary(values)["median"] for stage, values in spans.items()}
-                    for name, spans in stages.items()
-                },
-                "tower": to("stock", towers, [name for name in towers if name != "stock"]),
-            },
+            "vision": to_stock(times["vision"]),
+            "ttft": {name: {"to_stock": found} for name, found in to_stock(times["ttft"]).items()},
+            "decode": {},  # older records have it
+            "stages": {"tower": towers},
         }
         for group in ("vision", "ttft"):
             found[f"released_{group}"] = {
@@ -474,25 +359,23 @@ class Run:
 
     def times(self, bench: Bench, batch: Prepared, clock: Clock) -> None:
         """Run rounds over all variants; one that fails is dropped, since ratios compare the same rounds."""
-        series = {"batch": batch.name, "rounds": 0, "seconds": defaultdict(dict), "stages": {}}
+        series = {"batch": batch.name, "rounds": 0, "seconds": defaultdict(dict)}
         variants, longest = measured(bench.gpu), 0.0
         for turn in tqdm(range(self.rounds), f"batch {batch.name}", disable=None):
             if clock.left() < longest or clock.left() <= 0:
                 left = f"no time for {self.rounds - turn} of {self.rounds} rounds"
                 self.record["left_out"].append(f"times of all variants, batch {batch.name}: {left}")
                 break
-            begin, prefills = time.monotonic(), {}
+            begin = time.monotonic()
             for name in timing.take_turns(variants, turn):
                 try:
-                    found = bench.measure(batch, name, prefills)
+                    found = bench.measure(batch, name)
                 except Exception as error:
                     self.failed(f"times of {name}, batch {batch.name}", error, name.startswith("hero"))
                     variants.remove(name)
-                    for group in (*series["seconds"].values(), series["stages"]):
+                    for group in series["seconds"].values():
                         group.pop(name, None)
                     continue
-                for stage, seconds in found.pop("stages").items():
-                    series["stages"].setdefault(name, {}).setdefault(stage, []).append(seconds)
                 for group, seconds in found.items():
                     series["seconds"][group].setdefault(name, []).append(seconds)
             longest = max(longest, time.monotonic() - begin)
@@ -533,13 +416,11 @@ def main(arguments: Sequence[str]) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "attention": "sdpa",
         "picture": "scenes" if shape == "mini" else PHOTOGRAPH,
-        "decoded": DECODED,
         "load_average": [os.getloadavg()[0]],
         "shape": None,
         "batches": {},
         "series": [],
         "counts": {},
-        "profiles": {},
         "left_out": [],
         "failed": [],
     }

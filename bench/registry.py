@@ -1,18 +1,22 @@
-"""The shapes that kernels are timed at, and the minimum bytes and operations of each kernel.
+"""What a microbenchmark is made of: shapes, minimum costs, cases with their variants, and checks.
 
-Real encoders at real batches of images, and small shapes to test the scripts. Each input is read once and
-each output written once; an accumulator is read and written; a multiply-add is two operations.
+Shapes are real encoders at real batches of images, and small ones to test the scripts. In a cost, each input
+is read once and each output written once; an accumulator is read and written; a multiply-add counts twice.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 
 import hero_kernels as hk
 from hero._checks import floor_ratio
 
-from .timing import Ceilings
+from .timing import MOST_SETS, Ceilings
 
 KEEP = 0.2
 
@@ -144,3 +148,99 @@ def shapes(small: bool, item: int = 2) -> list[Shape]:
         for geometry in (CLIP, SIGLIP, INTERNVIT)
         for batch in batches
     ]
+
+
+class Unavailable(Exception):
+    """A peer cannot run here; the message says why."""
+
+
+class Wrong(Exception):
+    """A result differs from the reference."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case.
+
+    Attributes:
+        call: the timed function; takes a set of inputs.
+        check: takes the inputs and the result, raises :class:`Wrong`.
+        ours: an operation of this package; otherwise a peer.
+        cost: name of its minimum cost, if it differs from the operation's.
+        reset: clears the accumulators of a set of inputs before ``check``.
+        synchronises: the host waits for the device inside, so no CUDA graph can be captured.
+        against: for a peer, the variant of ours that computes the same; ``None`` for the first.
+        less: a peer that computes less than ours, timed to show the cost of the difference.
+    """
+
+    name: str
+    call: Callable[[Any], object]
+    check: Callable[[Any, Any], None]
+    ours: bool = False
+    cost: str | None = None
+    reset: Callable[[Any], None] | None = None
+    synchronises: bool = False
+    against: str | None = None
+    less: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at a shape.
+
+    Attributes:
+        size: bytes of a set of inputs.
+        make: makes a set of inputs from a seed.
+        most_sets: maximum number of input sets; few where a model's data also stays in the L2 cache.
+    """
+
+    op: str
+    shape: Shape
+    size: int
+    make: Callable[[int], Any]
+    variants: tuple[Variant, ...]
+    most_sets: int = MOST_SETS
+
+    @property
+    def ours(self) -> Variant:
+        """The first variant of ours."""
+        return next(variant for variant in self.variants if variant.ours)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape.name}"
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def item_size(device: torch.device) -> int:
+    """Return the bytes of an element: bf16 on a GPU, fp32 on a CPU."""
+    return 2 if device.type == "cuda" else 4
+
+
+def checked_crops(crops: int) -> list[int]:
+    """Return the crops that are checked; the fp64 reference of all crops would not fit into memory."""
+    return sorted({0, crops // 2, crops - 1})
+
+
+def _check_shape(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
+    if result.shape != expected.shape:
+        raise Wrong(f"{name}: expected shape {tuple(expected.shape)}, got {tuple(result.shape)}")
+
+
+def close(name: str, result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Raise :class:`Wrong` unless ‖result − expected‖ ≤ tolerance · ‖expected‖; NaN raises too."""
+    _check_shape(name, result, expected)
+    error = float((result.double() - expected.double()).norm() / expected.double().norm())
+    if not error <= tolerance:
+        raise Wrong(f"{name}: relative error {error:.2g}, expected at most {tolerance:g}")
+
+
+def same(name: str, result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise :class:`Wrong` unless all elements are equal."""
+    _check_shape(name, result, expected)
+    if not torch.equal(result, expected.to(result.dtype)):
+        raise Wrong(f"{name}: {int((result != expected).sum())} of {result.numel()} elements differ")

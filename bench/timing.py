@@ -14,6 +14,7 @@ import itertools
 import math
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -137,7 +138,6 @@ def compare(times: Sequence[float], base: Sequence[float]) -> Mapping[str, objec
 
 Call = Callable[[Any], object]
 GRAPH_MS = 20  # of the calls in one CUDA graph
-EAGER_SECONDS = 0.1
 MOST_SETS = 96
 MEMORY = 16 << 30  # bytes of all sets together
 
@@ -193,12 +193,6 @@ def call_us(call: Call, sets: Sequence[Any], device: torch.device, count: int = 
     return 1e6 * (time.perf_counter() - begin) / count
 
 
-def eager_us(call: Call, sets: Sequence[Any], device: torch.device) -> float:
-    """Return wall-clock microseconds per call of many calls in a row, host and device overlapping."""
-    count = max(3, min(int(EAGER_SECONDS * 1e6 / call_us(call, sets, device)), 20))
-    return statistics.median(call_us(call, sets, device, count) for _ in range(3))
-
-
 def ceilings(device: torch.device) -> Ceilings:
     """Measure the bandwidth of an elementwise kernel, a bf16 matrix product and the smallest launch."""
 
@@ -215,3 +209,45 @@ def ceilings(device: torch.device) -> Ceilings:
     del source, pair, three
     torch.cuda.empty_cache()
     return Ceilings(bandwidth, rate, 1e6 * launch)
+
+
+# --- what a call does on a GPU ----------------------------------------------------------------------------
+
+
+def launches_gpu(function: Callable[[], object]) -> dict[str, object]:
+    """Return the kernels that a call launches, and its copies and fills; ``None`` if nothing is seen."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    names = [one.name for one in on_gpu if not getattr(one, "is_user_annotation", False)]
+    if not names:
+        return {"launches": None, "reason": "the profiler saw nothing on the GPU"}
+    moves = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"launches": len(names) - moves, "copies": moves}
+
+
+def synchronisations_gpu(function: Callable[[], object]) -> int:
+    """Return how often the host waits for the GPU within a call."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(one.message) for one in caught)
+
+
+def peak_gpu(function: Callable[[], object]) -> int:
+    """Return the peak of PyTorch's GPU memory during a call, beyond what was allocated before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

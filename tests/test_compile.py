@@ -6,7 +6,6 @@ The fast tests compile each kernel once for one target; the slow ones CLIP and t
 all targets, and a few cases besides; ``-m exhaustive`` everything, on the Triton that is installed.
 """
 
-import json
 import pkgutil
 from functools import cache
 
@@ -22,7 +21,7 @@ from hero_kernels._env import SWITCHES
 if SWITCHES.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from bench import compiled, report
+from bench import compiled
 from bench.compiled import LIMITS, TARGETS, recorded
 
 FULL = ("clip bf16", "siglip bf16")  # every case; elsewhere without the variants of the gather
@@ -149,33 +148,3 @@ def test_launches_are_specialised_as_by_the_jit():
     }
     assert {("features",), ("feature_strides", 0), ("feature_strides", 1)} <= divisible
     assert ("side",) not in divisible and source.signature["side"] == "i32"
-
-
-def test_record_becomes_a_table():
-    content = {
-        "command": "python -m bench.compiled --out compiled.json",
-        "date": "2000-01-01",
-        "commit": {"hash": "0" * 40, "dirty": False},
-        "versions": {"triton": "3.7.1"},
-        "dtype": "bf16",
-        "launches": [
-            {"tower": "T", "case": "rows", "kernel": "cls_rows", "target": target}
-            | {"registers": 64, "spills": 8 * i, "shared": 4096, "instructions": 700}
-            for i, target in enumerate(TARGETS)
-        ],
-    }
-    page = report.replace(
-        "a\n<!-- compiled begin -->\nold\n<!-- compiled end -->\nb", "compiled", compiled.tables(content)
-    )
-    assert "| `cls_rows` | rows | 64 · 4 KiB · 700 | 64 · 4 KiB · 700 · spills 8 B |" in page
-    assert "old" not in page and page.startswith("a\n") and page.endswith("\nb")
-
-
-@pytest.mark.slow
-def test_record_says_what_the_code_compiles_to():
-    """The committed record, on the Triton that it was made with."""
-    content = json.loads((report.RESULTS / "compiled.json").read_text(encoding="utf-8"))
-    made = content["versions"]["triton"]
-    if compiled.triton.__version__ != made:
-        pytest.skip(f"made with Triton {made}, here is {compiled.triton.__version__}")
-    assert content["launches"] == list(compiled.facts(content["dtype"]))
