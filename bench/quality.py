@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -36,196 +35,32 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import hero
 from hero import mini
-from hero.layout import ImageLayout
 from hero.policies import POLICIES
 
 from .mini import scenes
+from .quality_statistics import answers_of, bits, summarise, targets, unbits
+from .quality_variants import (
+    BATCH,
+    GRID,
+    OBJECTS,
+    SEEDS,
+    Asked,
+    Variant,
+    asked,
+    put_oracle,
+    variants_of,
+)
 from .records import environment, write
 from .timing import keep_ratios, positive
 
 __all__ = ["Runner", "Variant", "check", "main", "measure", "record_of", "variants_of"]
 
-SEEDS = {"validation": 20260210, "test": 20260209}
-"""Settings are chosen on the first split, results are reported on the second."""
-
 KEEP = (0.5, 0.2, 0.1, 0.05)
-GRID = (3, 3)
-OBJECTS = (3, 6)
-BATCH = 50
-RESAMPLES = 10_000
-
-
-# --- questions -------------------------------------------------------------------------------------------
-
-
-class Asked(NamedTuple):
-    """A question about a scene."""
-
-    image: Image.Image
-    text: str
-    answer: str
-    kind: str
-    tile: int | None
-    boxes: tuple[tuple[int, int, int, int], ...]
-    """Boxes the question is about, (y0, x0, y1, x1) in px; none for a question about the whole scene."""
-
-
-@functools.lru_cache(maxsize=4 * BATCH)
-def asked(
-    split: str, index: int, grid: tuple[int, int] = GRID, kinds: tuple[str, ...] | None = None
-) -> Asked:
-    """Question ``index`` of a split. Each has its own random stream, so every process draws the same.
-
-    Raises:
-        ValueError: an unknown split, or kinds that the scenes never ask.
-    """
-    if split not in SEEDS:
-        raise ValueError(f"split: expected one of {', '.join(SEEDS)}, got {split!r}")
-    rng = np.random.default_rng((SEEDS[split], index))
-    scene = scenes.scene(rng, grid, int(rng.integers(OBJECTS[0], OBJECTS[1] + 1)), split="test")
-    question = scenes.questions(scene, rng, 1, tuple(scenes.KINDS) if kinds is None else kinds)[0]
-    boxes = tuple(thing.box for thing in question.objects)
-    return Asked(scene.image, question.text, question.answer, question.kind, question.tile, boxes)
-
-
-# --- variants --------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """A way of choosing tokens.
-
-    Attributes:
-        name: in the record.
-        options: of :class:`hero.HeroConfig`, without the keep ratio; ``None`` for the stock model.
-        text: the question that relevance reads: ``own``, ``other``, or ``none`` without a relevance model.
-        oracle: whether the boxes asked about are kept first.
-    """
-
-    name: str
-    options: Mapping[str, object] | None
-    text: str = "none"
-    oracle: bool = False
-
-
-FULL = Variant("full", None)
-ORACLE = Variant("oracle", {"policy": "uniform"}, oracle=True)
-
-
-def variants_of(
-    loaded: mini.MiniModel,
-    policies: Sequence[str] = tuple(POLICIES),
-    more: Mapping[str, Mapping[str, object]] | None = None,
-    plain: bool = False,
-) -> tuple[Variant, ...]:
-    """The variants that a run compares, ``full`` first.
-
-    Args:
-        loaded: the model with its relevance.
-        policies: names in :data:`hero.policies.POLICIES`.
-        more: options of :class:`hero.HeroConfig` by the name of the variant.
-        plain: leave out the oracle and the variants without text and with another question.
-
-    Raises:
-        ValueError: an unknown policy, or a name given twice.
-    """
-    unknown = [name for name in policies if name not in POLICIES]
-    if unknown:
-        raise ValueError(f"policies: expected names among {', '.join(POLICIES)}, got {', '.join(unknown)}")
-    variants = [FULL]
-    for name, options in {**{name: {"policy": name} for name in policies}, **(more or {})}.items():
-        with hero.attach(loaded.model, loaded.processor, relevance=loaded.relevance, **options) as handle:
-            text = handle.encoder.needs_text
-        variants.append(Variant(name, options, "own" if text else "none"))
-        if text and not plain:
-            if options.get("alpha") is None and options.get("weights") is None:
-                variants.append(Variant(f"{name}-no-text", options))
-            variants.append(Variant(f"{name}-other-question", options, "other"))
-    variants += [] if plain else [ORACLE]
-    names = [variant.name for variant in variants]
-    twice = sorted({name for name in names if names.count(name) > 1} | ({*policies} & {*(more or {})}))
-    if twice:
-        raise ValueError(f"policies, variant: expected each name once, got {', '.join(twice)} again")
-    return tuple(variants)
-
-
-# --- the oracle ------------------------------------------------------------------------------------------
-
-
-def overlaps(boxes: Sequence[tuple[int, int, int, int]], layout: ImageLayout, patch: int) -> Tensor:
-    """``[K, P]`` int64: square pixels of each tile's patches inside a box, of the box that covers most.
-
-    Args:
-        boxes: (y0, x0, y1, x1) in pixels of the image, ends exclusive.
-        layout: of an image that fills its grid, pixel for pixel.
-        patch: side of a patch in pixels.
-    """
-    rows, columns = (count * layout.side for count in layout.grid)
-    if layout.image_size != (rows * patch, columns * patch):
-        raise ValueError(
-            f"layout: expected an image of {rows * patch} × {columns * patch} px, got {layout.image_size}"
-        )
-    most = torch.zeros(rows, columns, dtype=torch.int64)
-
-    def along(begin: int, end: int, count: int) -> Tensor:
-        low = torch.arange(count) * patch
-        return (low.add(patch).clamp_max(end) - low.clamp_min(begin)).clamp_min(0)
-
-    for y0, x0, y1, x1 in boxes:
-        most = torch.maximum(most, along(y0, y1, rows)[:, None] * along(x0, x1, columns)[None])
-    tiles = most.view(layout.grid[0], layout.side, layout.grid[1], layout.side)
-    return tiles.transpose(1, 2).reshape(layout.tiles, layout.patches)
-
-
-def oracle_keep(scores: Tensor, overlap: Tensor, count: int) -> Tensor:
-    """``[B, K, P]`` bool: touched patches first, then the same number of further ones in every tile.
-
-    Args:
-        scores: ``[B, K, P]``, by which further patches are taken.
-        overlap: ``[B, K, P]`` as :func:`overlaps` has it.
-        count: patches to keep of all tiles of an image.
-    """
-    batch, tiles, patches = scores.shape
-    touched = overlap > 0
-    rest = scores.masked_fill(touched, -torch.inf)
-    rank = rest.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    turn = rank * tiles + torch.arange(tiles, device=scores.device)[:, None]  # tile after tile, best first
-    key = torch.where(touched, -overlap, turn).view(batch, -1)
-    first = key.argsort(dim=-1, stable=True)[:, :count]
-    keep = torch.zeros_like(key, dtype=torch.bool).scatter_(1, first, True)
-    return keep.view(batch, tiles, patches)
-
-
-def _put_oracle(encoder: hero.HeroVisionEncoder, questions: Sequence[Asked]) -> None:
-    """Replace the stages of this encoder that score and budget, for these questions."""
-    score, budget = encoder.score, encoder.budget
-    kept = []
-
-    def oracle_score(encoded, plan, text=None):
-        scored = score(encoded, plan, text)
-        layout = plan.layouts[0]
-        tiles = slice(layout.tile_crops.start, layout.tile_crops.stop)
-        patch = encoder.geometry.patch_size
-        overlap = torch.stack([overlaps(question.boxes, layout, patch) for question in questions])
-        scores = scored.scores.view(len(plan.layouts), layout.crops, layout.patches).clone()
-        keep = oracle_keep(scores[:, tiles], overlap, layout.budget(encoder.config)[1])
-        scores[:, tiles] = keep.to(scores)
-        kept[:] = [tiles, keep.sum(-1)]
-        return dataclasses.replace(scored, scores=scores.flatten(0, 1), ranks=None)
-
-    def oracle_budget(scored, plan):
-        budgets = budget(scored, plan)
-        counts = budgets.budgets.view(len(plan.layouts), -1).clone()
-        counts[:, kept[0]] = kept[1].to(counts)
-        return budgets._replace(budgets=counts.flatten())
-
-    encoder.score, encoder.budget = oracle_score, oracle_budget
 
 
 # --- answers ---------------------------------------------------------------------------------------------
@@ -258,9 +93,8 @@ class Runner:
     Args:
         variants: ``full`` runs once, the others at every keep ratio.
         keep: keep ratios.
-        split, grid, kinds: as in :func:`asked`.
-        weights: folder of the mini model.
-        loaded: the model of that folder, if it is loaded already.
+        split, kinds: as in :func:`asked`.
+        loaded: the mini model, if it is loaded already.
     """
 
     def __init__(
@@ -268,25 +102,25 @@ class Runner:
         variants: Sequence[Variant],
         keep: Sequence[float] = KEEP,
         split: str = "test",
-        grid: tuple[int, int] = GRID,
         kinds: tuple[str, ...] | None = None,
-        weights: str | Path = mini.WEIGHTS,
         loaded: mini.MiniModel | None = None,
     ):
         self.variants = tuple(variants)
         self.keep = tuple(keep)
-        self.draw = functools.partial(asked, split, grid=grid, kinds=kinds)
-        self.weights = Path(weights)
-        self.loaded = mini.load(weights=weights) if loaded is None else loaded
+        self.split, self.kinds = split, kinds
+        self.loaded = mini.load() if loaded is None else loaded
         tokenizer = self.loaded.processor.tokenizer
         self.token_of = functools.cache(tokenizer.convert_tokens_to_ids)
-        self.unknown = tokenizer.unk_token_id
+
+    def draw(self, index: int) -> Asked:
+        """The question of this number."""
+        return asked(self.split, index, self.kinds)
 
     def other_text(self, index: int) -> str:
         """The next question, of any kind, that is not the same."""
         own = self.draw(index).text
-        draw = functools.partial(self.draw, kinds=None)  # all questions of one kind may be the same
-        return next(text for later in itertools.count(index + 1) if (text := draw(later).text) != own)
+        later = (asked(self.split, number).text for number in itertools.count(index + 1))
+        return next(text for text in later if text != own)
 
     def inputs(self, questions: Sequence[Asked]) -> dict[str, Tensor]:
         """The stock processor's output, padded on the left."""
@@ -319,7 +153,7 @@ class Runner:
                 score = encoder.score
                 encoder.score = lambda encoded, layouts, text=None: score(encoded, layouts, others)
             if variant.oracle:
-                _put_oracle(encoder, questions)
+                put_oracle(encoder, questions)
             yield handle
 
     @torch.inference_mode()
@@ -328,10 +162,6 @@ class Runner:
         questions = [self.draw(index) for index in indices]
         others = [self.other_text(index) for index in indices]
         expected = torch.tensor([self.token_of(question.answer) for question in questions])
-        unknown = {one.answer for one, token in zip(questions, expected) if token == self.unknown}
-        if unknown:
-            words = ", ".join(sorted(unknown))
-            raise ValueError(f"kinds: expected those whose answers the model's vocabulary has, got {words}")
         inputs = self.inputs(questions)
         image_token = self.loaded.model.config.image_token_id
         full_tokens = int((inputs["input_ids"][0] == image_token).sum())
@@ -364,17 +194,17 @@ def _found(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
     ]
 
 
-def _start(arguments: Mapping[str, object]) -> None:
+def _start(*arguments) -> None:
     global _runner
     torch.set_num_threads(1)
-    _runner = Runner(**arguments)
+    _runner = Runner(*arguments)
 
 
 def _work(indices: Sequence[int]) -> dict[tuple[str, float], Cell]:
     return _runner.run(indices)
 
 
-def measure(runner: Runner, questions: int, workers: int = 0, progress: bool = False) -> dict:
+def measure(runner: Runner, questions: int, workers: int = 0) -> dict[tuple[str, float], Cell]:
     """Ask the first ``questions`` questions. Answers do not depend on the number of workers.
 
     Args:
@@ -384,19 +214,13 @@ def measure(runner: Runner, questions: int, workers: int = 0, progress: bool = F
         the :class:`Cell` of each (variant name, keep ratio), of all questions together.
     """
     batches = [range(first, min(first + BATCH, questions)) for first in range(0, questions, BATCH)]
-    bar = functools.partial(tqdm, total=len(batches), unit="batch", disable=not progress)
+    bar = functools.partial(tqdm, total=len(batches), unit="batch", disable=None)
     if workers == 0:
         parts = list(bar(map(runner.run, batches)))
     else:
-        arguments = {
-            "variants": runner.variants,
-            "keep": runner.keep,
-            **{name: runner.draw.keywords[name] for name in ("grid", "kinds")},
-            "split": runner.draw.args[0],
-            "weights": runner.weights,
-        }
+        arguments = runner.variants, runner.keep, runner.split, runner.kinds
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(arguments,)) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=arguments) as pool:
             parts = list(bar(pool.map(_work, batches)))
     return {key: _joined([part[key] for part in parts]) for key in parts[0]}
 
@@ -408,132 +232,6 @@ def _joined(cells: Sequence[Cell]) -> Cell:
         [found for cell in cells for found in cell.found],
         tokens,
     )
-
-
-# --- statistics ------------------------------------------------------------------------------------------
-
-
-def estimate(values: np.ndarray) -> dict[str, object]:
-    """Mean of values in {−1, 0, 1}, its standard error and its 95 % percentile bootstrap interval.
-
-    A resample of such values is drawn as three counts. The seed is fixed.
-    """
-    values = np.asarray(values, dtype=np.int8)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"values: expected a list of at least one, got shape {values.shape}")
-    if np.abs(values).max() > 1:
-        raise ValueError("values: expected −1, 0 and 1 alone")
-    count = len(values)
-    shares = np.array([(values == value).sum() for value in (-1, 0, 1)]) / count
-    draws = np.random.default_rng(0).multinomial(count, shares, RESAMPLES)
-    low, high = np.percentile((draws[:, 2] - draws[:, 0]) / count, (2.5, 97.5))
-    error = values.std(ddof=1) / count**0.5 if count > 1 else float("nan")
-    return {
-        "mean": round(float(values.mean()), 5),
-        "se": round(float(error), 5) if count > 1 else None,
-        "interval": [round(float(low), 5), round(float(high), 5)],
-    }
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> dict[str, object]:
-    """:func:`estimate` of the paired difference ``one − other`` of right answers."""
-    return estimate(one.astype(np.int8) - other.astype(np.int8))
-
-
-def bits(values: Sequence[bool]) -> str:
-    """Right and wrong as hexadecimal digits, the first question in the highest bit."""
-    return np.packbits(np.asarray(values, dtype=bool)).tobytes().hex()
-
-
-def unbits(text: str, count: int) -> np.ndarray:
-    """What :func:`bits` wrote, ``[count]`` bool."""
-    values = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))
-    if len(values) != -(-count // 8) * 8:
-        raise ValueError(f"text: expected the bits of {count} answers, got {len(text)} digits")
-    return values[:count].astype(bool)
-
-
-def _groups(record: Mapping) -> dict[str, np.ndarray]:
-    """Questions of each group: one attribute, each kind, all."""
-    kinds = {name: unbits(text, record["questions"]) for name, text in record["kinds"].items()}
-    one = [kind for name, kind in kinds.items() if name in scenes.ONE_ATTRIBUTE]
-    groups = {"one attribute": np.any(one, axis=0)} if one else {}
-    return {**groups, **kinds, "all": np.ones(record["questions"], dtype=bool)}
-
-
-def _right(record: Mapping) -> dict[tuple[str, str], np.ndarray]:
-    """Right answers of each (variant, keep ratio)."""
-    return {
-        (name, ratio): unbits(cell["right"], record["questions"])
-        for name, variant in record["variants"].items()
-        for ratio, cell in variant["keep"].items()
-    }
-
-
-def summarise(record: Mapping) -> dict[str, object]:
-    """Accuracy of each group, variant and keep ratio, and paired differences to ``full`` and ``hero``.
-
-    The oracle stands where every question of a group is about boxes.
-    """
-    right, boxed = _right(record), unbits(record["boxed"], record["questions"])
-    summary = {}
-    for group, members in _groups(record).items():
-        if not members.any():
-            continue
-        cells: dict[str, dict[str, object]] = {}
-        for (name, ratio), values in right.items():
-            if record["variants"][name]["oracle"] and not boxed[members].all():
-                continue
-            cell = {"accuracy": estimate(values[members])}
-            for base, key in (("full", ("full", "1")), ("hero", ("hero", ratio))):
-                if key in right and name not in ("full", base):
-                    cell[f"to_{base}"] = difference(values[members], right[key][members])
-            cells.setdefault(name, {})[ratio] = cell
-        summary[group] = {"questions": int(members.sum()), "variants": cells}
-    return summary
-
-
-def targets(record: Mapping) -> list[dict[str, object]]:
-    """The differences that the page judges, with their limits, as far as they were measured.
-
-    Those of ``hero`` are about one attribute; those of ``hero+`` about all questions and about counts.
-    """
-    right, groups = _right(record), _groups(record)
-    one, everything, found = "one attribute", "all", []
-
-    def target(what: str, keep: str, name: str, other: str, limit: float, group: str) -> None:
-        first, second = (name, keep), (other, "1" if other == "full" else keep)
-        if first in right and second in right and group in groups:
-            gap = difference(right[first][groups[group]], right[second][groups[group]])
-            low, high = gap["interval"]
-            verdict = "met" if low >= limit else "missed" if high < limit else "undecided"
-            what = f"{what}, R = {keep}, {group}"
-            found.append({"what": what, "difference": gap, "limit": limit, "verdict": verdict})
-
-    def misled(name: str, group: str) -> None:
-        for keep in record["keep"]:
-            what = f"{name} with another scene's question to equal budgets"
-            target(what, f"{keep:g}", f"{name}-other-question", "uniform", -0.01, group)
-
-    peers = [
-        name
-        for name, variant in record["variants"].items()
-        if name in POLICIES and variant["text"] == "none" and name not in ("hero", "hero+", "random")
-    ]
-    target("hero to all tokens", "0.2", "hero", "full", -0.01, one)
-    target("hero to random", "0.2", "hero", "random", 0.10, one)
-    for name in peers:
-        target(f"hero to {name}", "0.2", "hero", name, 0.0, one)
-    if peers and ("hero", "0.05") in right and one in groups:
-        best = max(peers, key=lambda name: right[name, "0.05"][groups[one]].mean())
-        target(f"hero to the best peer, {best}", "0.05", "hero", best, 0.05, one)
-    misled("hero", one)
-    target("hero+ to hero", "0.1", "hero+", "hero", 0.0, everything)
-    if "count" in groups and ("full", "1") in right:
-        fifth = float(right["full", "1"][groups["count"]].mean()) / 5
-        target("hero+ to all tokens", "0.2", "hero+", "full", -fifth, "count")
-    misled("hero+", everything)
-    return found
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -577,13 +275,13 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         }
     record = {
         "questions": count,
-        "split": runner.draw.args[0],
-        "seed": SEEDS[runner.draw.args[0]],
-        "grid": list(runner.draw.keywords["grid"]),
+        "split": runner.split,
+        "seed": SEEDS[runner.split],
+        "grid": list(GRID),
         "objects": list(OBJECTS),
         "keep": list(runner.keep),
-        "asked": runner.draw.keywords["kinds"],
-        "weights": _digest(file.read_bytes() for file in sorted(runner.weights.glob("*.safetensors"))),
+        "asked": runner.kinds,
+        "weights": _digest(file.read_bytes() for file in sorted(mini.WEIGHTS.glob("*.safetensors"))),
         "digest": _digest(f"{one.text}\0{one.answer}\0{one.boxes}\0".encode() for one in questions),
         "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
@@ -611,12 +309,12 @@ def check(
     ]
     kinds = tuple(record["asked"]) if record.get("asked") else None
     keep = [ratio for ratio in record["keep"] if ratio in keep]
-    runner = Runner(variants, keep, record["split"], tuple(record["grid"]), kinds)
+    runner = Runner(variants, keep, record["split"], kinds)
     questions = min(questions, record["questions"])
-    again = record_of(runner, measure(runner, questions, workers, progress=True))
+    again = record_of(runner, measure(runner, questions, workers))
     whole = questions == record["questions"]
     differ = sum(again[name] != record[name] for name in ("weights", *(["digest"] if whole else [])))
-    for (name, ratio), right in _right(again).items():
+    for (name, ratio), right in answers_of(again).items():
         cell, old = (one["variants"][name]["keep"][ratio] for one in (again, record))
         wrong = int((right != unbits(old["right"], record["questions"])[:questions]).sum())
         other = [key for key in ("patches", "tokens", "tile_found") if whole and cell[key] != old[key]]
@@ -630,14 +328,6 @@ def check(
 
 def _ratios(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(keep_ratios(text)))  # each once: they are keys of the record
-
-
-def _grid(text: str) -> tuple[int, int]:
-    grid = tuple(int(word) for word in text.split("x"))
-    if grid not in scenes.GRIDS:
-        known = ", ".join(f"{rows}x{columns}" for rows, columns in scenes.GRIDS)
-        raise argparse.ArgumentTypeError(f"expected one of {known}, got {text!r}")
-    return grid
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -656,54 +346,10 @@ def _named_options(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def main(arguments: Sequence[str]) -> dict | None:
-    """The command: returns the record it wrote."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--policies", type=_words, default=tuple(POLICIES), help="default: all there are")
-    parser.add_argument("--keep", type=_ratios, default=KEEP, help="keep ratios (default 0.5,0.2,0.1,0.05)")
-    parser.add_argument("--questions", type=positive, default=2000, help="default 2000")
-    parser.add_argument("--split", choices=sorted(SEEDS), default="test", help="default test")
-    parser.add_argument("--kinds", type=_words, help="kinds of questions to draw (default: as they come)")
-    parser.add_argument("--grid", type=_grid, default=GRID, help="tiles, ROWSxCOLUMNS (default 3x3)")
-    parser.add_argument(
-        "--variant",
-        type=_named_options,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="one more variant: fields of hero.HeroConfig",
-    )
-    parser.add_argument("--weights", default=mini.WEIGHTS, help="folder that bench.mini.train wrote")
-    parser.add_argument("--plain", action="store_true", help="no oracle, no variants without the text")
-    parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
-    parser.add_argument("--check", metavar="RECORD", help="run a record again, compare every answer")
-    options = parser.parse_args(arguments)
-    if options.check:
-        torch.set_num_threads(1)
-        record = json.loads(Path(options.check).read_text(encoding="utf-8"))
-        differ = check(record, options.policies, options.keep, options.questions, options.workers)
-        sys.exit(f"{differ} answers differ" if differ else 0)
-    if options.out is None:
-        parser.error("--out: expected a JSON file to write")
-    torch.set_num_threads(1)
-    try:
-        loaded = mini.load(weights=options.weights)
-        variants = variants_of(loaded, options.policies, dict(options.variant), options.plain)
-        runner = Runner(
-            variants,
-            options.keep,
-            options.split,
-            options.grid,
-            options.kinds,
-            weights=options.weights,
-            loaded=loaded,
-        )
-        runner.draw(0)
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
+def run(runner: Runner, options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Ask the questions, write the record and print its targets."""
     load, begin = [os.getloadavg()[0]], time.perf_counter()
-    cells = measure(runner, options.questions, options.workers, progress=True)
+    cells = measure(runner, options.questions, options.workers)
     load.append(os.getloadavg()[0])
     record = {
         "benchmark": "quality",
@@ -719,7 +365,35 @@ def main(arguments: Sequence[str]) -> dict | None:
         points, limit = (f"{100 * value:+.1f}" for value in (one["difference"]["mean"], one["limit"]))
         print(f"{one['verdict']:9} {points}, at least {limit}: {one['what']}")
     print(f"\n{options.questions} questions in {record['seconds']:.0f} s")
-    return record
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--check", metavar="RECORD", help="run a record again, compare every answer")
+    parser.add_argument("--policies", type=_words, default=tuple(POLICIES), help="default: all there are")
+    parser.add_argument("--keep", type=_ratios, default=KEEP, help="keep ratios (default 0.5,0.2,0.1,0.05)")
+    parser.add_argument("--questions", type=positive, default=2000, help="default 2000")
+    parser.add_argument("--split", choices=sorted(SEEDS), default="test", help="default test")
+    help = "one more variant: fields of hero.HeroConfig"
+    options = {"type": _named_options, "action": "append", "default": [], "metavar": "NAME=JSON"}
+    parser.add_argument("--variant", help=help, **options)
+    parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.check:
+        record = json.loads(Path(options.check).read_text(encoding="utf-8"))
+        differ = check(record, options.policies, options.keep, options.questions, options.workers)
+        sys.exit(f"{differ} answers differ" if differ else 0)
+    if options.out is None:
+        parser.error("--out: expected a JSON file to write")
+    loaded = mini.load()
+    try:
+        variants = variants_of(loaded, options.policies, dict(options.variant))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    run(Runner(variants, options.keep, options.split, loaded=loaded), options, arguments)
 
 
 if __name__ == "__main__":

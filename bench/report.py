@@ -8,20 +8,19 @@ nothing and fails if a page or a plot does not show what the records say.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from .page import inside, replace, source, svg, table
 from .records import ROOT
+from .report_quality import render_quality
 
-__all__ = ["main", "render", "render_quality", "replace", "table"]
+__all__ = ["main", "render", "replace", "table"]
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -29,12 +28,6 @@ Section = tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Mapping]], li
 
 
 # --- helpers ---------------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
-    """A Markdown table. The first ``names`` columns are aligned to the left, the others to the right."""
-    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def ratio(comparison: Mapping | None) -> str:
@@ -60,46 +53,10 @@ def inverse(comparison: Mapping) -> Mapping:
     return {**comparison, "paired": 1 / comparison["paired"], "interval": [1 / high, 1 / low]}
 
 
-def inside(record: Mapping | None, *path: str):
-    """The value at a path in a record, ``None`` if any part of the path is missing."""
-    for key in path:
-        record = record.get(key) if record else None
-    return record
-
-
 def milliseconds(times: Mapping[str, float] | None) -> str:
     """Median and minimum of seconds, in milliseconds."""
     values = (1000 * times[name] for name in ("median", "min")) if times else ()
     return "{} ({})".format(*(f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in values)) if times else ""
-
-
-def source(record: Mapping, *details: str) -> list[str]:
-    """The line that says where a record comes from: command, date, machine, commit, versions."""
-    gpu, machine, commit = record.get("gpu"), record["machine"], record["commit"]
-    parts = [f"`{record['command']}`", record["date"], *details]
-    if "clock" in record:
-        parts.append({"wall": "wall-clock time", "cpu": "processor time"}[record["clock"]])
-    if gpu:
-        parts.append(f"{gpu['name']}, driver {gpu['driver']}, host {machine['cpu']}")
-    else:
-        parts.append(f"{machine['cpu']}, {machine['system']}")
-    parts += [record["dtype"]] if "dtype" in record else []
-    parts.append(
-        f"commit {(commit['hash'] or 'unknown')[:12]}" + " with uncommitted changes" * bool(commit["dirty"])
-    )
-    parts += [f"{name} {version}" for name, version in record["versions"].items()]
-    small = ["**Tiny shapes, a test of the script: these numbers say nothing.**", ""]
-    return [*(small if record.get("small") else []), ", ".join(parts) + "."]
-
-
-def svg(figure: Figure, draw: Callable[[Figure], None]) -> str:
-    """What a function draws on a figure, as an SVG with text as text, the same on every run."""
-    with rc_context({"svg.hashsalt": "hero", "svg.fonttype": "none", "font.size": 10}):
-        FigureCanvasSVG(figure)
-        draw(figure)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
 
 
 # --- end to end ------------------------------------------------------------------------------------------
@@ -129,7 +86,6 @@ def targets(records: Sequence[Mapping]) -> list[str]:
     if not records:
         return ["Not measured yet."]
     gpu = next((one for one in records if one["gpu"] and one["shape_name"] == "7b"), None)
-    cpu = next((one for one in records if one["shape_name"] == "clip-l" and not one["gpu"]), None)
     rows = []
 
     def row(what: str, measured: str | None, met: str | bool) -> None:
@@ -170,10 +126,6 @@ def targets(records: Sequence[Mapping]) -> list[str]:
     failed = any(f"{GRAPH}, batch 1" in one["what"] for one in inside(gpu, "failed") or ())
     text = f"{ratio(graph)} of stock" if graph else "it failed" if failed else None
     row("6. the vision stage in a CUDA graph, batch 1", text, bool(graph))
-    tower = inside(cpu, "summary", "1", "stages", "tower", BEST)
-    at_most("7. CPU: the tower with hero, to stock: at most 1.02", 1.02, tower)
-    first = inside(cpu, "summary", "1", "ttft", BEST, "to_predicted")
-    at_most("7. CPU: time to first token, to what the token count predicts: at most 1.05", 1.05, first)
     return table(["target", "measured", ""], rows)
 
 
@@ -232,7 +184,7 @@ def losses(record: Mapping) -> str:
 def end_to_end(record: Mapping) -> list[str]:
     """The tables of ``bench.end_to_end``, one for each batch."""
     lines = source(record)
-    head = ["", "tokens", "vision, ms", "to stock", "first token, ms", "to stock", "of predicted", "tokens/s"]
+    head = ["", "tokens", "vision, ms", "to stock", "first token, ms", "to stock"]
     head += ["launches" if record["gpu"] else "operations", "syncs", "peak, MiB"]
     for batch, described in record["batches"].items():
         found, counts = record["summary"].get(batch), record["counts"].get(batch, {})
@@ -246,8 +198,6 @@ def end_to_end(record: Mapping) -> list[str]:
             rows.append([name, str(described["visual_tokens"].get(name, ""))])
             rows[-1] += [milliseconds(found["times"]["vision"][name]), ratio(found["vision"][name])]
             rows[-1] += [milliseconds(found["times"]["ttft"].get(name)), ratio(inside(first, "to_stock"))]
-            rows[-1] += [ratio(inside(first, "to_predicted"))]
-            rows[-1] += [f"{found['decode'][name]:.0f}" if name in found["decode"] else ""]
             launches = "?" if inside(count, "launches") is None else count["launches"]
             rows[-1] += (
                 [f"{launches}", f"{count['waits']}", f"{count['peak_bytes'] / 2**20:.0f}"]
@@ -317,18 +267,14 @@ def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
 
 def kernels(record: Mapping) -> list[str]:
     """The tables of ``bench/run_device``, of the first shape of each operation; peers relative to ours."""
-    ceilings, tests, sanitizer, results = (
-        record[key] for key in ("ceilings", "tests", "sanitizer", "results")
-    )
+    ceilings, results = record["ceilings"], record["results"]
     lines = source(record)
     if ceilings:
         lines[-1] += (
             f" Measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s, bf16 matrix product "
             f"{ceilings['flops'] / 1e12:.0f} TFLOP/s, smallest launch {ceilings['launch_us']:.1f} µs."
         )
-    if sanitizer:
-        parts = [f"{name} {tool['summary']}" for name, tool in sanitizer.get("tools", {}).items()]
-        lines[-1] += f" compute-sanitizer: {'; '.join(parts) or sanitizer['reason']}."
+    tests = record["tests"]
     counts = ", ".join(f"{count} {name}" for name, count in (tests.get("counts") or {}).items())
     lines[-1] += f" GPU tests: {tests['status']} ({counts or tests.get('reason', '')})."
     ours = {(one["op"], one["geometry"], one["crops"], one["variant"]): one.get("us") for one in results}
@@ -336,40 +282,39 @@ def kernels(record: Mapping) -> list[str]:
     crops = sorted({one["crops"] for one in results})
     cells, peers, faster, missing = {}, {}, {}, {}
     for one in results:
-        place, name = f"{one['geometry']} T = {one['crops']}", f"*{one['variant']}*"
+        name = f"*{one['variant']}*"
         base = ours.get((one["op"], one["geometry"], one["crops"], one["against"]))
-        if one["status"] not in ("ok", "skipped"):
-            missing.setdefault(f"{one['op']}, {name}, {one['status']}: {one['reason']}", []).append(place)
-        elif one["status"] == "ok" and one["ours"] and one["geometry"] == shapes[one["op"]]:
-            text = f"{one['us']:.1f}" if one["us"] < 1000 else f"{one['us']:.0f}"
-            text += " †" if one["timing"] != "graph" else "" if one["cold"] else " ‡"
-            text += "" if one["floor_us"] is None else f" [{one['floor_us']:.1f}]"
-            cells.setdefault((one["variant"], one["geometry"]), {})[one["crops"]] = text
-        elif one["status"] == "ok" and base:
-            peers.setdefault((one["against"], name + " (does less)" * one["less"]), []).append(
-                one["us"] / base
-            )
-            if not one["less"] and one["us"] < base:
+        if one["status"] != "ok":
+            missing[f"{one['op']}, {name}, {one['status']}: {one['reason']}"] = None
+        elif one["ours"] and one["geometry"] == shapes[one["op"]]:
+            cells.setdefault((one["variant"], one["geometry"]), {})[one["crops"]] = microseconds(one)
+        elif base:
+            less, time = " (does less)" * one["less"], one["us"] / base
+            peers.setdefault(one["against"], {}).setdefault(name + less, []).append(time)
+            if not one["less"] and time < 1:
                 where = f"{name} against {one['against']}"
-                faster.setdefault(where, []).append(f"{one['us'] / base:.2f} ({place})")
+                place = f"{time:.2f} ({one['geometry']} T = {one['crops']})"
+                faster.setdefault(where, []).append(place)
     rows = [[*key, *(found.get(count, "") for count in crops)] for key, found in cells.items()]
     head = ["operation", "shape", *(f"T = {count}" for count in crops)]
     lines += ["", "Microseconds [floor] for T crops:", "", *table(head, rows, names=2)]
-    lines += ["", "Peers, their time over that of the operation, least to most over all shapes:", ""]
-    for against in dict.fromkeys(key[0] for key in peers):
-        texts = [
+    lines += ["", "Time of each peer relative to the operation, smallest to largest over all shapes:", ""]
+    for against, times in peers.items():
+        ranges = (
             f"{name} " + " to ".join(f"{end:.{1 + (end < 1)}f}" for end in (min(found), max(found)))
-            for (key, name), found in peers.items()
-            if key == against
-        ]
-        lines.append(f"- {against}: {'; '.join(texts)}")
+            for name, found in times.items()
+        )
+        lines.append(f"- {against}: {'; '.join(ranges)}")
     texts = "; ".join(f"{what}: {', '.join(places)}" for what, places in faster.items())
-    lines += ["", f"Where a peer that does as much is faster (its time over ours): {texts or 'nowhere'}."]
-    texts = "; ".join(f"{what} ({', '.join(places)})" for what, places in missing.items())
-    lines += ["", f"Not timed: {texts or 'nothing'}."]
-    skipped = sum(one["status"] == "skipped" for one in results)
-    lines[-1] += f" {skipped} more: left out, the time of the run was over." if skipped else ""
-    return lines
+    lines += ["", f"Peers that do the same work in less time, relative to the operation: {texts or 'none'}."]
+    return [*lines, "", f"Not timed, at one shape at least: {'; '.join(missing) or 'nothing'}."]
+
+
+def microseconds(one: Mapping) -> str:
+    """A time and its floor; † marks calls timed by the host's clock, ‡ inputs that fit into the L2 cache."""
+    text = f"{one['us']:.1f}" if one["us"] < 1000 else f"{one['us']:.0f}"
+    text += " †" if one["timing"] != "graph" else "" if one["cold"] else " ‡"
+    return text + ("" if one["floor_us"] is None else f" [{one['floor_us']:.1f}]")
 
 
 def compare(record: Mapping) -> list[str]:
@@ -388,167 +333,6 @@ def compare(record: Mapping) -> list[str]:
     head = ["case", "base, ms", "head, ms", "head / base", "largest difference of results"]
     details = f"{record['rounds']} rounds a pair of processes", f"commits {commits}"
     return [*source(record, *details), "", *table(head, rows)]
-
-
-# --- quality ---------------------------------------------------------------------------------------------
-
-FIRST = "one attribute"  # the group that the targets are about
-
-
-def label(name: str) -> str:
-    """A variant's name as the page has it."""
-    for ending, words in (("-no-text", ", no text"), ("-other-question", ", other question")):
-        if name.endswith(ending):
-            return name.removesuffix(ending) + words
-    return "all tokens" if name == "full" else name
-
-
-def signed(value: float) -> str:
-    """Points with a sign; a true minus."""
-    text = f"{100 * value:+.1f}".replace("-", "−")
-    return "+0.0" if text == "−0.0" else text
-
-
-def points(gap: Mapping) -> str:
-    return "{} ({} to {})".format(*map(signed, (gap["mean"], *gap["interval"])))
-
-
-def keeps(record: Mapping) -> list[str]:
-    return [f"{keep:g}" for keep in sorted(record["keep"], reverse=True)]
-
-
-def accuracy(record: Mapping, group: str) -> list[str]:
-    """Accuracy of every variant in a group, and what it loses against all tokens."""
-    rows = []
-    for name, cells in record["summary"][group]["variants"].items():
-        texts = [
-            f"{100 * cells[keep]['accuracy']['mean']:.1f}"
-            + (f", {points(cells[keep]['to_full'])}" if "to_full" in cells[keep] else "")
-            for keep in (["1"] if name == "full" else keeps(record))
-        ]
-        rows.append([label(name), *texts, *[""] * (len(record["keep"]) - len(texts))])
-    return table([group, *(f"R = {keep}" for keep in keeps(record))], rows)
-
-
-def accuracies(record: Mapping, groups: Sequence[str]) -> Iterator[str]:
-    titles = {FIRST: "One attribute of one object", "all": "All kinds"}
-    for group in groups:
-        if group in record["summary"]:
-            count = record["summary"][group]["questions"]
-            yield from ("", f"**{titles.get(group, f'Kind: {group}')}** ({count} questions)", "")
-            yield from accuracy(record, group)
-
-
-def quality_source(record: Mapping) -> list[str]:
-    summary, (rows, columns), (least, most) = record["summary"], record["grid"], record["objects"]
-    amounts = ", ".join(f"{summary[kind]['questions']} {kind}" for kind in record["kinds"] if kind in summary)
-    return [
-        *source(record, f"{record['seconds']:.0f} s"),
-        "",
-        f"{record['questions']} questions ({amounts}), split {record['split']} (seed {record['seed']}), "
-        f"scenes of {rows} × {columns} tiles and {least} to {most} objects; "
-        f"weights {record['weights']}, questions {record['digest']}",
-    ]
-
-
-def tried(record: Mapping) -> list[str]:
-    """A record of validation questions, on which settings are chosen."""
-    return [*quality_source(record), *accuracies(record, ("all",))]
-
-
-def quality(record: Mapping) -> list[str]:
-    """A record of test questions."""
-    variants = record["variants"]
-    lines = ["![Accuracy against visual tokens](quality.svg)", "", *quality_source(record), ""]
-    rows = []
-    for title, key in (("patches", "patches"), ("patches and newlines", "tokens")):
-        rows.append([title, f"{variants['full']['keep']['1'][key]:g}"])
-        for keep in keeps(record):
-            counts = {one["keep"][keep][key] for name, one in variants.items() if name != "full"}
-            rows[-1].append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
-    lines += table(["visual tokens", "all", *(f"R = {keep}" for keep in keeps(record))], rows)
-    if record["targets"]:
-        rows = []
-        for one in record["targets"]:
-            side = "met" if one["difference"]["mean"] >= one["limit"] else "missed"
-            undecided = f"{side}, but the interval includes the limit"
-            verdict = undecided if one["verdict"] == "undecided" else one["verdict"]
-            rows.append([one["what"], points(one["difference"]), signed(one["limit"]), verdict])
-        lines += ["", "**Targets**; points of accuracy, paired", ""]
-        lines += table(["", "difference", "at least", ""], rows)
-    lines += ["", "Accuracy in %, then the paired difference to all tokens in points (95 % interval)."]
-    lines += accuracies(record, (FIRST, "all"))
-    kinds = [group for group in record["summary"] if group not in (FIRST, "all")]
-    for keep in [keep for keep in keeps(record) if keep == "0.2"]:
-        rows = []
-        for name in variants:
-            found = [record["summary"][kind]["variants"].get(name, {}) for kind in kinds]
-            cells = [inside(cell, keep) or cell.get("1") for cell in found]
-            rows.append(
-                [label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)]
-            )
-        lines += ["", f"**By kind of question**, accuracy in %, R = {keep}", "", *table(["", *kinds], rows)]
-    rows = [
-        [label(name), f"{100 * found:.1f}"]
-        for name, one in variants.items()
-        if (found := one["keep"].get(keeps(record)[-1], {}).get("tile_found"))
-    ]
-    title = (
-        "**Is the tile asked about the one with the largest share**; variants with equal shares are left out"
-    )
-    return [
-        *lines,
-        "",
-        title,
-        "",
-        *(table(["", "% of questions"], rows) if rows else ["No variant prefers one."]),
-    ]
-
-
-def quality_plot(record: Mapping) -> str:
-    """Accuracy on questions about one attribute against visual tokens."""
-    variants = record["variants"]
-    part = record["summary"].get(FIRST, record["summary"]["all"])
-    styles = {"full": ("#222222", ":"), "hero": ("#0b57d0", "-"), "hero+": ("#d6336c", "-")}
-    styles |= {"oracle": ("#2b8a3e", "--"), "uniform": ("#6b6b6b", "-"), "random": ("#a6a6a6", "-")}
-    peers = [name for name in variants if label(name) == name and name not in styles]
-    styles |= {name: (f"C{number % 10}", "-") for number, name in enumerate(peers)}
-    for name in variants:
-        base, _, ending = label(name).partition(", ")
-        if ending:
-            styles[name] = styles.get(base, styles["hero"])[0], "--" if ending == "no text" else ":"
-
-    def draw(figure: Figure) -> None:
-        axes, lines, ticks = figure.subplots(), {}, {}
-        for name, cells in part["variants"].items():
-            tokens = [variants[name]["keep"][keep]["tokens"] for keep in cells]
-            means = [100 * cell["accuracy"]["mean"] for cell in cells.values()]
-            (colour, dash), width = styles[name], 2.4 if name in ("hero", "hero+") else 1.2
-            text = f"{label(name)}  {means[-1]:.0f} %"
-            style = {"color": colour, "linestyle": dash, "linewidth": width, "marker": ".", "label": text}
-            lines[means[-1], name] = axes.plot(tokens, means, **style)[0]
-            if name == "full":
-                axes.axhline(means[0], color=colour, linestyle=dash, linewidth=width)
-            if name == "hero":
-                bars = [cell["accuracy"]["interval"] for cell in cells.values()]
-                axes.vlines(tokens, *([100 * end for end in side] for side in zip(*bars)), color=colour)
-            for keep, count in zip(cells, tokens):  # variants differ by a token at most
-                ticks.setdefault(keep, count)
-        lowest = min((mean for mean, name in lines if name != "random"), default=0)
-        axes.set_ylim(bottom=max(lowest - 8, 0))  # random choice may leave the plot at its foot
-        axes.set_xscale("log")
-        axes.set_xticks(list(ticks.values()), [f"{count:.0f}" for count in ticks.values()])
-        axes.minorticks_off()
-        axes.invert_xaxis()
-        axes.grid(axis="y", color="#e6e6e6")
-        axes.set_title(
-            f"One attribute of one object ({part['questions']} questions)", loc="left", fontsize=11
-        )
-        axes.set(xlabel="visual tokens of the language model, log scale", ylabel="accuracy, %")
-        order = [lines[end] for end in sorted(lines, key=lambda end: -end[0])]
-        figure.legend(handles=order, loc="outside right upper", frameon=False, labelspacing=0.7)
-
-    return svg(Figure((9, 5), layout="constrained"), draw)
 
 
 # --- pages -----------------------------------------------------------------------------------------------
@@ -580,19 +364,6 @@ SECTIONS: dict[str, Section] = {
 ELSEWHERE = ("compiled", "quality")  # records on other pages
 
 
-def replace(page: str, name: str, lines: Sequence[str]) -> str:
-    """The page with other lines between the markers of a benchmark.
-
-    Raises:
-        ValueError: the page does not have the markers once each and in order.
-    """
-    begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
-    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise ValueError(f"page: expected {begin} and {end} once each, in this order")
-    before, rest = page.split(begin)
-    return "\n".join([before + begin, "", *lines, "", end + rest.split(end)[1]])
-
-
 def render(page: str, records: Sequence[Mapping]) -> str:
     """The page with the tables of the records; where there is none of a benchmark, it says so.
 
@@ -608,23 +379,6 @@ def render(page: str, records: Sequence[Mapping]) -> str:
         found = [record for record in records if record["benchmark"] == benchmark and wanted(record)]
         page = replace(page, name, lines_of(found) if found or name == "targets" else ["Not measured yet."])
     return page
-
-
-def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
-    """The page of ``bench.quality``, and the plot of its record of test questions, ``None`` without one.
-
-    Raises:
-        ValueError: several records of a split, or a page without its markers.
-    """
-    records = [record for record in records if record["benchmark"] == "quality"]
-    of_split = {record["split"]: record for record in records}
-    if len(of_split) < len(records):
-        names = ", ".join(record["split"] for record in records)
-        raise ValueError(f"records: expected one of quality a split, got {names}")
-    for name, split, lines_of in (("quality", "test", quality), ("tried", "validation", tried)):
-        lines = lines_of(of_split[split]) if split in of_split else ["Not measured yet."]
-        page = replace(page, name, lines)
-    return page, quality_plot(of_split["test"]) if "test" in of_split else None
 
 
 def same(file: Path, text: str) -> bool:

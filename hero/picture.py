@@ -36,9 +36,9 @@ def visualize(
     each has its own colour scale.
 
     Args:
-        image: what the model was shown: a PIL image of any mode, an array ``[H, W]`` or ``[H, W, 1, 3 or 4]``
-            (uint8, or floating in [0, 1]), or a path. A path is rotated by its Exif tag, as transformers
-            does, where that agrees with the size that the model saw. Transparency is drawn on white.
+        image: what the model was shown: a PIL image of any mode, an array of uint8 that Pillow reads, or a
+            path. A path is rotated by its Exif tag, as transformers does, if the result has the size that the
+            model saw. Transparency is drawn on white.
         selection: what :class:`hero.HeroVisionEncoder` returned, or ``handle.last``.
         image_index: which image of the selection's batch.
         width: of the picture in pixels, at least 400. Type grows with it; the height follows.
@@ -74,18 +74,17 @@ def visualize(
 
 def _read(image, size: tuple[int, int]) -> Image.Image:
     """Return the image in RGB; raise if it is not of (height, width) ``size``."""
-    upright = None
     if isinstance(image, (str, os.PathLike)):
         with Image.open(image) as file:
             upright = ImageOps.exif_transpose(file)
-            image = file.copy()
+            image = upright if upright.size[::-1] == size else file.copy()
     elif isinstance(image, np.ndarray):
-        image = _from_array(image)
+        if image.dtype != np.uint8:
+            raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
+        image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
         raise TypeError(f"image: expected a PIL image, a numpy array or a path, got {kind}")
-    if upright is not None and upright.size[::-1] == size:
-        image = upright
     if image.size[::-1] != size:
         raise ValueError(
             f"image: expected the selection's, {size[0]} x {size[1]} px (height x width), "
@@ -100,21 +99,6 @@ def _read(image, size: tuple[int, int]) -> Image.Image:
         values = (values - low) / (high - low or 1.0)
         image = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    expected = "an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]"
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
-        raise ValueError(f"image: expected {expected}, got shape {array.shape}")
-    if np.issubdtype(array.dtype, np.floating):
-        if not (array.min() >= 0 and array.max() <= 1):  # also raises for NaN
-            raise ValueError(
-                f"image: expected floating values in [0, 1], got [{array.min():g}, {array.max():g}]"
-            )
-        array = (array * 255 + 0.5).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise TypeError(f"image: expected {expected} of uint8 or floating dtype, got {array.dtype}")
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 class _Kept:
@@ -175,22 +159,17 @@ def _percent(share: float) -> str:
     return f"{'<1' if 0 < share < 0.005 else f'{100 * share:.0f}'} %"
 
 
-def _scale(scores: np.ndarray) -> tuple[float, float, bool, tuple[str, str]] | None:
-    """Lowest and highest of the finite scores, whether to use a logarithmic scale, and words for its ends.
+def _scale(scores: np.ndarray) -> tuple[float, float, bool] | None:
+    """Ends of the colour scale, and whether it is logarithmic; ``None`` without finite scores.
 
-    The scale is logarithmic, over at most three decades, where scores are positive and differ tenfold: on a
-    linear scale, a few patches would outshine all others. ``None`` without finite scores.
+    It is logarithmic, over at most three decades, where scores are not negative and differ at least tenfold.
     """
     scores = scores[np.isfinite(scores)]
     if not scores.size:
         return None
     low, high = float(scores.min()), float(scores.max())
-    if low == high:
-        return low, high, False, (f"all {low:.2g}", "")
-    if low < 0 or high < 10 * low:
-        return low, high, False, (f"{low:.2g}", f"{high:.2g}")
-    least = max(low, high / 1000)
-    return least, high, True, ("< " * (low < least) + f"{least:.2g}", f"{high:.2g}")
+    logarithmic = low >= 0 and high > 0 and high >= 10 * low
+    return (max(low, high / 1000) if logarithmic else low), high, logarithmic
 
 
 class _Page:
@@ -211,8 +190,8 @@ class _Page:
         header = [(line, large, _INK) for line in self._wrap((title or "").strip(), large)]
         header += [(line, self.body, _INK) for line in self._wrap(self.kept.summary(), self.body)]
         panels, bottom = self._arrange(self.margin + round(sum(1.4 * size for _, size, _ in header)))
-        size = self._fitting(*panels[0][3:])
-        notes = [(line, self.small, _MUTED) for line in self._wrap(self._notes(size > 0), self.small)]
+        labelled = self._fitting(*panels[0][3:])
+        notes = [(line, self.small, _MUTED) for line in self._wrap(self._notes(labelled), self.small)]
         height = bottom + round(1.4 * self.small * len(notes)) + self.margin
         self.figure.set_size_inches(self.width / _DPI, height / _DPI)
         for y, lines in ((self.margin, header), (bottom, notes)):
@@ -222,8 +201,8 @@ class _Page:
                 y += 1.4 * letters
         for name, *place in panels:
             axes = self._panel(name, *place)
-            if name == "Tiles" and size:
-                self._labels(axes, size)
+            if name == "Tiles" and labelled:
+                self._labels(axes)
         self.canvas.draw()
         return Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB")
 
@@ -326,50 +305,40 @@ class _Page:
 
     def _scores(self, axes, bar, scores: np.ndarray, valid: np.ndarray) -> str:
         """Draw a heat map and its colour scale; return what kind of scale it is."""
+        from matplotlib.colors import LogNorm, Normalize
+
         scale = _scale(scores[valid])
         if scale is None:
             bar.set_visible(False)
             return ""
-        low, high, logarithmic, ends = scale
-        drawn = np.where(np.isnan(scores), low, np.clip(scores, low, high))
-        if logarithmic:
-            low, high, drawn = np.log(low), np.log(high), np.log(drawn)
-        drawn = np.ma.masked_where(~valid | np.isnan(scores), drawn)
+        low, high, logarithmic = scale
+        below = bool(scores[valid & np.isfinite(scores)].min() < low)
+        ends = "< " * below + f"{low:.2g}", f"{high:.2g}"
+        norm = (LogNorm if logarithmic else Normalize)(low, high)
+        drawn = np.ma.masked_where(~valid | np.isnan(scores), np.clip(scores, low, high))
         whole = (0, scores.shape[1], scores.shape[0], 0)
-        axes.imshow(drawn, cmap="viridis", vmin=low, vmax=high, extent=whole, **_NEAREST)
+        axes.imshow(drawn, cmap="viridis", norm=norm, extent=whole, **_NEAREST)
         bar.imshow([np.linspace(0, high > low, 256)], cmap="viridis", vmin=0, vmax=1, **_NEAREST)
-        for place, end in enumerate(ends):
-            align = {"ha": ("left", "right")[place], "va": "top", "transform": bar.transAxes}
-            bar.text(place, -0.4, end, **align, **self._style(self.small, _MUTED))
+        for place, end, side in zip((0, 1), ends, ("left", "right")):
+            style = self._style(self.small, _MUTED)
+            bar.text(place, -0.4, end, ha=side, va="top", transform=bar.transAxes, **style)
         return " (log)" * logarithmic
 
-    def _fitting(self, width: int, height: int) -> int:
-        """The size at which the labels fit the tiles of a picture of this size, or 0."""
-        rows, columns = self.kept.layout.grid
-        for size in range(self.body, max(8, round(0.0095 * self.width)) - 1, -1) if self.kept.labels else ():
-            longest = max(self._length(label, size) for label in self.kept.labels)
-            if longest + 1.8 * size <= 0.92 * width / columns and 2.4 * size <= 0.45 * height / rows:
-                return size
-        return 0
+    def _fitting(self, width: int, height: int) -> bool:
+        """Whether the labels fit the tiles of a picture of this size."""
+        if not self.kept.labels:
+            return False
+        (rows, columns), size = self.kept.layout.grid, self.small
+        longest = max(self._length(label, size) for label in self.kept.labels)
+        return longest + 1.8 * size <= 0.92 * width / columns and 2.4 * size <= 0.45 * height / rows
 
-    def _labels(self, axes, size: int) -> None:
-        """Write the labels on the tiles: top left, or in the corner where they hide fewest kept patches."""
-        layout = self.kept.layout
-        for tile, (crop, text) in enumerate(zip(layout.tile_crops, self.kept.labels)):
-            row, column = divmod(tile, layout.grid[1])
-            halves = np.array_split(self.kept.keep[crop], 3)[::2]
-            parts = {(y, x): np.array_split(halves[y], 3, 1)[::2][x].mean() for y in (0, 1) for x in (0, 1)}
-            y, x = min(parts, key=lambda corner: max(parts[corner], 0.2))
-            axes.annotate(
-                text,
-                ((column + x) * layout.side, (row + y) * layout.side),
-                ((0.65 - 1.3 * x) * size, (1.3 * y - 0.65) * size),
-                textcoords="offset points",
-                ha=("left", "right")[x],
-                va=("top", "bottom")[y],
-                bbox=_CHIP,
-                **self._style(size, "white"),
-            )
+    def _labels(self, axes) -> None:
+        """Write the label of each tile in its upper left corner."""
+        side, columns = self.kept.layout.side, self.kept.layout.grid[1]
+        for tile, text in enumerate(self.kept.labels):
+            corner = tile % columns * side, tile // columns * side
+            offset = {"xytext": (0.65 * self.small, -0.65 * self.small), "textcoords": "offset points"}
+            axes.annotate(text, corner, va="top", bbox=_CHIP, **offset, **self._style(self.small, "white"))
 
     def _notes(self, labelled: bool) -> str:
         """What the picture shows, with a table of all labels where tiles are too small for them."""

@@ -434,11 +434,8 @@ def test_targets_are_judged_by_the_whole_interval(gpu_record):
     assert verdict("6. launches at batch 1 and 8, hero 0.2:", "") == "met"
     assert verdict("6. launches at batch 1 and 8, hero 0.2 + text:", "") == "missed"
     assert verdict("6. the vision stage in a CUDA graph", "1") == "missed"
-    assert verdict("7. CPU", "at most 1.02") == "not measured"
     cpu = {**gpu_record, "gpu": None, "shape_name": "clip-l"}
-    cpu["summary"]["1"]["stages"]["tower"]["hero 0.2"] = _comparison(1.2)
-    assert _verdicts(cpu)["7. CPU: the tower with hero, to stock: at most 1.02"][1] == "missed"
-    assert all(value == ("", "not measured") for name, value in _verdicts(cpu).items() if name[0] < "7")
+    assert all(value == ("", "not measured") for value in _verdicts(cpu).values())
 
 
 def test_a_gpu_record_is_drawn_from_its_numbers(gpu_record, tmp_path):
@@ -604,7 +601,7 @@ def test_report_renders_kernels(device_run, device_record):
     text = (folder / "page.md").read_text(encoding="utf-8")
     for one in device_record["results"]:
         assert one["variant"] in text
-    assert "Where a peer that does as much is faster" in text and "cuDNN needs a GPU" in text
+    assert "Peers that do the same work in less time" in text and "cuDNN needs a GPU" in text
     assert _report(folder, "--check").returncode == 0
 
 

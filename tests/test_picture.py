@@ -285,22 +285,6 @@ def test_labels_lie_in_their_tiles_or_in_a_table(name, width):
         assert text.get_window_extent().x1 <= width
 
 
-def test_labels_make_way_for_what_was_kept():
-    layout = GEOMETRIES["single"].layout((32, 32))
-    selection = select(layout, keep=0.0)
-
-    def corner(*patches):
-        index = torch.tensor([16 + patch for patch in patches], dtype=torch.int32)
-        kept = Selection(**{**vars(selection), "index": index})
-        x, y = page(photograph((32, 32)), kept)[1]["Tiles"].texts[0].xy
-        return y > 0, x > 0
-
-    assert corner() == (False, False)
-    assert corner(0) == (False, True)
-    assert corner(0, 3) == (True, False)
-    assert corner(0, 3, 12) == (True, True)
-
-
 @pytest.mark.parametrize(
     "title",
     [
@@ -327,21 +311,27 @@ def test_titles_stay_inside(title):
 
 
 @pytest.mark.parametrize(
-    ("scores", "logarithmic", "ends"),
+    ("scores", "scale"),
     [
-        ([0.5, 0.6], False, ("0.5", "0.6")),
-        ([0.001, 0.1], True, ("0.001", "0.1")),
-        ([0.0, 0.1], True, ("< 0.0001", "0.1")),
-        ([-1.0, 1.0], False, ("-1", "1")),
-        ([0.25, 0.25], False, ("all 0.25", "")),
-        ([0.0, 0.0], False, ("all 0", "")),
-        ([float("nan"), 0.5, 0.6, float("inf")], False, ("0.5", "0.6")),
+        ([0.5, 0.6], (0.5, 0.6, False)),
+        ([0.001, 0.1], (0.001, 0.1, True)),
+        ([0.0, 0.1], (0.0001, 0.1, True)),
+        ([-1.0, 1.0], (-1.0, 1.0, False)),
+        ([0.25, 0.25], (0.25, 0.25, False)),
+        ([0.0, 0.0], (0.0, 0.0, False)),
+        ([float("nan"), 0.5, 0.6, float("inf")], (0.5, 0.6, False)),
+        ([float("nan")], None),
     ],
 )
-def test_scale(scores, logarithmic, ends):
-    scale = picture._scale(np.array(scores))
-    assert scale[2:] == (logarithmic, ends)
-    assert picture._scale(np.array([np.nan])) is None
+def test_scale(scores, scale):
+    assert picture._scale(np.array(scores)) == scale
+
+
+def test_ends_of_the_colour_scale_are_written():
+    selection = select(GEOMETRIES["single"].layout((32, 32)))
+    selection.scores[:] = torch.linspace(0, 0.5, 16)
+    texts = [text.get_text() for axes in page(photograph((32, 32)), selection)[0].axes for text in axes.texts]
+    assert texts.count("< 0.0005") == texts.count("0.5") == 2
 
 
 @pytest.mark.parametrize("scores", [0.0, 0.01, 3.0, float("nan"), float("inf"), float("-inf")])
@@ -377,13 +367,12 @@ def test_kinds_of_images_give_one_picture(tmp_path):
     image.save(tmp_path / "image.png")
     pixels = np.asarray(image)
     opaque = np.concatenate([pixels, np.full((40, 60, 1), 255, np.uint8)], 2)
-    kinds = [tmp_path / "image.png", str(tmp_path / "image.png"), pixels, pixels / 255, opaque]
-    kinds += [image.convert("RGBA"), (pixels / 255).astype(np.float32), pixels[::-1][::-1]]
+    kinds = [tmp_path / "image.png", str(tmp_path / "image.png"), pixels, opaque]
+    kinds += [image.convert("RGBA"), pixels[::-1][::-1]]
     for kind in kinds:
         assert same(kind, image, selection)
     grey = image.convert("L")
     assert same(np.asarray(grey), grey, selection)
-    assert same(np.asarray(grey)[..., None], grey, selection)
 
 
 @pytest.mark.parametrize(
@@ -431,12 +420,8 @@ def test_path_is_turned_upright_as_transformers_does(tmp_path):
         ({"image": None}, TypeError, "image: expected a PIL image, a numpy array or a path, got NoneType"),
         ({"image": torch.zeros(3, 40, 60)}, TypeError, "image: expected .* got Tensor"),
         ({"image": photograph((60, 40))}, ValueError, r"image: expected .* 40 x 60 px .* got 60 x 40"),
-        ({"image": np.zeros((3, 40, 60), np.uint8)}, ValueError, r"image: .* got shape \(3, 40, 60\)"),
-        ({"image": np.zeros((40, 60, 2), np.uint8)}, ValueError, r"image: .* got shape \(40, 60, 2\)"),
-        ({"image": np.zeros((0, 60), np.uint8)}, ValueError, r"image: .* got shape \(0, 60\)"),
         ({"image": np.zeros((40, 60), np.int64)}, TypeError, "image: .* got int64"),
-        ({"image": np.full((40, 60), 2.0)}, ValueError, r"image: expected floating values in \[0, 1\]"),
-        ({"image": np.full((40, 60), np.nan)}, ValueError, r"image: expected floating values in \[0, 1\]"),
+        ({"image": np.zeros((40, 60, 3))}, TypeError, "image: expected an array of uint8, got float64"),
         ({"image_index": 1}, ValueError, r"image_index: expected an integer in \[0, 1\), got 1"),
         ({"image_index": -1}, ValueError, r"image_index: expected an integer in \[0, 1\), got -1"),
         ({"image_index": True}, TypeError, "image_index: expected an integer"),

@@ -20,7 +20,7 @@ from hero.policies import POLICIES
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from bench import quality, report
+from bench import quality, quality_statistics, quality_variants, report, report_quality
 from bench.mini import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,9 @@ def loaded():
 @pytest.fixture(scope="module")
 def record(loaded):
     """A reduced run: questions about one attribute, every policy there is."""
-    runner = quality.Runner(quality.variants_of(loaded), KEEP, kinds=scenes.ONE_ATTRIBUTE, loaded=loaded)
+    runner = quality.Runner(
+        quality_variants.variants_of(loaded), KEEP, kinds=scenes.ONE_ATTRIBUTE, loaded=loaded
+    )
     return {**RUN, **quality.record_of(runner, quality.measure(runner, QUESTIONS))}
 
 
@@ -90,9 +92,8 @@ def test_few_tokens_need_a_choice(record):
 
 def test_counts_need_the_thumbnail(loaded):
     """The stock model counts; hero+ keeps most of it at R = 0.2, hero hardly any."""
-    runner = quality.Runner(
-        quality.variants_of(loaded, ("hero", "hero+"), plain=True), (0.2,), kinds=("count",), loaded=loaded
-    )
+    variants = [one for one in quality_variants.variants_of(loaded) if one.name in ("full", "hero", "hero+")]
+    runner = quality.Runner(variants, (0.2,), kinds=("count",), loaded=loaded)
     cells = quality.measure(runner, 100)
     full, hero_, plus = (np.mean(cells[key].right) for key in (("full", 1.0), ("hero", 0.2), ("hero+", 0.2)))
     assert full > 0.8 and plus > 0.55 * full and hero_ < 0.3 * full
@@ -123,28 +124,28 @@ def test_every_variant_keeps_as_many(record):
 
 
 def test_questions_are_what_split_and_number_say():
-    quality.asked.cache_clear()
-    first = [quality.asked("test", index) for index in range(20)]
-    quality.asked.cache_clear()
-    again = [quality.asked("test", index) for index in reversed(range(20))][::-1]
+    quality_variants.asked.cache_clear()
+    first = [quality_variants.asked("test", index) for index in range(20)]
+    quality_variants.asked.cache_clear()
+    again = [quality_variants.asked("test", index) for index in reversed(range(20))][::-1]
     for one, other in zip(first, again):
         assert one[1:] == other[1:] and one.image.tobytes() == other.image.tobytes()
-    other = [quality.asked("validation", index) for index in range(20)]
+    other = [quality_variants.asked("validation", index) for index in range(20)]
     assert all(one.image.tobytes() != two.image.tobytes() for one, two in zip(first, other))
-    counts = [quality.asked("test", index, kinds=("count",)) for index in range(3)]
+    counts = [quality_variants.asked("test", index, kinds=("count",)) for index in range(3)]
     assert {question.kind for question in counts} == {"count"}
     assert all(question.tile is None for question in counts)
-    assert {first[0].image.size, quality.asked("test", 0, (1, 2)).image.size} == {(144, 144), (96, 48)}
+    assert first[0].image.size == (144, 144)
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: quality.asked("train", 0), "split"),
-        (lambda: quality.asked("test", 0, kinds=("smell",)), "kinds"),
-        (lambda: quality.estimate(np.zeros(0)), "values"),
-        (lambda: quality.estimate(np.array([2])), "values"),
-        (lambda: quality.unbits("ff", 20), "text"),
+        (lambda: quality_variants.asked("train", 0), "split"),
+        (lambda: quality_variants.asked("test", 0, kinds=("smell",)), "kinds"),
+        (lambda: quality_statistics.estimate(np.zeros(0)), "values"),
+        (lambda: quality_statistics.estimate(np.array([2])), "values"),
+        (lambda: quality_statistics.unbits("ff", 20), "text"),
     ],
 )
 def test_bad_input_is_named(call, named):
@@ -153,7 +154,7 @@ def test_bad_input_is_named(call, named):
 
 
 def test_variants(loaded):
-    variants = quality.variants_of(loaded, ("hero", "random"), {"low": {"alpha": 0.1}})
+    variants = quality_variants.variants_of(loaded, ("hero", "random"), {"low": {"alpha": 0.1}})
     names = [
         "full",
         "hero",
@@ -166,17 +167,17 @@ def test_variants(loaded):
     ]
     assert [variant.name for variant in variants] == names
     assert {variant.text for variant in variants if variant.name in ("hero", "low")} == {"own"}
-    plain = quality.variants_of(loaded, ("hero", "random"), plain=True)
-    assert [variant.name for variant in plain] == ["full", "hero", "random"]
     with pytest.raises(ValueError, match="policies: expected names among hero"):
-        quality.variants_of(loaded, ("nero",))
-    with pytest.raises(ValueError, match="expected each name once, got hero again"):
-        quality.variants_of(loaded, ("hero",), {"hero": {"alpha": 0.1}})
+        quality_variants.variants_of(loaded, ("nero",))
+    with pytest.raises(ValueError, match="expected each name once, got hero, "):
+        quality_variants.variants_of(loaded, ("hero",), {"hero": {"alpha": 0.1}})
 
 
 def test_the_answer_is_what_generate_says(loaded):
     """One forward gives the first token of generate, and ratios that share the tower give it too."""
-    variants = {variant.name: variant for variant in quality.variants_of(loaded, ("hero", "uniform"))}
+    variants = {
+        variant.name: variant for variant in quality_variants.variants_of(loaded, ("hero", "uniform"))
+    }
     runner = quality.Runner(variants.values(), KEEP, kinds=KINDS, loaded=loaded)
     questions = [runner.draw(index) for index in range(24)]
     assert len({len(question.text.split()) for question in questions}) > 1  # some are padded
@@ -197,7 +198,7 @@ def test_the_answer_is_what_generate_says(loaded):
 
 def test_relevance_reads_the_other_question(loaded):
     """And the prompt stays: shares are those of the other text, the answer is to the own."""
-    variants = {variant.name: variant for variant in quality.variants_of(loaded, ("hero",))}
+    variants = {variant.name: variant for variant in quality_variants.variants_of(loaded, ("hero",))}
     runner = quality.Runner(variants.values(), loaded=loaded)
     questions = [runner.draw(index) for index in range(4)]
     others = [runner.other_text(index) for index in range(4)]
@@ -217,12 +218,10 @@ def test_relevance_reads_the_other_question(loaded):
 
 def test_workers_change_nothing(loaded, tmp_path, capsys):
     """The command with two processes answers as one process does, and writes what it prints."""
-    arguments = ("--questions", "60", "--policies", "hero", "--plain", "--keep", "0.2", "--workers", "2")
-    arguments += ("--kinds", ",".join(KINDS))
+    arguments = ("--questions", "60", "--policies", "hero", "--keep", "0.2", "--workers", "2")
     quality.main(("--out", str(tmp_path / "quality.json"), *arguments))
     record = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
-    variants = quality.variants_of(loaded, ("hero",), plain=True)
-    runner = quality.Runner(variants, (0.2,), kinds=KINDS, loaded=loaded)
+    runner = quality.Runner(quality_variants.variants_of(loaded, ("hero",)), (0.2,), loaded=loaded)
     here = json.loads(json.dumps(quality.record_of(runner, quality.measure(runner, 60))))
     assert record["digest"] == here["digest"] and record["kinds"] == here["kinds"]
     assert record["summary"] == here["summary"] and record["targets"] == here["targets"]
@@ -238,7 +237,7 @@ def test_workers_change_nothing(loaded, tmp_path, capsys):
         quality.main(check)
     assert ended.value.code == 0 and "hero                   R = 0.2   0 of 60" in capsys.readouterr().out
     cell = record["variants"]["hero"]["keep"]["0.2"]
-    cell["right"] = quality.bits(~quality.unbits(cell["right"], 60))
+    cell["right"] = quality_statistics.bits(~quality_statistics.unbits(cell["right"], 60))
     (tmp_path / "quality.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         quality.main(check)
@@ -251,7 +250,6 @@ def test_workers_change_nothing(loaded, tmp_path, capsys):
         ((), "--out: expected"),
         (("--out", "x", "--policies", "nero"), "policies: expected names among"),
         (("--out", "x", "--keep", "0"), "expected ratios in (0, 1]"),
-        (("--out", "x", "--grid", "9x9"), "expected one of 1x2"),
         (("--out", "x", "--variant", 'a={"keep": 1}'), "expected NAME=JSON"),
     ],
 )
@@ -273,24 +271,24 @@ def test_overlaps_are_square_pixels():
     for mask, (y0, x0, y1, x1) in zip(inside, boxes):
         mask[y0:y1, x0:x1] = 1
     patches = inside.reshape(2, 6, 8, 9, 8).sum((2, 4)).max(0)  # [rows, columns] of the stitched grid
-    got = quality.overlaps(boxes, LAYOUT, 8)
+    got = quality_variants.overlaps(boxes, LAYOUT, 8)
     for row in range(6):
         for column in range(9):
             tile, patch = row // 3 * 3 + column // 3, row % 3 * 3 + column % 3
             assert got[tile, patch] == patches[row, column]
-    assert quality.overlaps([], LAYOUT, 8).sum() == 0
+    assert quality_variants.overlaps([], LAYOUT, 8).sum() == 0
     with pytest.raises(ValueError, match=r"^layout: expected an image of 48 × 72 px"):
-        quality.overlaps(boxes, ImageLayout((40, 72), (2, 3), 3, (0, 6), (0, 9)), 8)
+        quality_variants.overlaps(boxes, ImageLayout((40, 72), (2, 3), 3, (0, 6), (0, 9)), 8)
 
 
 def test_oracle_keeps_what_is_touched_then_equally():
-    overlap = quality.overlaps([(3, 20, 13, 33)], LAYOUT, 8)[None]
+    overlap = quality_variants.overlaps([(3, 20, 13, 33)], LAYOUT, 8)[None]
     scores = torch.rand(1, 6, 9, generator=torch.Generator().manual_seed(0))
     touched = int((overlap > 0).sum())
     assert touched == 6
-    few = quality.oracle_keep(scores, overlap, 3)[0]
+    few = quality_variants.oracle_keep(scores, overlap, 3)[0]
     assert few.sum() == 3 and overlap[0][few].min() >= overlap[0][~few].max()
-    many = quality.oracle_keep(scores, overlap, touched + 6 * 2 + 1)[0]
+    many = quality_variants.oracle_keep(scores, overlap, touched + 6 * 2 + 1)[0]
     assert many[overlap[0] > 0].all()
     rest = many & (overlap[0] == 0)
     assert rest.sum(1).tolist() == [3, 2, 2, 2, 2, 2]
@@ -299,16 +297,19 @@ def test_oracle_keeps_what_is_touched_then_equally():
         assert set(rest[tile].nonzero().flatten().tolist()) == set(
             free.topk(int(rest[tile].sum())).indices.tolist()
         )
-    assert quality.oracle_keep(scores, overlap, 54).all()
+    assert quality_variants.oracle_keep(scores, overlap, 54).all()
 
 
 def test_oracle_keeps_the_object(loaded):
     """In the model: of each question's box every patch that fits, and as many patches as any policy."""
-    runner = quality.Runner((quality.ORACLE,), loaded=loaded, kinds=scenes.ONE_ATTRIBUTE)
+    runner = quality.Runner((quality_variants.ORACLE,), loaded=loaded, kinds=scenes.ONE_ATTRIBUTE)
     questions = [runner.draw(index) for index in range(8)]
     inputs = runner.inputs(questions)
     for ratio in (0.2, 0.05):
-        with runner.attached(quality.ORACLE, ratio, questions, None) as handle, torch.inference_mode():
+        with (
+            runner.attached(quality_variants.ORACLE, ratio, questions, None) as handle,
+            torch.inference_mode(),
+        ):
             runner.answers(inputs)
             last = handle.last
         with hero.attach(loaded.model, keep_ratio=ratio, policy="uniform") as handle, torch.inference_mode():
@@ -318,7 +319,7 @@ def test_oracle_keeps_the_object(loaded):
         assert last.lengths == uniform.lengths
         assert torch.equal(keep[:, 0], uniform.keep_mask().view(8, 10, 36)[:, 0])
         for question, kept in zip(questions, keep[:, 1:]):
-            touched = quality.overlaps(question.boxes, last.layout[0], 8) > 0
+            touched = quality_variants.overlaps(question.boxes, last.layout[0], 8) > 0
             assert touched.sum() <= int(last.budgets.view(8, 10)[0, 1:].sum()) and kept[touched].all()
 
 
@@ -328,30 +329,33 @@ def test_oracle_keeps_the_object(loaded):
 def test_bootstrap():
     """Against resampling one by one, and against the normal interval where that holds."""
     values = np.array([1] * 60 + [-1] * 25 + [0] * 315)
-    got = quality.estimate(values)
+    got = quality_statistics.estimate(values)
     rng = np.random.default_rng(1)
     means = np.array([rng.choice(values, len(values)).mean() for _ in range(4000)])
     assert got["mean"] == 0.0875 and got["se"] == pytest.approx(values.std(ddof=1) / 20, abs=1e-5)
     assert got["interval"] == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=0.006)
     assert got["interval"] == pytest.approx([0.0875 - 1.96 * got["se"], 0.0875 + 1.96 * got["se"]], abs=0.004)
-    assert got == quality.estimate(values)
-    assert quality.estimate(np.ones(5, bool))["interval"] == [1.0, 1.0]
-    assert quality.estimate(np.array([True]))["se"] is None
+    assert got == quality_statistics.estimate(values)
+    assert quality_statistics.estimate(np.ones(5, bool))["interval"] == [1.0, 1.0]
+    assert quality_statistics.estimate(np.array([True]))["se"] is None
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 400])
 def test_bits_come_back(count):
     values = np.random.default_rng(count).random(count) < 0.5
-    assert (quality.unbits(quality.bits(values), count) == values).all()
-    assert quality.bits([True] + [False] * 8) == "8000"
+    assert (quality_statistics.unbits(quality_statistics.bits(values), count) == values).all()
+    assert quality_statistics.bits([True] + [False] * 8) == "8000"
 
 
 def test_the_bits_give_the_summary(record):
     """A record read back from JSON gives the same tables without a run."""
     back = json.loads(json.dumps(record))
-    assert quality.summarise(back) == record["summary"] and quality.targets(back) == record["targets"]
-    right = quality.unbits(back["variants"]["hero"]["keep"]["0.2"]["right"], QUESTIONS)
-    full = quality.unbits(back["variants"]["full"]["keep"]["1"]["right"], QUESTIONS)
+    assert (
+        quality_statistics.summarise(back) == record["summary"]
+        and quality_statistics.targets(back) == record["targets"]
+    )
+    right = quality_statistics.unbits(back["variants"]["hero"]["keep"]["0.2"]["right"], QUESTIONS)
+    full = quality_statistics.unbits(back["variants"]["full"]["keep"]["1"]["right"], QUESTIONS)
     gap = _cell(record, "hero", "0.2")["to_full"]
     assert gap["mean"] == pytest.approx(right.mean() - full.mean(), abs=1e-5)
     assert record["summary"]["all"]["questions"] == QUESTIONS
@@ -374,9 +378,9 @@ def test_targets_say_what_intervals_say(record):
 
 def test_oracle_stands_only_where_a_box_is_asked_about(record):
     """Where one question has none, the group has no oracle."""
-    partly = {**record, "boxed": quality.bits([True] * (QUESTIONS - 1) + [False])}
+    partly = {**record, "boxed": quality_statistics.bits([True] * (QUESTIONS - 1) + [False])}
     assert "oracle" in record["summary"]["all"]["variants"]
-    assert "oracle" not in quality.summarise(partly)["all"]["variants"]
+    assert "oracle" not in quality_statistics.summarise(partly)["all"]["variants"]
 
 
 # --- the page --------------------------------------------------------------------------------------------
@@ -405,20 +409,19 @@ def test_the_page_is_drawn_from_the_record(record, tmp_path):
         assert words in page
     (tmp_path / "quality.svg").write_text("<svg/>", encoding="utf-8")
     assert report.main((*options, "--check")) == 1
-    with pytest.raises(ValueError, match="records: expected one of quality a split, got test, test"):
-        report.render_quality(page, [record, record])
-    both, _ = report.render_quality(page, [record, {**record, "split": "validation"}])
-    begin, tried = both.split("<!-- tried begin -->")
-    assert begin == page.split("<!-- tried begin -->")[0] and "**All kinds**" in tried
+    with pytest.raises(ValueError, match="records: expected one of quality on test questions, got 2"):
+        report_quality.render_quality(page, [record, record])
+    both, _ = report_quality.render_quality(page, [record, {**record, "split": "validation"}])
+    assert both == page
 
 
 def test_the_picture_shows_every_variant(record):
     """Well-formed, each variant labelled, labels apart, fewer tokens further to the right."""
-    root = ElementTree.fromstring(report.quality_plot(record))
+    root = ElementTree.fromstring(report_quality.quality_plot(record))
     texts = [element for element in root.iter("{http://www.w3.org/2000/svg}text")]
     labels = {}
     for name in record["variants"]:
-        (found,) = [text for text in texts if text.text.startswith(report.label(name) + "  ")]
+        (found,) = [text for text in texts if text.text.startswith(report_quality.label(name) + "  ")]
         labels[name] = float(found.get("y"))
     heights = sorted(labels.values())
     assert min(low - high for high, low in pairwise(heights)) >= 15.9

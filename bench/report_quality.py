@@ -1,0 +1,177 @@
+"""The tables of ``docs/quality.md`` and its plot, from the record of ``bench.quality``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from .page import inside, replace, source, svg, table
+
+__all__ = ["label", "quality_plot", "render_quality"]
+
+FIRST = "one attribute"  # the group that the targets are about
+
+
+def label(name: str) -> str:
+    """A variant's name as the page has it."""
+    for ending, words in (("-no-text", ", no text"), ("-other-question", ", other question")):
+        if name.endswith(ending):
+            return name.removesuffix(ending) + words
+    return "all tokens" if name == "full" else name
+
+
+def signed(value: float) -> str:
+    """Points with a sign; a true minus."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "+0.0" if text == "−0.0" else text
+
+
+def points(gap: Mapping) -> str:
+    return "{} ({} to {})".format(*map(signed, (gap["mean"], *gap["interval"])))
+
+
+def keeps(record: Mapping) -> list[str]:
+    return [f"{keep:g}" for keep in sorted(record["keep"], reverse=True)]
+
+
+def accuracy(record: Mapping, group: str) -> list[str]:
+    """Accuracy of every variant in a group, and what it loses against all tokens."""
+    rows = []
+    for name, cells in record["summary"][group]["variants"].items():
+        texts = [
+            f"{100 * cells[keep]['accuracy']['mean']:.1f}"
+            + (f", {points(cells[keep]['to_full'])}" if "to_full" in cells[keep] else "")
+            for keep in (["1"] if name == "full" else keeps(record))
+        ]
+        rows.append([label(name), *texts, *[""] * (len(record["keep"]) - len(texts))])
+    return table([group, *(f"R = {keep}" for keep in keeps(record))], rows)
+
+
+def accuracies(record: Mapping, groups: Sequence[str]) -> Iterator[str]:
+    titles = {FIRST: "One attribute of one object", "all": "All kinds"}
+    for group in groups:
+        if group in record["summary"]:
+            count = record["summary"][group]["questions"]
+            yield from ("", f"**{titles.get(group, f'Kind: {group}')}** ({count} questions)", "")
+            yield from accuracy(record, group)
+
+
+def quality_source(record: Mapping) -> list[str]:
+    summary, (rows, columns), (least, most) = record["summary"], record["grid"], record["objects"]
+    amounts = ", ".join(f"{summary[kind]['questions']} {kind}" for kind in record["kinds"] if kind in summary)
+    return [
+        *source(record, f"{record['seconds']:.0f} s"),
+        "",
+        f"{record['questions']} questions ({amounts}), split {record['split']} (seed {record['seed']}), "
+        f"scenes of {rows} × {columns} tiles and {least} to {most} objects; "
+        f"weights {record['weights']}, questions {record['digest']}",
+    ]
+
+
+def quality(record: Mapping) -> list[str]:
+    """A record of test questions."""
+    variants = record["variants"]
+    lines = ["![Accuracy against visual tokens](quality.svg)", "", *quality_source(record), ""]
+    rows = []
+    for title, key in (("patches", "patches"), ("patches and newlines", "tokens")):
+        rows.append([title, f"{variants['full']['keep']['1'][key]:g}"])
+        for keep in keeps(record):
+            counts = {one["keep"][keep][key] for name, one in variants.items() if name != "full"}
+            rows[-1].append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
+    lines += table(["visual tokens", "all", *(f"R = {keep}" for keep in keeps(record))], rows)
+    if record["targets"]:
+        rows = []
+        for one in record["targets"]:
+            side = "met" if one["difference"]["mean"] >= one["limit"] else "missed"
+            undecided = f"{side}, but the interval includes the limit"
+            verdict = undecided if one["verdict"] == "undecided" else one["verdict"]
+            rows.append([one["what"], points(one["difference"]), signed(one["limit"]), verdict])
+        lines += ["", "**Targets**; points of accuracy, paired", ""]
+        lines += table(["", "difference", "at least", ""], rows)
+    lines += ["", "Accuracy in %, then the paired difference to all tokens in points (95 % interval)."]
+    lines += accuracies(record, (FIRST, "all"))
+    kinds = [group for group in record["summary"] if group not in (FIRST, "all")]
+    for keep in [keep for keep in keeps(record) if keep == "0.2"]:
+        rows = []
+        for name in variants:
+            found = [record["summary"][kind]["variants"].get(name, {}) for kind in kinds]
+            cells = [inside(cell, keep) or cell.get("1") for cell in found]
+            rows.append(
+                [label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)]
+            )
+        lines += ["", f"**By kind of question**, accuracy in %, R = {keep}", "", *table(["", *kinds], rows)]
+    rows = [
+        [label(name), f"{100 * found:.1f}"]
+        for name, one in variants.items()
+        if (found := one["keep"].get(keeps(record)[-1], {}).get("tile_found"))
+    ]
+    title = (
+        "**Is the tile asked about the one with the largest share**; variants with equal shares are left out"
+    )
+    return [
+        *lines,
+        "",
+        title,
+        "",
+        *(table(["", "% of questions"], rows) if rows else ["No variant prefers one."]),
+    ]
+
+
+def quality_plot(record: Mapping) -> str:
+    """Accuracy on questions about one attribute against visual tokens."""
+    variants = record["variants"]
+    part = record["summary"].get(FIRST, record["summary"]["all"])
+    styles = {"full": ("#222222", ":"), "hero": ("#0b57d0", "-"), "hero+": ("#d6336c", "-")}
+    styles |= {"oracle": ("#2b8a3e", "--"), "uniform": ("#6b6b6b", "-"), "random": ("#a6a6a6", "-")}
+    peers = [name for name in variants if label(name) == name and name not in styles]
+    styles |= {name: (f"C{number % 10}", "-") for number, name in enumerate(peers)}
+    for name in variants:
+        base, _, ending = label(name).partition(", ")
+        if ending:
+            styles[name] = styles.get(base, styles["hero"])[0], "--" if ending == "no text" else ":"
+
+    def draw(figure: Figure) -> None:
+        axes, lines, ticks = figure.subplots(), {}, {}
+        for name, cells in part["variants"].items():
+            tokens = [variants[name]["keep"][keep]["tokens"] for keep in cells]
+            means = [100 * cell["accuracy"]["mean"] for cell in cells.values()]
+            (colour, dash), width = styles[name], 2.4 if name in ("hero", "hero+") else 1.2
+            text = f"{label(name)}  {means[-1]:.0f} %"
+            style = {"color": colour, "linestyle": dash, "linewidth": width, "marker": ".", "label": text}
+            lines[means[-1], name] = axes.plot(tokens, means, **style)[0]
+            if name == "full":
+                axes.axhline(means[0], color=colour, linestyle=dash, linewidth=width)
+            if name == "hero":
+                bars = [cell["accuracy"]["interval"] for cell in cells.values()]
+                axes.vlines(tokens, *([100 * end for end in side] for side in zip(*bars)), color=colour)
+            for keep, count in zip(cells, tokens):  # variants differ by a token at most
+                ticks.setdefault(keep, count)
+        lowest = min((mean for mean, name in lines if name != "random"), default=0)
+        axes.set_ylim(bottom=max(lowest - 8, 0))  # random choice may leave the plot at its foot
+        axes.set_xscale("log")
+        axes.set_xticks(list(ticks.values()), [f"{count:.0f}" for count in ticks.values()])
+        axes.minorticks_off()
+        axes.invert_xaxis()
+        axes.grid(axis="y", color="#e6e6e6")
+        axes.set_title(
+            f"One attribute of one object ({part['questions']} questions)", loc="left", fontsize=11
+        )
+        axes.set(xlabel="visual tokens of the language model, log scale", ylabel="accuracy, %")
+        order = [lines[end] for end in sorted(lines, key=lambda end: -end[0])]
+        figure.legend(handles=order, loc="outside right upper", frameon=False, labelspacing=0.7)
+
+    return svg(Figure((9, 5), layout="constrained"), draw)
+
+
+def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
+    """The page of ``bench.quality``, and the plot of its record of test questions, ``None`` without one.
+
+    Raises:
+        ValueError: several records of test questions, or a page without its markers.
+    """
+    found = [one for one in records if one["benchmark"] == "quality" and one["split"] == "test"]
+    if len(found) > 1:
+        raise ValueError(f"records: expected one of quality on test questions, got {len(found)}")
+    page = replace(page, "quality", quality(found[0]) if found else ["Not measured yet."])
+    return page, quality_plot(found[0]) if found else None
