@@ -317,7 +317,13 @@ class HeroVisionEncoder(nn.Module):
                 relevance=None if clip is None else relevance,
                 patch_relevance=None if clip is None else patch_relevance,
             )
-            return self.config.policy.score(observed)
+            scored = self.config.policy.score(observed)
+        if not isinstance(scored, Scored):
+            name = self.config.policy.name
+            raise TypeError(
+                f"policy {name!r}: expected score() to return Scored, got {type(scored).__name__}"
+            )
+        return scored
 
     def budget(self, scored: Scored, plan: Plan) -> hk.TileBudgets:
         """Patches to keep of each crop."""

@@ -131,11 +131,12 @@ class ImageLayout:
         if self.thumbnail == "none":
             return 0, count(config.keep_ratio, config.keep_tokens, self.tiles * self.patches)
         given = config.keep_ratio, config.keep_tokens
-        thumbnail, tiles = config.policy.divide(*given, self.patches, self.tiles)
-        if not (type(thumbnail) is type(tiles) is int and 0 <= thumbnail <= self.patches and tiles >= 0):
+        divided = config.policy.divide(*given, self.patches, self.tiles)
+        fits = isinstance(divided, tuple) and len(divided) == 2 and all(type(n) is int for n in divided)
+        if not fits or not 0 <= divided[0] <= self.patches or divided[1] < 0:
             expected = f"divide() to return two integers >= 0, the first at most {self.patches}"
-            raise error(ValueError, f"policy {config.policy.name!r}", expected, (thumbnail, tiles))
-        return thumbnail, tiles
+            raise error(ValueError, f"policy {config.policy.name!r}", expected, divided)
+        return divided
 
     def budget(self, config: Keep) -> tuple[int, int]:
         """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, sections 3 and 6)."""

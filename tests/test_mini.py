@@ -361,7 +361,7 @@ def test_questions_and_prompt_name_a_bad_argument(pictures):
 )
 def test_missing_package_says_what_to_install(package, load, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'hero-vlm\[mini\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'hero-vlm\[bench\]'"):
         load.__wrapped__()
 
 

@@ -675,6 +675,12 @@ def test_errors_of_a_policy_are_named(model):
         hero.attach(model, policy=_Thumbnail(layer=6))
     with pytest.raises(TypeError, match=r"^policy: expected one of 'hero', .*, got <class"):
         hero.attach(model, policy=_Thumbnail)
+    for method, value in (("rows", [1]), ("divide", None), ("score", (1, 2))):
+        broken = type("Broken", (_Thumbnail,), {method: lambda *args, value=value, **options: value})
+        with pytest.raises(
+            (TypeError, ValueError), match=rf"^policy .*Broken': expected {method}\(\) to return"
+        ):
+            encode(model, hero.HeroConfig(0.3, policy=broken()), inputs)
 
 
 def test_the_policy_of_the_readme(model):

@@ -5,7 +5,7 @@ wholly inside one tile and each carrying a real handwritten digit, on a dimmed c
 two objects of a scene share a digit or a (colour, shape) pair, so every question has exactly one answer.
 
 Digits come from ``sklearn.datasets.load_digits`` and photographs from the files that scikit-image carries;
-both packages are imported when the first scene is drawn (``pip install 'hero-vlm[mini]'``). The order in
+both packages are imported when the first scene is drawn (``pip install 'hero-vlm[bench]'``). The order in
 which random numbers are drawn is part of the contract: the same generator state gives the same scene, and the
 weights in ``hero/mini/weights`` were trained on exactly this distribution.
 
@@ -153,7 +153,7 @@ class _Digits(NamedTuple):
 
 
 def _missing(package: str, what: str) -> ImportError:
-    return ImportError(f"bench.mini.scenes takes its {what} from {package}: pip install 'hero-vlm[mini]'")
+    return ImportError(f"bench.mini.scenes takes its {what} from {package}: pip install 'hero-vlm[bench]'")
 
 
 @cache

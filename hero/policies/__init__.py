@@ -68,7 +68,9 @@ def make_policy(policy: str | Policy, options: dict[str, Any] | None = None) -> 
                 f"{', '.join(options)}: expected as parameters of the policy object, got beside {policy!r}"
             )
         return policy
-    expected = f"one of {', '.join(map(repr, POLICIES))}, 'module:Class' or a hero.policies.Policy"
+    expected = (
+        f"one of {', '.join(map(repr, POLICIES))}, 'module:Class' or an instance of hero.policies.Policy"
+    )
     if not isinstance(policy, str):
         raise error(TypeError, "policy", expected, policy)
     found: Any = POLICIES.get(policy)
@@ -88,8 +90,8 @@ def make_policy(policy: str | Policy, options: dict[str, Any] | None = None) -> 
         given = {name: options[name] for name in unknown}
         own = ", ".join(fields) or "none"
         raise TypeError(
-            f"{', '.join(unknown)}: expected options among those of hero.HeroConfig and of policy {policy!r} "
-            f"({own}), got {given}"
+            f"{', '.join(unknown)}: expected options among keep_ratio, keep_tokens, policy, allocation, "
+            f"attention and the parameters of policy {policy!r} ({own}), got {given}"
         )
     return found(**options)
 
@@ -106,6 +108,8 @@ def check_supported(
         has_cls: whether the encoder has a CLS token.
         has_thumbnail: whether images have a thumbnail.
     """
+    if not isinstance(rows, Mapping) or not all(isinstance(one, Rows) for one in rows.values()):
+        raise error(TypeError, f"policy {policy.name!r}", "rows() to return a dictionary of Rows", rows)
     for required, given, where in (
         ("requires_cls", has_cls, "an encoder without CLS"),
         ("requires_thumbnail", has_thumbnail, "images without a thumbnail"),
