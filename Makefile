@@ -16,7 +16,7 @@ BENCH_TESTS := $(call tests,bench* compare quality* train speed)
 # Run once more in Triton's interpreter, which runs the kernels on the CPU.
 INTERPRETER_TESTS := $(call tests,kernels kernel_properties library mutants encoder)
 # Independent of transformers, so not run again with the oldest one.
-KERNEL_TESTS := $(call tests,kernels kernel_properties library mutants reference ops compile)
+WITHOUT_TRANSFORMERS := $(call tests,kernels kernel_properties library mutants reference ops compile picture)
 # The oldest supported Triton and the newest, beside the pinned one.
 TRITONS := 3.3.0 3.9.0
 # The oldest supported Python and the newest, beside the one of the environment.
@@ -84,7 +84,7 @@ test-exhaustive: $(STAMP) ## the kernels in every configuration, for every targe
 	TRITON_INTERPRET=1 $(VENV)/bin/$(PYTEST) -m exhaustive $(INTERPRETER_TESTS)
 
 test-lowest: $(LOWEST_STAMP) ## the fast tests on the oldest supported transformers, in .venv-lowest
-	$(LOWEST)/bin/$(PYTEST) -m "not slow" $(patsubst %,--ignore=%,$(BENCH_TESTS) $(KERNEL_TESTS))
+	$(LOWEST)/bin/$(PYTEST) -m "not slow" $(patsubst %,--ignore=%,$(BENCH_TESTS) $(WITHOUT_TRANSFORMERS))
 
 test-pythons: $(PYTHONS:%=test-python-%) ## what needs no torch, on the oldest and the newest Python, if they are installed
 
