@@ -50,7 +50,9 @@ def _run(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    # A pytest inside must not take itself for a worker of the one around it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, *map(str, arguments)]
