@@ -291,7 +291,6 @@ def summarise(record: Mapping) -> dict[str, object]:
             },
             "vision": to_stock(times["vision"]),
             "ttft": {name: {"to_stock": found} for name, found in to_stock(times["ttft"]).items()},
-            "decode": {},  # older records have it
             "stages": {"tower": towers},
         }
         for group in ("vision", "ttft"):

@@ -361,7 +361,7 @@ SECTIONS: dict[str, Section] = {
     "compare": ("compare", lambda record: True, each(compare)),
     "kernels": ("kernels", lambda record: True, each(kernels)),
 }
-ELSEWHERE = ("compiled", "quality")  # records on other pages
+ELSEWHERE = ("quality",)  # records on other pages
 
 
 def render(page: str, records: Sequence[Mapping]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -70,9 +70,8 @@ class Plan:
     @torch.inference_mode(False)  # a plan made in inference mode must also serve calls with gradients
     def _copied(self, device: torch.device) -> Plan:
         self.segments.warm(device)
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        tensors = {name: values[name] for name in ("valid", "valid_counts", "cu_seqlens", "places")}
-        tensors |= {name: values[name] for name in ("weights", "constants")}
+        names = ("valid", "valid_counts", "cu_seqlens", "places", "weights", "constants")
+        tensors = {name: getattr(self, name) for name in names}
         moved = tree_map_only(Tensor, lambda tensor: to_device(tensor, device), tensors)
         return replace(self, **moved, device=device, _moved={})
 
