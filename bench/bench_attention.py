@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hero_kernels as hk
-from hero_kernels import reference
 
 from .registry import CLIP, Case, Shape, Unavailable, Variant, checked_crops, close, item_size, same, shapes
 
@@ -167,15 +166,10 @@ def received_case(shape: Shape, device: torch.device) -> Case:
     def ours(x):
         return hk.received_attention(*x.qk, out=x.rows)
 
-    def attention(x):
-        return sdpa("FLASH_ATTENTION", *x.qkv)
-
     exact, rounded = (partial(check_received, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = (
         Variant("received_attention", ours, exact, ours=True, reset=reset),
         Variant("softmax(QKᵀ), in chunks", lambda x: received(*x.qk), rounded),
-        Variant("SDPA flash, for scale", attention, lambda x, result: None, less=True),
-        Variant("reference", lambda x: reference.received_attention(*x.qk), exact),
     )
     return _case("received_attention", shape, device, variants)
 

@@ -23,8 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ Made = tuple[Any, Callable[[int], float]]  # the result of a case; returns secon
 # --- in the process of a commit: only what both commits have ---------------------------------------------
 
 
-def by_clock(clock: str, call: Callable[[], Any]) -> Made:
+def by_clock(call: Callable[[], Any]) -> Made:
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"  # which also counts waiting threads
+
     def calls(count: int) -> None:
         for _ in range(count):
             call()
@@ -60,19 +62,14 @@ def by_clock(clock: str, call: Callable[[], Any]) -> Made:
     return call(), lambda count: seconds(partial(calls, count), clock) / count
 
 
-def vision(clock: str) -> Made:
+def vision() -> Made:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     import hero
 
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-    }
-    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=336, patch_size=14)).eval()
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "image_size": 336, "patch_size": 14}
+    tower = CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=4, num_attention_heads=16)).eval()
     encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(keep_ratio=KEEP))
     pixels = torch.randn(1, 5, 3, 336, 336)
 
@@ -80,10 +77,10 @@ def vision(clock: str) -> Made:
         result = encoder(pixels, [(672, 672)])
         return result.tokens, result.index, result.budgets, result.scores
 
-    return by_clock(clock, call)
+    return by_clock(call)
 
 
-def mini(clock: str) -> Made:
+def mini() -> Made:
     from PIL import Image
 
     import hero.mini
@@ -93,99 +90,71 @@ def mini(clock: str) -> Made:
     inputs = processor(images=image, text="<image>", return_tensors="pt")
     hero.attach(model, processor, keep_ratio=KEEP)
     pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
-    return by_clock(clock, lambda: model.model.get_image_features(pixels, sizes).pooler_output)
+    return by_clock(lambda: model.model.get_image_features(pixels, sizes).pooler_output)
 
 
-def kernel(case, variant, clock: str) -> Made:
+def kernel(case, variant) -> Made:
     from .kernels import default_device, sets_of
 
     sets = sets_of(case, default_device())
     result = variant.call(sets[0])
     if variant.synchronises or not torch.cuda.is_available():
-        return result, lambda calls: 1e-6 * call_us(variant.call, sets, default_device(), calls)
+        return result, lambda calls: 1e-6 * call_us(variant.call, sets, calls)
     return result, lambda calls: 1e-6 * statistics.median(graph_us(variant.call, sets)[0])
 
 
-def cases(wanted: Sequence[str]) -> dict[str, Callable[[str], Made]]:
-    """Return functions that prepare a case for a clock, by name."""
-    from .kernels import all_cases, default_device
-
-    found: dict[str, Callable[[str], Made]] = {"vision": vision, "mini": mini}
+def cases(wanted: Sequence[str]) -> dict[str, Callable[[], Made]]:
+    """Return functions that prepare a case, by name."""
+    found: dict[str, Callable[[], Made]] = {"vision": vision, "mini": mini}
     found = {name: found[name] for name in wanted if name in found}
     if "kernels" in wanted:
+        from .kernels import all_cases, default_device
+
         for case in all_cases(default_device().type == "cpu", default_device()):
             ours = (variant for variant in case.variants if variant.ours)
             found |= {f"{case.name}: {variant.name}": partial(kernel, case, variant) for variant in ours}
     return found
 
 
-def serve(connection, folder: str, clock: str, wanted: Sequence[str], threads: int) -> None:
-    """Answer the requests of :class:`Worker` with the packages in a folder."""
+_prepared: dict[str, Callable[[int], float]] = {}  # the case that this process runs
+
+
+def start(folder: str, threads: int) -> None:
+    """Make this process one of the commit whose packages are in ``folder``."""
     sys.path.insert(0, folder)
     torch.set_num_threads(threads)
     for package in PACKAGES:
         if not Path(__import__(package).__file__).resolve().is_relative_to(Path(folder).resolve()):
             raise ImportError(f"{package}: expected the commit's, got one from elsewhere")
-    named, spent = cases(wanted), None
-    while request := receive(connection):
-        order, *given = request
-        try:
-            with torch.no_grad():
-                if order == "names":
-                    answer: Any = list(named)
-                elif order == "time":
-                    answer = spent(*given)
-                else:
-                    spent = None  # frees the memory of the last case
-                    result, spent = named[order](clock)
-                    leaves = torch.utils._pytree.tree_leaves(result)
-                    torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], *given)
-                    del result, leaves
-                    answer = spent(1)
-        except Exception as error:  # a commit may lack what a case needs
-            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        connection.send(answer)
 
 
-def receive(connection) -> Any:
-    """Return the next message, or ``None`` if the other process has ended."""
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        return None
+@torch.no_grad()
+def prepare(name: str, file: str) -> float:
+    """Prepare a case, save the tensors of its result and return the seconds of a call."""
+    _prepared.clear()  # frees the memory of the last case
+    result, _prepared[name] = cases([name if name in CASES else "kernels"])[name]()
+    leaves = torch.utils._pytree.tree_leaves(result)
+    torch.save([leaf.cpu() for leaf in leaves if isinstance(leaf, torch.Tensor)], file)
+    return _prepared[name](1)
+
+
+@torch.no_grad()
+def spent(name: str, calls: int) -> float:
+    """Return the seconds per call of the prepared case."""
+    return _prepared[name](calls)
 
 
 # --- the command -----------------------------------------------------------------------------------------
 
 
-class Failed(Exception):
-    """A case cannot run on a commit; the message says why."""
+def process(folder: Path, threads: int) -> ProcessPoolExecutor:
+    """Return the process of a commit whose packages are in ``folder``."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=start, initargs=(str(folder), threads))
 
 
-class Worker:
-    """The process of a commit whose packages are in ``folder``."""
-
-    def __init__(self, folder: Path, clock: str, wanted: Sequence[str], threads: int):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        arguments = (theirs, str(folder), clock, wanted, threads)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
-        with mock.patch.dict(os.environ, {**ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}):
-            self.process.start()
-        theirs.close()
-
-    def ask(self, *request: Any) -> Any:
-        """Send a request and return the answer."""
-        with contextlib.suppress(OSError):
-            self.connection.send(request)
-        answer = receive(self.connection)
-        if answer is None or isinstance(answer, dict):
-            raise Failed(answer["error"] if answer else "the process ended")
-        return answer
-
-    def close(self) -> None:
-        self.connection.close()
-        self.process.join()
+def ask(pool: ProcessPoolExecutor, function: Callable, *arguments: Any) -> Any:
+    return pool.submit(function, *arguments).result()
 
 
 def unpack(commit: str | None, folder: Path, root: Path) -> str | None:
@@ -216,16 +185,16 @@ def difference(base: Sequence[torch.Tensor], head: Sequence[torch.Tensor]) -> fl
     return largest
 
 
-def measure(name: str, workers: dict[str, Worker], rounds: int, folder: Path) -> dict[str, Any]:
-    """Compare the results of a case, then time it in turns."""
-    files = {side: str(folder / f"{side}.pt") for side in SIDES}
-    first = [workers[side].ask(name, files[side]) for side in SIDES]
-    gap = difference(*(torch.load(files[side]) for side in SIDES))
+def measure(name: str, sides: Mapping[str, Callable], rounds: int, folder: Path) -> dict[str, Any]:
+    """Compare the results of a case, then time it in turns; ``sides`` call a function in their process."""
+    files = [str(folder / f"{side}.pt") for side in SIDES]
+    first = [sides[side](prepare, name, file) for side, file in zip(SIDES, files)]
+    gap = difference(*map(torch.load, files))
     calls = max(1, min(round(SPAN / max(first)), 1000))
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(rounds + 1):
         for side in take_turns(SIDES, turn):
-            times[side].append(workers[side].ask("time", calls))
+            times[side].append(sides[side](spent, name, calls))
     return {"difference": gap, **{side: times[side][1:] for side in SIDES}}  # the first warms up
 
 
@@ -266,7 +235,7 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict:
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args(arguments)
     wanted = options.case or (CASES if torch.cuda.is_available() else CASES[:-1])
-    clock = "cpu" if options.threads == 1 else "wall"
+    threads = str(options.threads)
     parts: dict[str, list[dict[str, Any]]] = {}
     reasons: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -274,27 +243,26 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> dict:
         commits = {side: unpack(getattr(options, side), folders[side], root) for side in SIDES}
         for turn in range(options.processes):
             with contextlib.ExitStack() as stack:
-                workers = {}
+                stack.enter_context(mock.patch.dict(os.environ, {**ENVIRONMENT, "OMP_NUM_THREADS": threads}))
+                sides = {}
                 for side in take_turns(SIDES, turn):
-                    workers[side] = Worker(folders[side], clock, wanted, options.threads)
-                    stack.callback(workers[side].close)
-                for name in workers["head"].ask("names"):
+                    pool = stack.enter_context(process(folders[side], options.threads))
+                    sides[side] = partial(ask, pool)
+                for name in cases(wanted):
                     try:
-                        part = measure(name, workers, options.rounds, Path(temporary))
+                        part = measure(name, sides, options.rounds, Path(temporary))
                         parts.setdefault(name, []).append(part)
-                    except Failed as error:
-                        reasons[name] = str(error)
+                    except Exception as error:  # a commit may lack what a case needs
+                        reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     results = [joined(name, parts[name]) for name in parts if name not in reasons]
     results += [{"case": name, "reason": reason} for name, reason in reasons.items()]
     print(f"{'case':40} {'base, ms':>10} {'head, ms':>10} {'ratio':>8} (95 % interval)")
     print(*map(line, results), sep="\n")
     record = {
-        "benchmark": "compare",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **environment("bench.compare", arguments, ("torch", "transformers", "triton")),
+        **environment("compare", "python -m bench.compare", arguments),
         "commits": commits,
         "rounds": options.rounds,
-        "clock": clock,
+        "clock": "cpu" if options.threads == 1 else "wall",
         "results": results,
     }
     if options.out:

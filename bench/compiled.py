@@ -142,18 +142,12 @@ def _gather_cases(tower: Geometry, dtype: torch.dtype, layout: str) -> dict[str,
     crops, patches = segments.crops, segments.patches
     features = _empty(crops, tower.tokens, tower.features, dtype=dtype)[:, tower.tokens - patches :]
     scores = _empty(crops, patches)
-    mask = {"valid": _empty(crops, patches, dtype=torch.bool)}
-    ranks = {"ranks": _empty(crops, patches, dtype=torch.int16)}
-    counts = _empty(crops, dtype=torch.int32)
-    signals = {"signals": _signals(crops, 0.1)}
-    budgets = {"budgets": TileBudgets(counts, _empty(crops), counts)}
+    counts, valid = _empty(crops, dtype=torch.int32), _empty(crops, patches, dtype=torch.bool)
+    ready = {"budgets": TileBudgets(counts, _empty(crops), counts), "valid": valid}
     variants = {
-        "": signals,
-        ", mask": {"signals": _signals(crops, 0.1, None), **mask},
-        ", ranks": {**signals, **ranks},
-        ", mask, ranks": {**signals, **mask, **ranks, "valid_counts": counts},
-        ", budgets": budgets,
-        ", budgets, mask, ranks": {**budgets, **mask, **ranks},
+        "": {"signals": _signals(crops, 0.1)},
+        ", mask": {"signals": _signals(crops, 0.1, None), "valid": valid},
+        ", budgets, mask, ranks": {**ready, "ranks": _empty(crops, patches, dtype=torch.int16)},
     }
     return {
         f"gather {layout}{name}": partial(hk.segmented_topk_gather, features, scores, segments, **given)

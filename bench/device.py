@@ -3,7 +3,8 @@
 ``bench/run_device [FOLDER] [--seconds 570]`` from a plain checkout: nothing is installed or downloaded. Each
 step is a process with a time limit: the tests get a share of the time, ``bench.end_to_end`` half of the rest,
 ``bench.kernels`` what remains. A kernel that takes its process or the device down is recorded as failed, and
-a new process continues after it. ``kernels.json`` and ``end_to_end.json`` are written as the steps go.
+a new process continues after it. ``kernels.json`` and ``end_to_end.json`` are written as the steps go. For a
+copy without git, the environment variable ``HERO_COMMIT`` names the commit.
 """
 
 from __future__ import annotations
@@ -14,157 +15,98 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
 from . import records
-from .kernels import BROKEN, new_record
-from .records import ROOT, without_folders
+from .kernels import ENDED, new_record
+from .records import ROOT
 from .timing import Clock
 
 SECONDS = 570
-STEPS = ("tests", "end_to_end")  # before the kernels
 TEST_SHARE, END_TO_END_SHARE = 0.3, 0.5
-END_SECONDS = 15  # for writing the record
+END_SECONDS = 15  # for a process to end and to write its record
+OUT_OF_TIME = 124, 137, -9  # exit status of timeout
 TESTERS = 6  # processes of pytest, if pytest-xdist is installed
-KERNELS_ONLY = {"HERO_REQUIRE_KERNEL": "1"}  # never time the reference instead of a kernel
 
 
-def run(command: Sequence[str | Path], log: Path, seconds: float, **environ: str) -> int | None:
-    """Run a command with its output in a file; return its exit status, or ``None`` if time ran out."""
+def run(command: Sequence[str | Path], log: Path, seconds: float) -> dict[str, object]:
+    """Run a Python module with its output in a file; return its status, and the last line if it failed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environ = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environ}
-    begin, seconds = time.monotonic(), max(seconds, 1)
-    limit = ["timeout", "--signal=INT", "--kill-after=15", f"{seconds}"]
+    environ = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if command[0] != "pytest":
+        environ["HERO_REQUIRE_KERNEL"] = "1"  # never time the reference instead of a kernel
+    limit = ["timeout", "--signal=INT", f"--kill-after={END_SECONDS}", str(max(seconds, 1))]
     with open(log, "ab") as output:
-        status = subprocess.run(
-            [*limit, *map(str, command)],
+        done = subprocess.run(
+            [*limit, sys.executable, "-m", *map(str, command)],
             cwd=ROOT,
             env={**os.environ, **environ},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-        ).returncode
-    return None if status and time.monotonic() - begin >= seconds else status
-
-
-def ending(status: int | None, log: Path) -> str:
-    """Describe how a process ended, with the last line of its log."""
+        )
+    if done.returncode == 0:
+        return {"status": "ok"}
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    how = "out of time" if status is None else f"exit {status}"
-    return how + (f", {without_folders(lines[-1])[:200]}" if lines else "")
-
-
-# --- the steps -------------------------------------------------------------------------------------------
-
-OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+    ending = records.without_folders(lines[-1])[:200] if lines else "no output"
+    if done.returncode in OUT_OF_TIME:
+        return {"status": "stopped: out of time", "reason": f"out of time, {ending}"}
+    return {"status": "failed", "reason": f"exit {done.returncode}, {ending}"}
 
 
 def gpu_tests() -> list[Path]:
-    """Return the test files with GPU tests: marked in the file, or in a module beside it that it imports."""
-    texts = {file: file.read_text(encoding="utf-8") for file in sorted((ROOT / "tests").glob("*.py"))}
-    marked = [file for file, text in texts.items() if re.search(r"\bmark\.gpu\b", text)]
-    names = "|".join(re.escape(file.stem) for file in marked)
-    imports = re.compile(rf"^(?:from|import) (?:{names})\b", re.MULTILINE)
-    tests = {file: text for file, text in texts.items() if file.name.startswith("test_")}
-    return [file for file, text in tests.items() if file in marked or (marked and imports.search(text))]
+    """Return the test files that mark GPU tests, or import those that do; the others may lack a package."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    marks = re.compile(r"\bmark\.gpu\b|^from test_", re.MULTILINE)
+    return [file for file in files if marks.search(file.read_text(encoding="utf-8"))]
 
 
-def read_outcomes(log: str) -> dict[str, object]:
-    """Count the outcomes in the output of ``pytest -v``, which is there even if pytest was stopped."""
-    counts: dict[str, int] = {}
-    failures = []
-    for line in log.splitlines():
-        found = OUTCOME.search(line)
-        if found is None or "::" not in line or "%]" not in line:
-            continue
-        outcome = found[1].lower()
-        counts[outcome] = counts.get(outcome, 0) + 1
-        if outcome in ("failed", "error"):
-            failures.append(re.search(r"([^\s/\\]*::.*?)(?:\s+(?:FAILED|ERROR)|\s*$)", line)[1])
-    return {"counts": counts, "failures": failures}
-
-
-def run_tests(files: Sequence[Path], folder: Path, seconds: float, gpu: bool) -> dict[str, object]:
-    """Run the GPU tests in the files."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--color=no"]
-    command += ["-p", "no:cacheprovider", *(["-n", str(TESTERS)] if gpu and util.find_spec("xdist") else [])]
-    log, begin = folder / "tests.log", time.monotonic()
-    status = run([*command, *files], log, seconds, COLUMNS="200")
-    result = read_outcomes(log.read_text(encoding="utf-8", errors="replace"))
-    fine = status in (0, 5) and not result["failures"]  # 5: no tests
-    return {
-        "status": "ok" if fine else "stopped: out of time" if status is None else "failed",
-        "exit": status,
-        "seconds": round(time.monotonic() - begin, 1),
-        "files": [file.name for file in files],
-        **result,
+def run_tests(files: Sequence[Path], folder: Path, seconds: float) -> dict[str, object]:
+    """Run the tests marked ``gpu``; the result has the counts and failures of pytest's summary."""
+    log = folder / "tests.log"
+    command = ["pytest", "-m", "gpu", "-q", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    command += ["-n", str(TESTERS)] if util.find_spec("xdist") else []
+    result = run([*command, *files], log, seconds)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    summary = (re.findall(r"^(?:=+ )?(\d+ .*) in [\d.]+s", text, re.MULTILINE) or [""])[-1]
+    counts = {
+        name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|errors?|skipped|x\w+)", summary)
     }
+    failures = re.findall(r"^(?:FAILED|ERROR) (?:\S*/)?(\S+::.*?)(?: - |$)", text, re.MULTILINE)
+    return {**result, "counts": counts, "failures": failures}
 
 
-def run_end_to_end(small: bool, folder: Path, seconds: float, commit: str | None) -> dict[str, object]:
-    """Run the model end to end; its record says what failed and what was left out."""
-    path, log = folder / "end_to_end.json", folder / "end_to_end.log"
-    command = [sys.executable, "-m", "bench.end_to_end", "--out", path, "--seconds", f"{seconds - 10:.0f}"]
+def run_end_to_end(small: bool, folder: Path, seconds: float) -> dict[str, object]:
+    """Run the model end to end; its record says what failed, what was left out and how it ended."""
+    path = folder / "end_to_end.json"
+    command = ["bench.end_to_end", "--out", path, "--seconds", f"{seconds - END_SECONDS:.0f}"]
     command += ["--shape", "small", "--rounds", "2"] if small else ["--shape", "7b"]
-    command += ["--commit", commit] if commit else []
-    status = run(command, log, seconds, **KERNELS_ONLY)
-    if status == 0:
-        return {"status": "ok"}
-    reason = ending(status, log)
-    if not path.exists():
-        return {"status": "failed", "reason": reason}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not record["failed"] or status not in (None, 1):
-        record["ended"] = reason
-        records.write(path, record)
-    stopped = status is None and record["series"]
-    return {"status": "stopped: out of time" if stopped else "failed", "reason": reason}
+    result = run(command, folder / "end_to_end.log", seconds)
+    if result["status"] != "ok" and path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        records.write(path, {**record, "ended": result["reason"]})
+    return result
 
 
 def run_kernels(path: Path, clock: Clock) -> dict:
     """Run ``bench.kernels`` until every variant has a result or time is over; return the record."""
-    while clock.left() > 1:
-        command = [sys.executable, "-m", "bench.kernels", "--out", path, "--seconds", f"{clock.left():.0f}"]
-        log, before = path.with_suffix(".log"), path.read_bytes()
-        status = run(command, log, clock.left() + END_SECONDS / 2, **KERNELS_ONLY)
+    while True:
+        before = path.read_bytes()
+        command = ["bench.kernels", "--out", path, "--seconds", f"{clock.left():.0f}"]
+        result = run(command, path.with_suffix(".log"), clock.left() + END_SECONDS / 2)
         record = json.loads(path.read_text(encoding="utf-8"))
-        if status in (0, 1) and all(one["status"] != "skipped" for one in record["results"]):
-            return record
-        if status != BROKEN:  # which has told the reason itself
-            for one in record["results"]:
-                if one.get("reason") == "the process ended here":
-                    one["reason"] += f": {ending(status, log)}"
-        if path.read_bytes() == before:  # it did not get to a variant
-            record["notes"].append(ending(status, log))
-            records.write(path, record)
-            return record
+        for one in record["results"]:
+            if one.get("reason") == ENDED:
+                one["reason"] += f": {result['reason']}"
+        done = all(one["status"] != "skipped" for one in record["results"])
+        stuck = path.read_bytes() == before
+        if stuck and not done:
+            record["notes"].append(result.get("reason", "no time"))
         records.write(path, record)
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-# --- the command -----------------------------------------------------------------------------------------
-
-
-def lines(record: Mapping, folder: Path) -> list[str]:
-    """Return a line per comparison with stock and per result of ours, then what went wrong."""
-    found, failed = [], [f"failed: {test}" for test in record["tests"].get("failures", ())]
-    if (folder / "end_to_end.json").exists():
-        model = json.loads((folder / "end_to_end.json").read_text(encoding="utf-8"))
-        failed += [f"failed: {one['what']}: {one['reason']}" for one in model["failed"]]
-        for batch, one in model.get("summary", {}).items():
-            for name, to_stock in one["vision"].items():
-                found.append(f"batch {batch}, {name:24} {to_stock['paired']:.3f} of stock")
-    for one in record["results"]:
-        name = f"{one['geometry'][:9]:9} T={one['crops']:<3} {one['variant'][:42]:42}"
-        if one["status"] == "ok" and one["ours"]:
-            share = f" {100 * one['floor_share']:4.0f}% of floor" if one["floor_share"] else ""
-            found.append(f"{name} {one['us']:9.1f} us{share}")
-        elif one["status"] in ("wrong", "failed"):
-            failed.append(f"{name} {one['status']}: {one['reason'][:120]}")
-    return found + failed
+        if done or stuck or clock.left() < 1:
+            return record
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -172,31 +114,25 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench/run_device", description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "out" / "device")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything (default {SECONDS})")
-    parser.add_argument("--tests", nargs="*", type=Path, help="test files (default: all with GPU tests)")
+    parser.add_argument("--tests", nargs="*", type=Path, default=gpu_tests(), help="test files")
     parser.add_argument("--small", action="store_true", help="small shapes, to test the script itself")
-    parser.add_argument("--commit", help="the commit, if there is no git")
     options = parser.parse_args(arguments)
-    clock, folder = Clock(options.seconds), options.folder.resolve()
-    path = folder / "kernels.json"
+    clock, folder = Clock(options.seconds - END_SECONDS), options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("*.log"):
         log.unlink()
-    record = new_record(options.small, arguments, command=["bench/run_device"])
-    if options.commit:
-        record["commit"] = {"hash": options.commit, "dirty": None}
+    path, record = folder / "kernels.json", new_record(options.small, "bench/run_device", arguments)
     print(record["gpu"]["name"] if record["gpu"] else "no GPU", record["versions"], flush=True)
-    files = gpu_tests() if options.tests is None else [file.resolve() for file in options.tests]
+    tests = [file.resolve() for file in options.tests]
+    record["tests"] = run_tests(tests, folder, TEST_SHARE * clock.left())
+    print("tests:", record["tests"], flush=True)
+    model = run_end_to_end(options.small, folder, END_TO_END_SHARE * clock.left())
+    print("end to end:", model, flush=True)
     records.write(path, record)
-    for name in STEPS:
-        left = clock.left() - END_SECONDS
-        if name == "tests":
-            record[name] = run_tests(files, folder, TEST_SHARE * left, bool(record["gpu"]))
-        else:
-            record[name] = run_end_to_end(options.small, folder, END_TO_END_SHARE * left, options.commit)
-        print(f"{name.replace('_', ' ')}: {record[name]['status']}", record[name], flush=True)
-        records.write(path, record)
-    clock.end -= END_SECONDS
     record = run_kernels(path, clock)
-    print("\n".join(lines(record, folder)))
-    states = {one["status"] for one in record["results"]} | {record[name]["status"] for name in STEPS}
-    return int(not record["results"] or bool(states & {"wrong", "failed"}))
+    wrong = [one for one in record["results"] if one["status"] in ("wrong", "failed")]
+    for one in wrong:
+        print("kernels:", one["op"], one["geometry"], one["crops"], one["variant"], one["reason"])
+    print(f"kernels: {len(record['results'])} results, {len(wrong)} wrong or failed", *record["notes"])
+    failed = "failed" in (record["tests"]["status"], model["status"])
+    return int(failed or bool(wrong) or not record["results"])

@@ -16,7 +16,6 @@ import faulthandler
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from .registry import Case, Unavailable, Variant, Wrong, default_device, floor_u
 
 ROUNDS = 5  # of single calls
 STALL_SECONDS = 120  # for one variant; compiling takes the longest
-BROKEN = 3  # exit status: the device does not respond in this process any more
 LEFT_OUT = {"status": "skipped", "reason": "left out: no time"}
 ENDED = "the process ended here"
 
@@ -56,10 +54,10 @@ def describe(case: Case, variant: Variant) -> dict[str, Any]:
 def _times(variant: Variant, sets: Sequence[Any], device: torch.device) -> dict[str, Any]:
     """Return raw times and how they were measured."""
     if device.type != "cuda":
-        times = [timing.call_us(variant.call, sets, device) for _ in range(ROUNDS)]
+        times = [timing.call_us(variant.call, sets) for _ in range(ROUNDS)]
         return {"timing": "wall", "times_us": times}
     if variant.synchronises:
-        times = [timing.call_us(variant.call, [one], device) for one in (sets * ROUNDS)[:ROUNDS]]
+        times = [timing.call_us(variant.call, [one]) for one in (sets * ROUNDS)[:ROUNDS]]
         return {"timing": "wall", "times_us": times}
     times, inputs, last = timing.graph_us(variant.call, sets)
     if variant.reset is None:  # check the result of the replayed graph too
@@ -95,9 +93,7 @@ def measure(
     except Wrong as error:
         result |= {"status": "wrong", "reason": str(error)}
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0][:300]
-        if not isinstance(error, Unavailable):
-            reason = f"{type(error).__name__}: {records.without_folders(reason)}"
+        reason = str(error) if isinstance(error, Unavailable) else records.reason(error)
         result |= {"status": "failed" if variant.ours else "unavailable", "reason": reason}
     return result
 
@@ -130,7 +126,7 @@ def test_variant(benchmark, case: Case, variant: Variant) -> None:
         if result["status"] != "ok":
             pytest.fail(result["reason"])
         benchmark.extra_info.update(result)
-        benchmark.pedantic(timing.call_us, args=(variant.call, sets, device), rounds=ROUNDS)
+        benchmark.pedantic(timing.call_us, args=(variant.call, sets), rounds=ROUNDS)
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -143,29 +139,22 @@ def all_cases(small: bool, device: torch.device) -> list[Case]:
     return sorted(cases, key=lambda case: order[case.shape])
 
 
-def new_record(small: bool, arguments: Sequence[str], command: Sequence[str] | None = None) -> dict[str, Any]:
+def new_record(small: bool, command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a record without results."""
-    gpu = records.accelerator()
-    packages = ("torch", "triton", "transformers", "numpy")
+    record = records.environment("kernels", command, arguments)
     return {
-        "benchmark": "kernels",
+        **record,
         "small": small,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **records.environment("bench.kernels", arguments, packages, command=command),
-        "code": records.fingerprint(),
-        "gpu": gpu,
-        "dtype": "bfloat16" if gpu else "float32",
+        "dtype": "bfloat16" if record["gpu"] else "float32",
         "tests": {"status": "not run"},
-        "end_to_end": {"status": "not run"},
-        "sanitizer": None,
         "ceilings": None,
         "notes": [],
         "results": [],
     }
 
 
-def run(record: dict[str, Any], path: Path, clock: timing.Clock) -> bool:
-    """Measure the variants that the record lacks; return whether the device still responds."""
+def run(record: dict[str, Any], path: Path, clock: timing.Clock) -> None:
+    """Measure the variants that the record lacks; an error of the device ends the process."""
     device, results, current = default_device(), record["results"], None
     every = [(case, variant) for case in all_cases(record["small"], device) for variant in case.variants]
     results += [describe(case, variant) | LEFT_OUT for case, variant in every[len(results) :]]
@@ -181,31 +170,21 @@ def run(record: dict[str, Any], path: Path, clock: timing.Clock) -> bool:
         results[number] |= {"status": status, "reason": ENDED}  # stays if the process dies here
         records.write(path, record)
         faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
-        try:
-            if case is not current:
-                current, sets = case, []
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                sets = sets_of(case, device)
-            if sets:
-                results[number] = measure(case, variant, sets, device, limits)
-            else:
-                results[number]["reason"] = "no inputs"
+        if case is not current:
+            current, sets = case, []
             if device.type == "cuda":
-                torch.cuda.synchronize()
-        except RuntimeError as error:  # no memory for the inputs, or the device does not respond any more
-            reason = records.without_folders(str(error).splitlines()[0])
-            results[number] |= {"status": status, "reason": reason}
-            if sets:
-                records.write(path, record)
-                return False
+                torch.cuda.empty_cache()
+            sets = sets_of(case, device)
+        results[number] = measure(case, variant, sets, device, limits)
+        records.write(path, record)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises if the device does not respond any more
         faulthandler.cancel_dump_traceback_later()
     records.write(path, record)
-    return True
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command and return its exit status: 0 if all results of ours were right, 3 to run it again."""
+    """Run the command and return its exit status: 0 if all results of ours were right."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/kernels.json"), help="JSON file to write")
     parser.add_argument("--small", action="store_true", help="small shapes, to test the script itself")
@@ -215,13 +194,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.out.exists():
         record = json.loads(options.out.read_text(encoding="utf-8"))
     else:
-        record = new_record(options.small, arguments)
+        record = new_record(options.small, "python -m bench.kernels", arguments)
     if default_device().type == "cpu":
         torch.set_num_threads(1)
     with torch.no_grad():
-        responds = run(record, options.out, clock)
-    wrong = any(one["ours"] and one["status"] in ("wrong", "failed") for one in record["results"])
-    return BROKEN if not responds else int(wrong)
+        run(record, options.out, clock)
+    return int(any(one["ours"] and one["status"] in ("wrong", "failed") for one in record["results"]))
 
 
 if __name__ == "__main__":

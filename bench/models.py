@@ -1,25 +1,26 @@
 """Models, processors and images of the end-to-end benchmark.
 
 Times do not depend on the weights, so large shapes have random ones, made on the device and in the dtype they
-run in. ``mini`` is the bundled trained model, on scenes of 3 × 3 tiles.
+run in.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
     AutoProcessor,
     CLIPConfig,
     CLIPModel,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    PreTrainedConfig,
 )
 
 import hero
@@ -31,10 +32,8 @@ from .records import ROOT
 PHOTOGRAPH = "bench/data/astronaut.jpg"
 QUESTION = "what is in this picture ?"
 PROMPT = f"<image> {QUESTION}"
-NAMES = ("layers", "hidden", "heads", "mlp")
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}  # of the mini model's tokenizer
-MINI_BATCHES, MINI_GRID, MINI_OBJECTS, MINI_SEED = (1, 8), (3, 3), 5, 7
 
 
 @dataclass(frozen=True)
@@ -85,26 +84,20 @@ class Batch(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is measured; ``relevance`` shares the model's vision tower, ``description`` is for the record."""
+    """What is measured; ``relevance`` shares the model's vision tower."""
 
     model: LlavaNextForConditionalGeneration
     processor: LlavaNextProcessor
     relevance: hero.ClipRelevance
     batches: list[Batch]
-    description: dict[str, object]
 
 
-@contextlib.contextmanager
-def _drawn(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Create parameters from a fixed seed, on a device and in a dtype."""
-    before = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+def _random(model_class, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype):
+    """Make a model on a device and in a dtype, its weights from a fixed seed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+        model = model_class.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
 
 
 def build_model(
@@ -112,15 +105,10 @@ def build_model(
 ) -> LlavaNextForConditionalGeneration:
     """Build a random model with SDPA, its weights from a fixed seed."""
     vision = dict(zip(SIZES, shape.vision)) | {"model_type": "clip_vision_model"}
-    vision |= {
-        "image_size": shape.crop_size,
-        "patch_size": shape.patch_size,
-        "projection_dim": shape.projection,
-    }
-    text = (
-        dict(zip(SIZES, shape.text)) | SPECIAL | {"model_type": "llama", "num_key_value_heads": shape.text[2]}
-    )
-    text |= {"vocab_size": shape.vocabulary, "max_position_embeddings": 4096}
+    vision |= {"image_size": shape.crop_size, "patch_size": shape.patch_size}
+    text = dict(zip(SIZES, shape.text)) | SPECIAL
+    text |= {"model_type": "llama", "num_key_value_heads": shape.text[2], "max_position_embeddings": 4096}
+    text["vocab_size"], vision["projection_dim"] = shape.vocabulary, shape.projection
     config = LlavaNextConfig(
         vision_config=vision,
         text_config=text,
@@ -129,9 +117,7 @@ def build_model(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    config._attn_implementation = "sdpa"
-    with _drawn(torch.device(device), dtype):
-        model = LlavaNextForConditionalGeneration(config).eval().requires_grad_(False)
+    model = _random(AutoModelForImageTextToText, config, torch.device(device), dtype)
     model.generation_config.update(**SPECIAL)
     return model
 
@@ -142,9 +128,7 @@ def build_clip(model: LlavaNextForConditionalGeneration, shape: Shape) -> CLIPMo
     text |= {"vocab_size": shape.vocabulary, "projection_dim": shape.projection}
     vision = model.config.vision_config.to_dict()
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.projection)
-    config._attn_implementation = "sdpa"
-    with _drawn(model.device, model.dtype):
-        clip = CLIPModel(config).eval().requires_grad_(False)
+    clip = _random(AutoModel, config, model.device, model.dtype)
     tower = model.model.vision_tower
     clip.vision_model.load_state_dict(tower.state_dict(keep_vars=True), assign=True)
     return clip
@@ -168,38 +152,12 @@ def _photographs(sizes: tuple[tuple[int, int], ...]) -> Batch:
     return Batch(images, [QUESTION] * len(sizes), [PROMPT] * len(sizes))
 
 
-def _scenes(count: int) -> Batch:
-    """Generate scenes with a question each."""
-    import numpy as np
-
-    from .mini import scenes
-
-    rng = np.random.default_rng(MINI_SEED)
-    drawn = [scenes.scene(rng, MINI_GRID, MINI_OBJECTS, split="test") for _ in range(count)]
-    questions = [scenes.questions(scene, rng, 1)[0].text for scene in drawn]
-    return Batch([scene.image for scene in drawn], questions, [scenes.prompt(one) for one in questions])
-
-
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
-    """Build the subject named in :data:`SHAPES`, or ``mini``, which is always fp32."""
-    if name == "mini":
-        model, processor, relevance = mini.load()
-        model.requires_grad_(False).to(device)
-        relevance.clip_model.requires_grad_(False).to(device)
-        batches = [_scenes(count) for count in MINI_BATCHES]
-    else:
-        shape = SHAPES[name]
-        model, processor = build_model(shape, device, dtype), build_processor(shape)
-        relevance = hero.ClipRelevance(build_clip(model, shape), processor.tokenizer)
-        batches = [_photographs(sizes) for sizes in shape.batches]
+    """Build the subject named in :data:`SHAPES`."""
+    shape = SHAPES[name]
+    model, processor = build_model(shape, device, dtype), build_processor(shape)
+    relevance = hero.ClipRelevance(build_clip(model, shape), processor.tokenizer)
+    batches = [_photographs(sizes) for sizes in shape.batches]
     model.generation_config.eos_token_id = None
     processor.tokenizer.padding_side = "left"
-    vision, text = model.config.vision_config, model.config.text_config
-    description = {
-        "vision": {name: getattr(vision, size) for name, size in zip(NAMES, SIZES)},
-        "text": {name: getattr(text, size) for name, size in zip(NAMES, SIZES)},
-        "crop_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "pinpoints": [list(pinpoint) for pinpoint in model.config.image_grid_pinpoints],
-    }
-    return Subject(model, processor, relevance, batches, description)
+    return Subject(model, processor, relevance, batches)

@@ -9,20 +9,11 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["inside", "replace", "source", "svg", "table"]
-
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> list[str]:
     """A Markdown table. The first ``names`` columns are aligned to the left, the others to the right."""
     lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def inside(record: Mapping | None, *path: str):
-    """The value at a path in a record, ``None`` if any part of the path is missing."""
-    for key in path:
-        record = record.get(key) if record else None
-    return record
 
 
 def source(record: Mapping, *details: str) -> list[str]:

@@ -7,9 +7,6 @@ differences are paired; intervals are bootstraps over questions. A variant is
 - ``full``: the stock model with all tokens;
 - a policy, by its name. A policy that reads the question is also run as ``<policy>-no-text``, without
   relevance model, and as ``<policy>-other-question``, where relevance reads the question of another scene;
-- ``oracle``: keeps the tiles' patches that the box of the object asked about touches, the most covered first,
-  and fills up with the same number of patches of each tile, by CLS attention. Its thumbnail is that of
-  ``uniform``. It exists only for questions about boxes;
 - the NAME of ``--variant NAME=JSON``, options of :class:`hero.HeroConfig`.
 
 ``--out FILE`` runs and writes a record. ``--check RECORD`` runs a record's variants again and compares every
@@ -24,12 +21,9 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +37,7 @@ from hero import mini
 from hero.policies import POLICIES
 
 from .mini import scenes
-from .quality_statistics import answers_of, bits, summarise, targets, unbits
+from .quality_statistics import answers_of, bits, summarise, unbits
 from .quality_variants import (
     BATCH,
     GRID,
@@ -52,13 +46,10 @@ from .quality_variants import (
     Asked,
     Variant,
     asked,
-    put_oracle,
     variants_of,
 )
 from .records import environment, write
-from .timing import keep_ratios, positive
-
-__all__ = ["Runner", "Variant", "check", "main", "measure", "record_of", "variants_of"]
+from .timing import positive
 
 KEEP = (0.5, 0.2, 0.1, 0.05)
 
@@ -140,8 +131,8 @@ class Runner:
         return self.loaded.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
 
     @contextlib.contextmanager
-    def attached(self, variant: Variant, ratio: float, questions, others) -> Iterator[hero.Handle | None]:
-        """Attach a variant, for some questions."""
+    def attached(self, variant: Variant, ratio: float, others: Sequence[str]) -> Iterator[hero.Handle | None]:
+        """Attach a variant; ``others`` are the questions of other scenes."""
         if variant.options is None:
             yield None
             return
@@ -152,8 +143,6 @@ class Runner:
             if variant.text == "other":
                 score = encoder.score
                 encoder.score = lambda encoded, layouts, text=None: score(encoded, layouts, others)
-            if variant.oracle:
-                put_oracle(encoder, questions)
             yield handle
 
     @torch.inference_mode()
@@ -169,7 +158,7 @@ class Runner:
         for variant in self.variants:
             encoded = []
             for ratio in (1.0,) if variant.options is None else self.keep:
-                with self.attached(variant, ratio, questions, others) as handle:
+                with self.attached(variant, ratio, others) as handle:
                     if handle is not None:
                         _encode_once(handle.encoder, encoded)
                     answers = self.answers(inputs)
@@ -194,34 +183,14 @@ def _found(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
     ]
 
 
-def _start(*arguments) -> None:
-    global _runner
-    torch.set_num_threads(1)
-    _runner = Runner(*arguments)
-
-
-def _work(indices: Sequence[int]) -> dict[tuple[str, float], Cell]:
-    return _runner.run(indices)
-
-
-def measure(runner: Runner, questions: int, workers: int = 0) -> dict[tuple[str, float], Cell]:
-    """Ask the first ``questions`` questions. Answers do not depend on the number of workers.
-
-    Args:
-        workers: processes of one thread each; 0 runs in this process.
+def measure(runner: Runner, questions: int) -> dict[tuple[str, float], Cell]:
+    """Ask the first ``questions`` questions.
 
     Returns:
         the :class:`Cell` of each (variant name, keep ratio), of all questions together.
     """
     batches = [range(first, min(first + BATCH, questions)) for first in range(0, questions, BATCH)]
-    bar = functools.partial(tqdm, total=len(batches), unit="batch", disable=None)
-    if workers == 0:
-        parts = list(bar(map(runner.run, batches)))
-    else:
-        arguments = runner.variants, runner.keep, runner.split, runner.kinds
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(workers, context, initializer=_start, initargs=arguments) as pool:
-            parts = list(bar(pool.map(_work, batches)))
+    parts = [runner.run(batch) for batch in tqdm(batches, unit="batch", disable=None)]
     return {key: _joined([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -239,10 +208,7 @@ def _joined(cells: Sequence[Cell]) -> Cell:
 
 def _digest(parts: Iterable[bytes]) -> str:
     """The beginning of a hash."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[str, object]:
@@ -259,13 +225,12 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         variants[variant.name] = {
             "options": None if variant.options is None else dict(variant.options),
             "text": variant.text,
-            "oracle": variant.oracle,
             "keep": {
                 f"{ratio:g}": {
                     "patches": round(cell.tokens - layout.newline_count, 2),
                     "tokens": round(cell.tokens, 2),
                     "tile_found": round(float(np.mean(np.array(cell.found)[located])), 4)
-                    if variant.options is not None and not variant.oracle and located.any()
+                    if variant.options is not None and located.any()
                     else None,
                     "right": bits(cell.right),
                 }
@@ -285,40 +250,27 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "digest": _digest(f"{one.text}\0{one.answer}\0{one.boxes}\0".encode() for one in questions),
         "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
-        "boxed": bits([bool(question.boxes) for question in questions]),
         "variants": variants,
     }
-    return {**record, "summary": summarise(record), "targets": targets(record)}
+    return {**record, "summary": summarise(record)}
 
 
-def check(
-    record: Mapping, policies: Sequence[str], keep: Sequence[float], questions: int, workers: int
-) -> int:
-    """Ask the first questions of a record again and print, for each variant, how many answers differ.
-
-    Args:
-        record: of the bundled weights; its own variants, of these policies at these keep ratios, are run.
+def check(record: Mapping) -> int:
+    """Ask the questions of a record again and print, for each variant, how many answers differ.
 
     Returns:
         the number of answers, or of tiles found and token counts, that differ.
     """
-    variants = [
-        Variant(name, one["options"], one["text"], one["oracle"])
-        for name, one in record["variants"].items()
-        if one["options"] is None or one["options"]["policy"] in policies
-    ]
+    variants = [Variant(name, one["options"], one["text"]) for name, one in record["variants"].items()]
     kinds = tuple(record["asked"]) if record.get("asked") else None
-    keep = [ratio for ratio in record["keep"] if ratio in keep]
-    runner = Runner(variants, keep, record["split"], kinds)
-    questions = min(questions, record["questions"])
-    again = record_of(runner, measure(runner, questions, workers))
-    whole = questions == record["questions"]
-    differ = sum(again[name] != record[name] for name in ("weights", *(["digest"] if whole else [])))
+    runner = Runner(variants, record["keep"], record["split"], kinds)
+    again = record_of(runner, measure(runner, record["questions"]))
+    differ = sum(again[name] != record[name] for name in ("weights", "digest"))
     for (name, ratio), right in answers_of(again).items():
         cell, old = (one["variants"][name]["keep"][ratio] for one in (again, record))
-        wrong = int((right != unbits(old["right"], record["questions"])[:questions]).sum())
-        other = [key for key in ("patches", "tokens", "tile_found") if whole and cell[key] != old[key]]
-        print(f"{name:22} R = {ratio:5} {wrong} of {questions} answers differ", *other)
+        wrong = int((right != unbits(old["right"], record["questions"])).sum())
+        other = [key for key in ("patches", "tokens", "tile_found") if cell[key] != old[key]]
+        print(f"{name:22} R = {ratio:5} {wrong} of {record['questions']} answers differ", *other)
         differ += wrong + len(other)
     return differ
 
@@ -326,12 +278,8 @@ def check(
 # --- the command -----------------------------------------------------------------------------------------
 
 
-def _ratios(text: str) -> tuple[float, ...]:
-    return tuple(dict.fromkeys(keep_ratios(text)))  # each once: they are keys of the record
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
+def _words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _named_options(text: str) -> tuple[str, dict]:
@@ -347,23 +295,18 @@ def _named_options(text: str) -> tuple[str, dict]:
 
 
 def run(runner: Runner, options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    """Ask the questions, write the record and print its targets."""
-    load, begin = [os.getloadavg()[0]], time.perf_counter()
-    cells = measure(runner, options.questions, options.workers)
-    load.append(os.getloadavg()[0])
+    """Ask the questions, write the record and print the accuracy over all kinds."""
+    begin = time.perf_counter()
+    cells = measure(runner, options.questions)
     record = {
-        "benchmark": "quality",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **environment("bench.quality", arguments, ("torch", "transformers", "tokenizers", "numpy")),
-        "workers": options.workers,
+        **environment("quality", "python -m bench.quality", arguments),
         "seconds": round(time.perf_counter() - begin, 1),
-        "load_average": load,
         **record_of(runner, cells),
     }
     write(options.out, record)
-    for one in record["targets"]:
-        points, limit = (f"{100 * value:+.1f}" for value in (one["difference"]["mean"], one["limit"]))
-        print(f"{one['verdict']:9} {points}, at least {limit}: {one['what']}")
+    for name, cells in record["summary"]["all"]["variants"].items():
+        means = (f"R = {ratio} {100 * cell['accuracy']['mean']:.1f} %" for ratio, cell in cells.items())
+        print(f"{name:22}", *means, sep="  ")
     print(f"\n{options.questions} questions in {record['seconds']:.0f} s")
 
 
@@ -372,19 +315,17 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--check", metavar="RECORD", help="run a record again, compare every answer")
-    parser.add_argument("--policies", type=_words, default=tuple(POLICIES), help="default: all there are")
-    parser.add_argument("--keep", type=_ratios, default=KEEP, help="keep ratios (default 0.5,0.2,0.1,0.05)")
+    parser.add_argument("--policies", type=_words, default=list(POLICIES), help="default: all there are")
     parser.add_argument("--questions", type=positive, default=2000, help="default 2000")
     parser.add_argument("--split", choices=sorted(SEEDS), default="test", help="default test")
     help = "one more variant: fields of hero.HeroConfig"
     options = {"type": _named_options, "action": "append", "default": [], "metavar": "NAME=JSON"}
     parser.add_argument("--variant", help=help, **options)
-    parser.add_argument("--workers", type=positive, default=2, help="processes of one thread (default 2)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.check:
         record = json.loads(Path(options.check).read_text(encoding="utf-8"))
-        differ = check(record, options.policies, options.keep, options.questions, options.workers)
+        differ = check(record)
         sys.exit(f"{differ} answers differ" if differ else 0)
     if options.out is None:
         parser.error("--out: expected a JSON file to write")
@@ -393,7 +334,7 @@ def main(arguments: Sequence[str]) -> None:
         variants = variants_of(loaded, options.policies, dict(options.variant))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    run(Runner(variants, options.keep, options.split, loaded=loaded), options, arguments)
+    run(Runner(variants, KEEP, options.split, loaded=loaded), options, arguments)
 
 
 if __name__ == "__main__":

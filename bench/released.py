@@ -82,7 +82,7 @@ class Released:
         layouts = self.geometry.layouts(image_sizes)
         crops = torch.cat([pixels[: layout.crops] for pixels, layout in zip(pixel_values, layouts)])
         encoded = self.encode(crops)
-        tokens = self.project(encoded.features)
+        tokens = self.model.multi_modal_projector(encoded.features)  # of every token
         scores = self.score(encoded, layouts)
         shares = self.share(encoded, crops, layouts, text)
         budgets = self.budget(shares, layouts)
@@ -96,10 +96,6 @@ class Released:
         )
         layer = self.model.config.vision_feature_layer
         return Encoded(output.attentions, output.hidden_states[layer][:, 1:], output.hidden_states[-1][:, 0])
-
-    def project(self, features: Tensor) -> Tensor:
-        """Project every token to the language model's width."""
-        return self.model.multi_modal_projector(features)
 
     def score(self, encoded: Encoded, layouts: Sequence[ImageLayout]) -> list[Tensor]:
         """Return scores ``[P]`` of each crop: a second softmax per head, mean over heads and layers."""
@@ -123,7 +119,7 @@ class Released:
         weights = policy.signal_weights(with_relevance=relevance is not None)
         if relevance is not None:
             clip = relevance.clip_model
-            images = F.normalize(_embedding(clip.get_image_features(pixel_values=crops)).float(), dim=-1)
+            images = F.normalize(clip.get_image_features(pixel_values=crops).pooler_output.float(), dim=-1)
         shares, first = [], 0
         for number, layout in enumerate(layouts):
             tiles = [first + crop for crop in layout.tile_crops]
@@ -136,7 +132,7 @@ class Released:
                 inputs = relevance.tokenizer(text[number], add_special_tokens=False)["input_ids"]
                 ids = [relevance.tokenizer.bos_token_id, *inputs, relevance.tokenizer.eos_token_id]
                 ids = torch.tensor([ids], device=crops.device)
-                question = F.normalize(_embedding(clip.get_text_features(input_ids=ids)).float(), dim=-1)[0]
+                question = F.normalize(clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)[0]
                 cosine = torch.stack([images[tile] @ question for tile in tiles])
                 share = share + weights.relevance * (cosine / policy.temperature_clip).softmax(0)
             shares.append(share)
@@ -192,8 +188,3 @@ class Released:
             sources.append(source)
             first += layout.crops
         return packed, sources
-
-
-def _embedding(output) -> Tensor:
-    """Return the embedding of CLIP's ``get_*_features``, which is a tensor or an output that holds it."""
-    return output if isinstance(output, Tensor) else output.pooler_output

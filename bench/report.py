@@ -11,20 +11,17 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .page import inside, replace, source, svg, table
+from .page import replace, source, svg, table
 from .records import ROOT
 from .report_quality import render_quality
 
-__all__ = ["main", "render", "replace", "table"]
-
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-Section = tuple[str, Callable[[Mapping], bool], Callable[[Sequence[Mapping]], list[str]]]
 
 
 # --- helpers ---------------------------------------------------------------------------------------------
@@ -36,21 +33,6 @@ def ratio(comparison: Mapping | None) -> str:
         return ""
     low, high = comparison["interval"]
     return f"{comparison['paired']:.3f} ({low:.3f} to {high:.3f})"
-
-
-def verdict(comparison: Mapping, limit: float) -> str:
-    """Whether a ratio is at most a limit, by its whole interval."""
-    low, high = comparison["interval"]
-    if comparison["pairs"] < 5:
-        return "not decided: too few rounds"
-    if high <= limit:
-        return "met"
-    return "missed" if low > limit else "not decided: the interval includes it"
-
-
-def inverse(comparison: Mapping) -> Mapping:
-    low, high = comparison["interval"]
-    return {**comparison, "paired": 1 / comparison["paired"], "interval": [1 / high, 1 / low]}
 
 
 def milliseconds(times: Mapping[str, float] | None) -> str:
@@ -67,66 +49,17 @@ VARIANTS = ("stock", "stock again", *HEROES, TEXT, GRAPH, f"{TEXT} (graph)", "re
 TITLES = {
     "7b": "LLaVA-NeXT-7B's shape",
     "clip-l": "CLIP-L tower, small language model",
-    "mini": "the bundled mini model",
     "small": "tiny shapes",
 }
 
 
 def where(record: Mapping) -> str:
-    machine = record["gpu"]["name"] if record["gpu"] else "CPU"
+    machine = record["gpu"]["name"] if record["gpu"] else f"CPU ({record['machine']['cpu']})"
     return f"{machine}, {TITLES[record['shape_name']]}"
 
 
 def images(record: Mapping, batch: str) -> str:
     return f"{batch} image{'s' * (batch != '1')}, {record['batches'][batch]['crops']} crops"
-
-
-def targets(records: Sequence[Mapping]) -> list[str]:
-    """One row for each target, from the record that it is about."""
-    if not records:
-        return ["Not measured yet."]
-    gpu = next((one for one in records if one["gpu"] and one["shape_name"] == "7b"), None)
-    rows = []
-
-    def row(what: str, measured: str | None, met: str | bool) -> None:
-        met = {True: "met", False: "missed"}.get(met, met)
-        rows.append([what, measured or "", met if measured else "not measured"])
-
-    def at_most(what: str, limit: float, comparison: Mapping | None) -> None:
-        row(what, ratio(comparison), comparison and verdict(comparison, limit))
-
-    def at_least(what: str, limit: float, comparison: Mapping | None) -> None:
-        row(what, ratio(comparison), comparison and verdict(inverse(comparison), 1 / limit))
-
-    for batch in ("1", "8"):
-        at, found = f", batch {batch}", inside(gpu, "summary", batch)
-        counts = inside(gpu, "counts", batch) or {}
-        at_most(
-            f"1. vision stage at R = 0.2, to stock: at most 0.95{at}", 0.95, inside(found, "vision", BEST)
-        )
-        at_most(f"1. the same with text relevance: at most 1.00{at}", 1.0, inside(found, "vision", TEXT))
-        released = inside(found, "released_vision", TEXT)
-        at_least(f"2. vision stage as released, to hero with text: at least 5{at}", 5.0, released)
-        peaks = [inside(counts, name, "peak_bytes") for name in ("released", TEXT)]
-        memory = None if None in peaks else peaks[0] / max(peaks[1], 1)
-        row(f"2. its peak memory, likewise: at least 5{at}", memory and f"{memory:.1f}", (memory or 0) >= 5)
-        first = inside(found, "ttft", BEST, "to_stock")
-        at_least(f"5. time to first token, stock to R = 0.2: at least 3{at}", 3.0, first and inverse(first))
-        for name in (BEST, TEXT):
-            waits = inside(counts, name, "waits")
-            what = f"6. host-device synchronisations in the vision stage, {name}: none{at}"
-            row(what, None if waits is None else f"{waits}", waits == 0)
-    for name in (BEST, TEXT):
-        one, eight = (inside(gpu, "counts", batch, name, "launches") for batch in ("1", "8"))
-        known = one is not None and eight is not None
-        # Images of unlike size are put together, and a larger product may be split otherwise.
-        what = f"6. launches at batch 1 and 8, {name}: at most 1.05 times as many"
-        row(what, f"{one} and {eight}" if known else None, known and eight <= 1.05 * one)
-    graph = inside(gpu, "summary", "1", "vision", GRAPH)
-    failed = any(f"{GRAPH}, batch 1" in one["what"] for one in inside(gpu, "failed") or ())
-    text = f"{ratio(graph)} of stock" if graph else "it failed" if failed else None
-    row("6. the vision stage in a CUDA graph, batch 1", text, bool(graph))
-    return table(["target", "measured", ""], rows)
 
 
 def overview(records: Sequence[Mapping]) -> list[str]:
@@ -136,74 +69,36 @@ def overview(records: Sequence[Mapping]) -> list[str]:
     records = sorted(records, key=lambda record: not record["gpu"])
     rows, names = [], []
     for record in records:
-        gpu, versions = record["gpu"], record["versions"]
-        names.append(
-            f"{where(record)}: {'GPU' if gpu else record['machine']['cpu']}, torch {versions['torch']}, "
-            f"transformers {versions['transformers']}, commit {(record['commit']['hash'] or 'unknown')[:7]}, "
-            f"{record['date']}."
-        )
+        versions, commit = record["versions"], record["commit"]["hash"] or "unknown"
+        words = [f"{name} {versions[name]}" for name in ("torch", "transformers")]
+        words += [f"commit {commit[:7]}", record["date"]]
+        names.append(f"{where(record)}: {', '.join(words)}.")
         for batch in record["batches"]:
-            found = record["summary"].get(batch)
-            paths = (("vision", BEST), ("vision", GRAPH), ("ttft", BEST, "to_stock"), ("vision", "released"))
-            cells = [ratio(inside(found, *path)) or "not measured" for path in paths]
+            found = record["summary"].get(batch, {"vision": {}, "ttft": {}})
+            paths = (("vision", BEST), ("vision", GRAPH), ("ttft", BEST), ("vision", "released"))
+            cells = [ratio(found[group].get(name)) or "not measured" for group, name in paths]
             rows.append([f"{where(record)}, {images(record, batch)}", *cells])
     if not records[0]["gpu"]:
         rows.append(["GPU", *["not measured"] * 4])
-    head = [
-        "time to the stock model's",
-        "vision stage",
-        "with CUDA graphs",
-        "first token",
-        "released method, rewritten",
-    ]
-    return [*table(head, rows), "", " ".join(names)]
-
-
-def losses(record: Mapping) -> str:
-    """Where hero is slower than stock, or than the method as released."""
-
-    def slower(comparison: Mapping | None) -> bool:
-        return bool(comparison and comparison["pairs"] >= 5 and comparison["interval"][0] > 1)
-
-    found = []
-    for batch, one in record["summary"].items():
-        for group, what in (("vision", "the vision stage"), ("ttft", "the first token")):
-            for name in VARIANTS:
-                comparison = inside(one, group, name, *(["to_stock"] if group == "ttft" else []))
-                if name.startswith("hero") and slower(comparison):
-                    found.append(f"{what} of {name} at batch {batch}, {ratio(comparison)}")
-            for name, comparison in one[f"released_{group}"].items():
-                comparison = comparison and inverse(comparison)
-                if slower(comparison):
-                    found.append(f"{what} of {name} at batch {batch} against released, {ratio(comparison)}")
-    if not found and max((one["rounds"] for one in record["series"]), default=0) < 5:
-        return "Slower than stock or released: too few rounds to say."
-    return f"Slower than stock or released, interval above 1: {'; '.join(found) or 'nothing'}."
+    head = ["time to the stock model's", "vision stage", "with CUDA graphs", "first token"]
+    return [*table([*head, "released method, rewritten"], rows), "", " ".join(names)]
 
 
 def end_to_end(record: Mapping) -> list[str]:
     """The tables of ``bench.end_to_end``, one for each batch."""
     lines = source(record)
-    head = ["", "tokens", "vision, ms", "to stock", "first token, ms", "to stock"]
-    head += ["launches" if record["gpu"] else "operations", "syncs", "peak, MiB"]
+    head = ["", "tokens", "vision, ms", "to stock", "first token, ms", "to stock", "peak, MiB"]
     for batch, described in record["batches"].items():
-        found, counts = record["summary"].get(batch), record["counts"].get(batch, {})
-        if not inside(found, "vision"):
+        if batch not in record["summary"]:
             continue
-        rows = []
+        found, peaks, rows = record["summary"][batch], record["peak_bytes"][batch], []
         for name in VARIANTS:
             if name not in found["vision"] or name == "stock again":
                 continue
-            first, count = found["ttft"].get(name), counts.get(name)
             rows.append([name, str(described["visual_tokens"].get(name, ""))])
-            rows[-1] += [milliseconds(found["times"]["vision"][name]), ratio(found["vision"][name])]
-            rows[-1] += [milliseconds(found["times"]["ttft"].get(name)), ratio(inside(first, "to_stock"))]
-            launches = "?" if inside(count, "launches") is None else count["launches"]
-            rows[-1] += (
-                [f"{launches}", f"{count['waits']}", f"{count['peak_bytes'] / 2**20:.0f}"]
-                if count
-                else [""] * 3
-            )
+            for group in ("vision", "ttft"):
+                rows[-1] += [milliseconds(found["times"][group].get(name)), ratio(found[group].get(name))]
+            rows[-1].append(f"{peaks[name] / 2**20:.0f}" if name in peaks else "")
         sizes = ", ".join(dict.fromkeys(f"{height} × {width}" for height, width in described["images"]))
         rounds = max(series["rounds"] for series in record["series"] if series["batch"] == batch)
         again = ratio(found["vision"].get("stock again"))
@@ -212,7 +107,6 @@ def end_to_end(record: Mapping) -> list[str]:
         lines += ["", *table(head, rows)]
     if record["gpu"]:
         lines += ["", "The first token of a (graph) variant includes recording the graph."]
-    lines += ["", losses(record)]
     failed = [f"{one['what']}: {one['reason']}" for one in record["failed"]]
     ended = [record["ended"]] if record.get("ended") else []
     for title, found in (("Failed", failed), ("Left out", record["left_out"]), ("Ended early", ended)):
@@ -239,11 +133,9 @@ def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
             found = record["summary"][batch]
             names = [name for name in HEROES if name in found["vision"]]
             keeps = [float(name.removeprefix("hero ")) for name in names]
-            for title, colour, path, end in (
-                ("vision stage", "#e07b00", "vision", ()),
-                ("first token", "#0b57d0", "ttft", ("to_stock",)),
-            ):
-                ratios = [inside(found, path, name, *end) for name in names]
+            panel = ("vision stage", "#e07b00", "vision"), ("first token", "#0b57d0", "ttft")
+            for title, colour, group in panel:
+                ratios = [found[group].get(name) for name in names]
                 if None not in ratios:
                     middle = [one["paired"] for one in ratios]
                     axes.plot(keeps, middle, "o-", color=colour, label=f"{title} {middle[-1]:.2f}")
@@ -262,7 +154,7 @@ def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
     return svg(Figure((9, 3.4 * rows), layout="constrained"), draw)
 
 
-# --- kernels, commits -----------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------------
 
 
 def kernels(record: Mapping) -> list[str]:
@@ -280,7 +172,7 @@ def kernels(record: Mapping) -> list[str]:
     ours = {(one["op"], one["geometry"], one["crops"], one["variant"]): one.get("us") for one in results}
     shapes = {one["op"]: one["geometry"] for one in reversed(results)}
     crops = sorted({one["crops"] for one in results})
-    cells, peers, faster, missing = {}, {}, {}, {}
+    cells, peers, missing = {}, {}, {}
     for one in results:
         name = f"*{one['variant']}*"
         base = ours.get((one["op"], one["geometry"], one["crops"], one["against"]))
@@ -289,12 +181,8 @@ def kernels(record: Mapping) -> list[str]:
         elif one["ours"] and one["geometry"] == shapes[one["op"]]:
             cells.setdefault((one["variant"], one["geometry"]), {})[one["crops"]] = microseconds(one)
         elif base:
-            less, time = " (does less)" * one["less"], one["us"] / base
-            peers.setdefault(one["against"], {}).setdefault(name + less, []).append(time)
-            if not one["less"] and time < 1:
-                where = f"{name} against {one['against']}"
-                place = f"{time:.2f} ({one['geometry']} T = {one['crops']})"
-                faster.setdefault(where, []).append(place)
+            name += " (does less)" * one["less"]
+            peers.setdefault(one["against"], {}).setdefault(name, []).append(one["us"] / base)
     rows = [[*key, *(found.get(count, "") for count in crops)] for key, found in cells.items()]
     head = ["operation", "shape", *(f"T = {count}" for count in crops)]
     lines += ["", "Microseconds [floor] for T crops:", "", *table(head, rows, names=2)]
@@ -305,8 +193,6 @@ def kernels(record: Mapping) -> list[str]:
             for name, found in times.items()
         )
         lines.append(f"- {against}: {'; '.join(ranges)}")
-    texts = "; ".join(f"{what}: {', '.join(places)}" for what, places in faster.items())
-    lines += ["", f"Peers that do the same work in less time, relative to the operation: {texts or 'none'}."]
     return [*lines, "", f"Not timed, at one shape at least: {'; '.join(missing) or 'nothing'}."]
 
 
@@ -317,51 +203,12 @@ def microseconds(one: Mapping) -> str:
     return text + ("" if one["floor_us"] is None else f" [{one['floor_us']:.1f}]")
 
 
-def compare(record: Mapping) -> list[str]:
-    """The table of ``bench.compare``."""
-    commits = " and ".join(record["commits"][side][:12] for side in ("base", "head"))
-    rows = [
-        [
-            one["case"],
-            milliseconds(one["base"]),
-            milliseconds(one["head"]),
-            ratio(one),
-            f"{one['difference']:.1g}",
-        ]
-        for one in record["results"]
-    ]
-    head = ["case", "base, ms", "head, ms", "head / base", "largest difference of results"]
-    details = f"{record['rounds']} rounds a pair of processes", f"commits {commits}"
-    return [*source(record, *details), "", *table(head, rows)]
-
-
 # --- pages -----------------------------------------------------------------------------------------------
-
-
-def each(renderer: Callable[[Mapping], list[str]]) -> Callable[[Sequence[Mapping]], list[str]]:
-    """The tables of several records, one after another."""
-    return lambda records: [line for record in records for line in ["", *renderer(record)]][1:]
 
 
 def is_real(record: Mapping) -> bool:
     """Whether a record is one of ``bench.end_to_end`` that says something."""
     return record["benchmark"] == "end_to_end" and not record["small"]
-
-
-def of_shapes(gpu: bool, mini: bool) -> Callable[[Mapping], bool]:
-    return lambda record: (bool(record["gpu"]), record["shape_name"] == "mini") == (gpu, mini)
-
-
-# Markers -> (benchmark, which of its records, their lines).
-SECTIONS: dict[str, Section] = {
-    "targets": ("end_to_end", is_real, targets),
-    "end_to_end_cpu": ("end_to_end", of_shapes(False, False), each(end_to_end)),
-    "end_to_end_mini": ("end_to_end", of_shapes(False, True), each(end_to_end)),
-    "end_to_end_gpu": ("end_to_end", of_shapes(True, False), each(end_to_end)),
-    "compare": ("compare", lambda record: True, each(compare)),
-    "kernels": ("kernels", lambda record: True, each(kernels)),
-}
-ELSEWHERE = ("quality",)  # records on other pages
 
 
 def render(page: str, records: Sequence[Mapping]) -> str:
@@ -370,14 +217,16 @@ def render(page: str, records: Sequence[Mapping]) -> str:
     Raises:
         ValueError: a record of an unknown benchmark, or a page without its markers.
     """
-    records = [record for record in records if record["benchmark"] not in ELSEWHERE]
-    known = {benchmark for benchmark, _, _ in SECTIONS.values()}
-    unknown = {record["benchmark"] for record in records} - known
-    if unknown:
-        raise ValueError(f"records: expected {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
-    for name, (benchmark, wanted, lines_of) in SECTIONS.items():
-        found = [record for record in records if record["benchmark"] == benchmark and wanted(record)]
-        page = replace(page, name, lines_of(found) if found or name == "targets" else ["Not measured yet."])
+    sections: dict[str, list[str]] = {"end_to_end_cpu": [], "end_to_end_gpu": [], "kernels": []}
+    for record in records:
+        if record["benchmark"] == "end_to_end":
+            sections["end_to_end_gpu" if record["gpu"] else "end_to_end_cpu"] += ["", *end_to_end(record)]
+        elif record["benchmark"] == "kernels":
+            sections["kernels"] += ["", *kernels(record)]
+        elif record["benchmark"] != "quality":  # which has a page of its own
+            raise ValueError(f"records: expected a known benchmark, got {record['benchmark']!r}")
+    for name, lines in sections.items():
+        page = replace(page, name, lines[1:] or ["Not measured yet."])
     return page
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from .page import inside, replace, source, svg, table
+from .page import replace, source, svg, table
 
-__all__ = ["label", "quality_plot", "render_quality"]
-
-FIRST = "one attribute"  # the group that the targets are about
+FIRST = "one attribute"  # the group that comes first and is drawn
+TITLES = {FIRST: "One attribute of one object", "all": "All kinds"}
 
 
 def label(name: str) -> str:
@@ -49,12 +48,9 @@ def accuracy(record: Mapping, group: str) -> list[str]:
 
 
 def accuracies(record: Mapping, groups: Sequence[str]) -> Iterator[str]:
-    titles = {FIRST: "One attribute of one object", "all": "All kinds"}
     for group in groups:
-        if group in record["summary"]:
-            count = record["summary"][group]["questions"]
-            yield from ("", f"**{titles.get(group, f'Kind: {group}')}** ({count} questions)", "")
-            yield from accuracy(record, group)
+        yield from ("", f"**{TITLES[group]}** ({record['summary'][group]['questions']} questions)", "")
+        yield from accuracy(record, group)
 
 
 def quality_source(record: Mapping) -> list[str]:
@@ -80,42 +76,28 @@ def quality(record: Mapping) -> list[str]:
             counts = {one["keep"][keep][key] for name, one in variants.items() if name != "full"}
             rows[-1].append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
     lines += table(["visual tokens", "all", *(f"R = {keep}" for keep in keeps(record))], rows)
-    if record["targets"]:
-        rows = []
-        for one in record["targets"]:
-            side = "met" if one["difference"]["mean"] >= one["limit"] else "missed"
-            undecided = f"{side}, but the interval includes the limit"
-            verdict = undecided if one["verdict"] == "undecided" else one["verdict"]
-            rows.append([one["what"], points(one["difference"]), signed(one["limit"]), verdict])
-        lines += ["", "**Targets**; points of accuracy, paired", ""]
-        lines += table(["", "difference", "at least", ""], rows)
     lines += ["", "Accuracy in %, then the paired difference to all tokens in points (95 % interval)."]
-    lines += accuracies(record, (FIRST, "all"))
+    groups = [group for group in (FIRST, "all") if group in record["summary"]]
+    lines += accuracies(record, groups)
+    rows = []
+    for name in (name for name, one in variants.items() if "0.2" in one["keep"]):
+        gaps = [record["summary"][group]["variants"][name]["0.2"].get("to_hero") for group in groups]
+        rows += [[label(name), *map(points, gaps)]] if all(gaps) else []
+    lines += ["", "**Difference to hero at R = 0.2**, in points, paired", "", *table(["", *groups], rows)]
     kinds = [group for group in record["summary"] if group not in (FIRST, "all")]
-    for keep in [keep for keep in keeps(record) if keep == "0.2"]:
-        rows = []
-        for name in variants:
-            found = [record["summary"][kind]["variants"].get(name, {}) for kind in kinds]
-            cells = [inside(cell, keep) or cell.get("1") for cell in found]
-            rows.append(
-                [label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)]
-            )
-        lines += ["", f"**By kind of question**, accuracy in %, R = {keep}", "", *table(["", *kinds], rows)]
+    rows = []
+    for name in variants:
+        found = [record["summary"][kind]["variants"][name] for kind in kinds]
+        cells = [one.get("0.2") or one.get("1") for one in found]
+        rows.append([label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)])
+    lines += ["", "**By kind of question**, accuracy in %, R = 0.2", "", *table(["", *kinds], rows)]
     rows = [
         [label(name), f"{100 * found:.1f}"]
         for name, one in variants.items()
         if (found := one["keep"].get(keeps(record)[-1], {}).get("tile_found"))
     ]
-    title = (
-        "**Is the tile asked about the one with the largest share**; variants with equal shares are left out"
-    )
-    return [
-        *lines,
-        "",
-        title,
-        "",
-        *(table(["", "% of questions"], rows) if rows else ["No variant prefers one."]),
-    ]
+    lines += ["", "**Tile asked about has the largest share**, where shares differ", ""]
+    return [*lines, *(table(["", "% of questions"], rows) if rows else ["No variant prefers one."])]
 
 
 def quality_plot(record: Mapping) -> str:
@@ -123,7 +105,7 @@ def quality_plot(record: Mapping) -> str:
     variants = record["variants"]
     part = record["summary"].get(FIRST, record["summary"]["all"])
     styles = {"full": ("#222222", ":"), "hero": ("#0b57d0", "-"), "hero+": ("#d6336c", "-")}
-    styles |= {"oracle": ("#2b8a3e", "--"), "uniform": ("#6b6b6b", "-"), "random": ("#a6a6a6", "-")}
+    styles |= {"uniform": ("#6b6b6b", "-"), "random": ("#a6a6a6", "-")}
     peers = [name for name in variants if label(name) == name and name not in styles]
     styles |= {name: (f"C{number % 10}", "-") for number, name in enumerate(peers)}
     for name in variants:

@@ -1,4 +1,4 @@
-"""Clocks, interleaved rounds, bootstrap intervals, CUDA graphs, and their command-line options.
+"""Clocks, interleaved rounds, bootstrap intervals and CUDA graphs.
 
 Variants to compare run one after the other in every round, in reverse order every other round, so that slow
 phases of the machine affect all of them. Two variants are compared by the median of the ratios within
@@ -14,7 +14,6 @@ import itertools
 import math
 import statistics
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,30 +22,8 @@ import numpy as np
 import torch
 
 # Processor time of one thread does not count other processes that run on the same core.
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RESAMPLES, COVERAGE = 2000, 0.95
-
-
-def add_threads(parser: argparse.ArgumentParser) -> None:
-    """Add ``--threads`` and ``--clock``."""
-    parser.add_argument("--threads", type=positive, help="threads of torch (default: torch's own)")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: only with --threads 1")
-
-
-def use_threads(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Set the number of threads; the processor clock needs exactly one."""
-    if options.clock == "cpu" and options.threads != 1:
-        parser.error("--clock cpu: expected --threads 1, since waiting threads count too")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-
-
-def keep_ratios(text: str) -> tuple[float, ...]:
-    """Parse comma-separated keep ratios."""
-    values = tuple(float(word) for word in text.split(","))
-    if not values or not all(0 < value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(f"expected ratios in (0, 1] with commas between, got {text!r}")
-    return values
 
 
 def positive(text: str) -> int:
@@ -81,14 +58,25 @@ def quiet_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
+def wait() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(function: Callable[[], object], clock: str = "wall") -> float:
-    """Return the seconds of one call. Garbage is collected before it; the result is freed after it."""
+    """Return the seconds of one call and what it launches.
+
+    Garbage is collected before it; the result is freed after it.
+    """
     now = CLOCKS[clock]
     gc.collect()
     gc.disable()
+    wait()
     try:
         begin = now()
         result = function()
+        wait()
         elapsed = now() - begin
     finally:
         gc.enable()
@@ -118,16 +106,10 @@ def compare(times: Sequence[float], base: Sequence[float]) -> Mapping[str, objec
 
     Returns:
         ``paired``, the median of the ratios within rounds; ``interval``, its 95 % bootstrap interval;
-        ``pairs``, the number of rounds; ``of_medians`` and ``of_minima``, the ratios of both.
+        ``pairs``, the number of rounds.
     """
     ratios = [one / other for one, other in zip(times, base, strict=True)]
-    return {
-        "paired": statistics.median(ratios),
-        "interval": interval(ratios),
-        "pairs": len(ratios),
-        "of_medians": statistics.median(times) / statistics.median(base),
-        "of_minima": min(times) / min(base),
-    }
+    return {"paired": statistics.median(ratios), "interval": interval(ratios), "pairs": len(ratios)}
 
 
 # --- calls on a device -----------------------------------------------------------------------------------
@@ -182,9 +164,8 @@ def graph_us(call: Call, sets: Sequence[Any]) -> tuple[list[float], Any, Any]:
     return [1e3 * time for time in times], *last[-1]
 
 
-def call_us(call: Call, sets: Sequence[Any], device: torch.device, count: int = 1) -> float:
+def call_us(call: Call, sets: Sequence[Any], count: int = 1) -> float:
     """Return wall-clock microseconds per call, of a number of calls in a row."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     begin = time.perf_counter()
     for number in range(count):
@@ -211,40 +192,13 @@ def ceilings(device: torch.device) -> Ceilings:
     return Ceilings(bandwidth, rate, 1e6 * launch)
 
 
-# --- what a call does on a GPU ----------------------------------------------------------------------------
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the peak memory of a call's tensors on its device, beyond what was allocated before."""
+    if not torch.cuda.is_available():
+        from hero_kernels import testing  # not above: bench.compare imports that of a commit
 
-
-def launches_gpu(function: Callable[[], object]) -> dict[str, object]:
-    """Return the kernels that a call launches, and its copies and fills; ``None`` if nothing is seen."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    on_gpu = [one for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
-    names = [one.name for one in on_gpu if not getattr(one, "is_user_annotation", False)]
-    if not names:
-        return {"launches": None, "reason": "the profiler saw nothing on the GPU"}
-    moves = sum(name.startswith(("Memcpy", "Memset")) for name in names)
-    return {"launches": len(names) - moves, "copies": moves}
-
-
-def synchronisations_gpu(function: Callable[[], object]) -> int:
-    """Return how often the host waits for the GPU within a call."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(one.message) for one in caught)
-
-
-def peak_gpu(function: Callable[[], object]) -> int:
-    """Return the peak of PyTorch's GPU memory during a call, beyond what was allocated before."""
+        return testing.peak_bytes(function)
+    function()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

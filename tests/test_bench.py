@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -10,8 +9,6 @@ import re
 import statistics
 import subprocess
 import sys
-import types
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -34,8 +31,6 @@ from bench import (  # noqa: E402
     kernels,
     models,
     registry,
-    report,
-    timing,
 )
 from bench.kernels import measure  # noqa: E402
 from bench.registry import Unavailable, Variant, Wrong  # noqa: E402
@@ -172,23 +167,18 @@ def test_the_7b_shape_is_that_of_llava_next():
     assert models.SHAPES["7b"].clip_text == (12, 768, 12, 3072)
 
 
-@pytest.mark.parametrize(
-    ("name", "texts"),
-    [("small", ["what is in", "picture ?"]), ("mini", ["what colour has the digit 5", "what digit is on"])],
-)
-def test_relevance_is_of_the_models_own_tower(name, texts):
+def test_relevance_is_of_the_models_own_tower(subject):
     """No second pass: CLIP's image half holds the tower's parameters; its text half tells questions apart."""
-    subject = models.build(name, torch.device("cpu"), torch.float32)
     tower = subject.model.model.vision_tower
     assert subject.relevance.shares_weights(tower)
     theirs = dict(subject.relevance.clip_model.vision_model.named_parameters())
     assert all(theirs[key] is one for key, one in tower.named_parameters())
-    one, other = subject.relevance.text_embeddings(texts)
+    one, other = subject.relevance.text_embeddings(["what is in", "picture ?"])
     assert float((one - other).abs().max()) > 1e-3
     for batch in subject.batches:
         assert len(batch.images) == len(batch.questions) == len(batch.prompts)
         assert all(question in prompt for question, prompt in zip(batch.questions, batch.prompts))
-    assert [len(batch.images) for batch in subject.batches] == [1, 2 if name == "small" else 8]
+    assert [len(batch.images) for batch in subject.batches] == [1, 2]
 
 
 # --- end to end ------------------------------------------------------------------------------------------
@@ -224,10 +214,10 @@ def _comparisons(value) -> list[dict]:
 def test_record_says_where_it_comes_from(record):
     assert {"python", "hero", "torch", "transformers"} <= set(record["versions"])
     assert record["versions"]["hero"] == hero.__version__
-    assert set(record["commit"]) == {"hash", "dirty"} and len(record["code"]) == 16
+    assert set(record["commit"]) == {"hash", "dirty"}
     assert record["command"].startswith("python -m bench.end_to_end --shape small")
     assert record["machine"]["cpu"] and record["threads"] == 1 and record["dtype"] == "float32"
-    assert record["small"] and record["gpu"] is None and 0 < record["peak_memory_gib"] < 6
+    assert record["small"] and record["gpu"] is None
     assert record["left_out"] == record["failed"] == []
 
 
@@ -241,22 +231,19 @@ def test_record_keeps_every_raw_time(record):
     assert [(one["batch"], one["rounds"]) for one in record["series"]] == [("1", ROUNDS), ("2", ROUNDS)]
     for series in record["series"]:
         times = series["seconds"]
-        assert set(times) == {"vision", "tower", "ttft"}
-        assert set(times["vision"]) == set(times["tower"]) == EVERY
+        assert set(times) == {"vision", "ttft"}
+        assert set(times["vision"]) == EVERY
         assert set(times["ttft"]) == EVERY - {"stock again"}
         values = [one for found in times.values() for one in found.values()]
         assert all(len(one) == ROUNDS and min(one) > 0 for one in values)
-        for name, spent in times["tower"].items():  # the tower is part of the call that was timed
-            assert all(part < whole for part, whole in zip(spent, times["vision"][name], strict=True))
 
 
 def test_ratios_are_positive_and_inside_their_intervals(record):
     comparisons = _comparisons(record["summary"])
-    assert len(comparisons) > 45
+    assert len(comparisons) == 2 * (2 * len(EVERY) - 1)
     for comparison in comparisons:
         low, high = comparison["interval"]
         assert 0 < low <= comparison["paired"] <= high
-        assert comparison["of_medians"] > 0 and comparison["of_minima"] > 0
     for batch, found in record["summary"].items():
         seconds = next(one["seconds"] for one in record["series"] if one["batch"] == batch)
         pairs = zip(seconds["vision"]["hero 0.2"], seconds["vision"]["stock"])
@@ -273,42 +260,13 @@ def test_token_counts_are_those_of_count_tokens(record):
     assert [found["crops"] for found in record["batches"].values()] == [5, 8]
 
 
-def test_counts_are_of_the_vision_stage(record):
-    """More images, more launches as released; no more with hero; and the maps are in the peak."""
-    one, two = (record["counts"][batch] for batch in ("1", "2"))
-    assert set(one) == EVERY - {"stock again"}
-    assert two["released"]["launches"] > one["released"]["launches"] + 50
-    assert two["hero 0.2"]["launches"] <= one["hero 0.2"]["launches"] + 2  # ragged: crops are put together
-    assert one["released"]["waits"] >= 5 and one["hero 0.2"]["waits"] == two["hero 0.2"]["waits"] == 0
+def test_peaks_are_of_the_vision_stage(record):
+    """Attention maps are in the peak of the released method."""
+    one = record["peak_bytes"]["1"]
+    assert set(one) == EVERY
     layers, _, heads, _ = SMALL.vision
     maps = 5 * layers * heads * 17**2 * 4
-    assert one["released"]["peak_bytes"] > maps > 0 and one["hero 0.2"]["peak_bytes"] > 0
-
-
-def test_waits_and_launches_of_a_gpu_are_told_apart(monkeypatch):
-    """With a stand-in for the GPU: the mode's own warning is no wait, copies and fills are no launches."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    own = "Synchronization debug mode is a prototype and does not yet detect all synchronizing operations"
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(own, stacklevel=2))
-
-    def function() -> None:
-        for _ in range(2):
-            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=2)
-
-    assert timing.synchronisations_gpu(function) == 2
-    names = ["gemm", "Memcpy HtoD (Pageable -> Device)", "topk", "gemm", "Memset (Device)"]
-    events = [
-        types.SimpleNamespace(
-            device_type=device_type, name=name, time_range=types.SimpleNamespace(elapsed_us=int)
-        )
-        for name in names
-        for device_type in (torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU)
-    ]
-    seen = types.SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(seen))
-    assert timing.launches_gpu(lambda: None) == {"launches": 3, "copies": 2}
-    events.clear()
-    assert timing.launches_gpu(lambda: None)["launches"] is None
+    assert one["released"] > maps > 0 and one["hero 0.2"] > 0
 
 
 def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
@@ -331,18 +289,13 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
     path = tmp_path / "record.json"
     status = end_to_end.main(["--shape", "small", "--rounds", "2", "--out", str(path)])
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert status == 1 and len(record["failed"]) >= 5
-    failed = {one["what"].split(",")[0].partition(" of ")[0] for one in record["failed"]}
-    assert {"times", "counts"} <= failed
+    assert status == 1 and len(record["failed"]) == 3  # the released method, and two graphs
     graphs = [one for one in record["failed"] if "(graph)" in one["what"]]
     assert graphs and all("expected pixel_values on a CUDA device" in one["reason"] for one in graphs)
     assert any("no such file bench/nothing.py" in one["reason"] for one in record["failed"])
     summary = record["summary"]["1"]
     assert HEROES | {"stock", "stock again", "hero 0.2 + text"} == set(summary["vision"])
-    assert "released" not in summary["ttft"] and summary["released_vision"] == {
-        "hero 0.2": None,
-        "hero 0.2 + text": None,
-    }
+    assert "released" not in summary["ttft"]
     _page(tmp_path)
     assert _report(tmp_path).returncode == 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
@@ -368,7 +321,7 @@ def test_report_renders_once_and_for_all(folder, record):
     tokens = record["batches"]["2"]["visual_tokens"]
     for name in HEROES:
         assert re.search(rf"^\| {re.escape(name)} \| {tokens[name]} \|", page, re.MULTILINE)
-    assert "a test of the script" in page and "Slower than stock" in page and "Not measured" in page
+    assert "a test of the script" in page and "Not measured" in page
     assert not (folder / "page.svg").exists()  # tiny shapes are no result
     assert _report(folder).returncode == 0
     assert (folder / "page.md").read_text(encoding="utf-8") == page
@@ -377,67 +330,19 @@ def test_report_renders_once_and_for_all(folder, record):
 
 def _comparison(middle: float, spread: float = 0.01, pairs: int = 6) -> dict:
     interval = [middle - spread, middle + spread]
-    return {"paired": middle, "interval": interval, "pairs": pairs, "of_medians": middle, "of_minima": middle}
+    return {"paired": middle, "interval": interval, "pairs": pairs}
 
 
 @pytest.fixture
 def gpu_record(record) -> dict:
     """As if the record were of a GPU: a record to draw, no result."""
     made = json.loads(json.dumps(record))
-    gpu = {"name": "A GPU", "driver": "1", "cuda": "13.0", "hip": None, "multiprocessors": 1, "l2_mib": 1.0}
-    made |= {"gpu": gpu, "shape_name": "7b", "small": False, "failed": [], "left_out": []}
-    for part in ("summary", "batches", "counts"):
+    made |= {"gpu": {"name": "A GPU", "driver": "1"}, "shape_name": "7b", "small": False}
+    for part in ("summary", "batches", "peak_bytes"):
         made[part]["8"] = made[part].pop("2")
     for series in made["series"]:
         series["batch"] = {"1": "1", "2": "8"}[series["batch"]]
-    top = [{"name": "a_kernel<int>", "calls": 3, "us": 7.0}]
-    made["profiles"] = {"1": {"stock": {"us": 10.0, "launches": 5, "top": top}}}
     return made
-
-
-def _verdicts(*records: dict) -> dict[str, tuple[str, str]]:
-    """{target: (measured, verdict)}."""
-    rows = [line.strip("| ").split(" | ") for line in report.targets(records)[2:]]
-    return {row[0]: tuple(part.strip() for part in row[1:]) for row in rows}
-
-
-def test_targets_are_judged_by_the_whole_interval(gpu_record):
-    summary, counts = gpu_record["summary"], gpu_record["counts"]
-    summary["1"]["vision"]["hero 0.2"] = _comparison(0.93)
-    summary["8"]["vision"]["hero 0.2"] = _comparison(0.945)
-    summary["1"]["vision"]["hero 0.2 + text"] = _comparison(1.05)
-    summary["8"]["vision"]["hero 0.2 + text"] = _comparison(0.9, pairs=4)
-    summary["1"]["released_vision"]["hero 0.2 + text"] = _comparison(5.2)
-    summary["8"]["released_vision"]["hero 0.2 + text"] = _comparison(4.9)
-    summary["1"]["ttft"]["hero 0.2"]["to_stock"] = _comparison(0.3)
-    summary["8"]["ttft"]["hero 0.2"]["to_stock"] = _comparison(0.4)
-    counts["1"]["released"]["peak_bytes"] = 6 * counts["1"]["hero 0.2 + text"]["peak_bytes"]
-    counts["8"]["released"]["peak_bytes"] = 4 * counts["8"]["hero 0.2 + text"]["peak_bytes"]
-    counts["1"]["hero 0.2"]["waits"], counts["8"]["hero 0.2"]["waits"] = 0, 2
-    counts["1"]["hero 0.2"]["launches"] = counts["8"]["hero 0.2"]["launches"] = 80
-    counts["8"]["hero 0.2 + text"]["launches"] = 2 * counts["1"]["hero 0.2 + text"]["launches"]
-    gpu_record["failed"] = [{"what": "vision of hero 0.2 (graph), batch 1", "reason": "RuntimeError: no"}]
-    found = _verdicts(gpu_record)
-
-    def verdict(begin: str, end: str) -> str:
-        return next(
-            value[1] for name, value in found.items() if name.startswith(begin) and name.endswith(end)
-        )
-
-    undecided = "not decided: the interval includes it"
-    assert verdict("1. vision stage at R", "1") == "met" and verdict("1. vision stage at R", "8") == undecided
-    assert verdict("1. the same with text", "1") == "missed"
-    assert verdict("1. the same with text", "8") == "not decided: too few rounds"
-    assert verdict("2. vision stage", "1") == "met" and verdict("2. vision stage", "8") == "missed"
-    assert verdict("2. its peak", "1") == "met" and verdict("2. its peak", "8") == "missed"
-    assert verdict("5. time", "1") == "met" and verdict("5. time", "8") == "missed"
-    assert verdict("6. host-device", "hero 0.2: none, batch 1") == "met"
-    assert verdict("6. host-device", "hero 0.2: none, batch 8") == "missed"
-    assert verdict("6. launches at batch 1 and 8, hero 0.2:", "") == "met"
-    assert verdict("6. launches at batch 1 and 8, hero 0.2 + text:", "") == "missed"
-    assert verdict("6. the vision stage in a CUDA graph", "1") == "missed"
-    cpu = {**gpu_record, "gpu": None, "shape_name": "clip-l"}
-    assert all(value == ("", "not measured") for value in _verdicts(cpu).values())
 
 
 def test_a_gpu_record_is_drawn_from_its_numbers(gpu_record, tmp_path):
@@ -446,17 +351,15 @@ def test_a_gpu_record_is_drawn_from_its_numbers(gpu_record, tmp_path):
         summary = gpu_record["summary"][batch]
         for number, name in enumerate(("hero 1", "hero 0.5", "hero 0.2", "hero 0.1")):
             summary["vision"][name] = _comparison(1.0 - 0.02 * number)
-            summary["ttft"][name]["to_stock"] = _comparison(0.9 - 0.2 * number)
+            summary["ttft"][name] = _comparison(0.9 - 0.2 * number)
     gpu_record["summary"]["8"]["vision"]["hero 0.5"] = _comparison(1.25)
-    gpu_record["summary"]["1"]["released_ttft"]["hero 0.2 + text"] = _comparison(0.8)
     for series in gpu_record["series"]:
         series["rounds"] = 6
     (tmp_path / "end_to_end.json").write_text(json.dumps(gpu_record), encoding="utf-8")
     page = _page(tmp_path)
     assert _report(tmp_path).returncode == 0
     text = page.read_text(encoding="utf-8")
-    assert "the vision stage of hero 0.5 at batch 8, 1.250 (1.240 to 1.260)" in text
-    assert "the first token of hero 0.2 + text at batch 1 against released, 1.250" in text
+    assert re.search(r"^\| hero 0.5 \|.*\| 1.250 \(1.240 to 1.260\) \|", text, re.MULTILINE)
     assert "(benchmarks.svg)" in text
     picture = tmp_path / "page.svg"
     drawn = picture.read_text(encoding="utf-8")
@@ -531,10 +434,10 @@ def test_device_record_says_where_it_comes_from(device_record, device_run):
     folder, done = device_run
     assert device_record["command"].startswith("bench/run_device ") and device_record["gpu"] is None
     assert {"python", "hero", "torch", "triton", "transformers"} <= set(device_record["versions"])
-    assert device_record["small"] and len(device_record["code"]) == 16
+    assert device_record["small"]
     text = json.dumps(device_record)
     assert str(folder) not in text and str(ROOT) not in text and str(Path.home()) + "/" not in text
-    assert "tests: failed" in done.stdout
+    assert "tests: {'status': 'failed'" in done.stdout
 
 
 @needs_no_gpu
@@ -549,27 +452,27 @@ def test_device_reports_a_failed_test(device_record, device_run):
 @needs_no_gpu
 def test_device_runs_the_model_end_to_end(device_record, device_run):
     folder, done = device_run
-    assert device_record["end_to_end"]["status"] == "ok" and "end to end:" in done.stdout
+    assert "end to end: {'status': 'ok'}" in done.stdout
     record = json.loads((folder / "end_to_end.json").read_text(encoding="utf-8"))
     assert record["small"] and record["failed"] == [] and set(record["summary"]) == {"1", "2"}
 
 
-def _end_to_end_as(monkeypatch, tmp_path, script: str, seconds: float = 60) -> dict:
-    """How a run of the model ends where its process runs a script instead; ``sys.argv`` as it is started."""
-    (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    run = device.run
+def _runs(monkeypatch, script: Path, module: str, code: str) -> None:
+    """Let the device's processes run other code instead of a module."""
+    script.write_text(code, encoding="utf-8")
+    start = subprocess.run
 
-    def start(command, log, limit, **environ):
-        assert command[1:3] == ["-m", "bench.end_to_end"] and environ["HERO_REQUIRE_KERNEL"] == "1"
-        return run([sys.executable, tmp_path / "script.py", *command[3:]], log, limit, **environ)
+    def run(command, **options):
+        place = command.index(module)
+        assert options["env"]["HERO_REQUIRE_KERNEL"] == "1" and command[place - 1] == "-m"
+        return start([*command[: place - 1], str(script), *command[place + 1 :]], **options)
 
-    monkeypatch.setattr(device, "run", start)
-    return device.run_end_to_end(True, tmp_path, seconds, "abc")
+    monkeypatch.setattr(device.subprocess, "run", run)
 
 
 WRITES = """
 import json, sys
-assert sys.argv[sys.argv.index("--commit") + 1] == "abc" and "small" in sys.argv
+assert "small" in sys.argv
 json.dump({"failed": [], "series": [1]}, open(sys.argv[sys.argv.index("--out") + 1], "w"))
 """
 
@@ -585,7 +488,8 @@ json.dump({"failed": [], "series": [1]}, open(sys.argv[sys.argv.index("--out") +
     ids=["no record", "crash", "hang", "ok"],
 )
 def test_device_survives_the_end_of_the_model(monkeypatch, tmp_path, script, status, ended):
-    result = _end_to_end_as(monkeypatch, tmp_path, script, seconds=1)
+    _runs(monkeypatch, tmp_path / "script.py", "bench.end_to_end", script)
+    result = device.run_end_to_end(True, tmp_path, 1)
     assert result["status"] == status
     path = tmp_path / "end_to_end.json"
     written = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -603,7 +507,7 @@ def test_report_renders_kernels(device_run, device_record):
     text = (folder / "page.md").read_text(encoding="utf-8")
     for one in device_record["results"]:
         assert one["variant"] in text
-    assert "Peers that do the same work in less time" in text and "cuDNN needs a GPU" in text
+    assert "cuDNN needs a GPU" in text
     assert _report(folder, "--check").returncode == 0
 
 
@@ -662,7 +566,7 @@ def test_no_time_without_a_right_result(variant, status, reason):
 
 @pytest.mark.parametrize("module", [bench_attention, bench_selection])
 def test_checks_catch_a_wrong_result(module):
-    """Every check but those of peers timed for scale refuses what another seed's inputs give."""
+    """Every check refuses what another seed's inputs give."""
     cpu = torch.device("cpu")
     refused = 0
     for case in module.cases(True, cpu):
@@ -672,8 +576,6 @@ def test_checks_catch_a_wrong_result(module):
                 result = variant.call(others)
             except Unavailable:
                 continue
-            if "for scale" in variant.name:
-                continue
             if case.op == "tile_budgets":  # the weights come with the result, the shares are compared
                 assert not torch.equal(result.shares, inputs.budgets.shares)
             with pytest.raises(Wrong):
@@ -682,51 +584,52 @@ def test_checks_catch_a_wrong_result(module):
     assert refused >= 8
 
 
-def _scripted(monkeypatch, tmp_path, results, processes, seconds=60):
-    """The record of the kernels where each process does what a script says to the results."""
-    path, limits = tmp_path / "kernels.json", []
+KERNELS = """
+import json, os, sys
+path = sys.argv[sys.argv.index("--out") + 1]
+record = json.load(open(path))
+(number, *_) = [n for n, one in enumerate(record["results"]) if one["status"] == "skipped"]
+
+def write(**change):
+    record["results"][number].update(change)
+    json.dump(record, open(path, "w"))
+
+"""
+
+
+def _results(tmp_path, count: int) -> Path:
+    path = tmp_path / "kernels.json"
+    results = [{"variant": str(number), **kernels.LEFT_OUT} for number in range(count)]
     path.write_text(json.dumps({"results": results, "notes": []}), encoding="utf-8")
-
-    def run(command, log, limit, **environ):
-        assert command[1:3] == ["-m", "bench.kernels"] and environ["HERO_REQUIRE_KERNEL"] == "1"
-        changes, status, last = processes[len(limits)]
-        limits.append(limit)
-        record = json.loads(path.read_text(encoding="utf-8"))
-        for number, change in changes.items():
-            record["results"][number] |= change
-        path.write_text(json.dumps(record), encoding="utf-8")
-        log.write_text(last, encoding="utf-8")
-        return status
-
-    monkeypatch.setattr(device, "run", run)
-    record = device.run_kernels(path, device.Clock(seconds))
-    assert len(limits) == len(processes) and json.loads(path.read_text(encoding="utf-8")) == record
-    return record
+    return path
 
 
 def test_a_dead_process_costs_one_variant(monkeypatch, tmp_path):
-    """Neither a crash nor a hang nor a broken device keeps the rest from being measured."""
-    results = [{"variant": str(number), **kernels.LEFT_OUT} for number in range(5)]
-    ended = {"reason": "the process ended here"}
-    processes = [
-        ({0: {"status": "ok"}, 1: {"status": "unavailable", **ended}}, -11, "Segmentation fault"),
-        ({2: {"status": "failed", **ended}}, 1, "Timeout (0:02:00)!"),
-        ({3: {"status": "failed", "reason": "RuntimeError: illegal access"}}, kernels.BROKEN, ""),
-        ({4: {"status": "ok"}}, 0, ""),
-    ]
-    found = _scripted(monkeypatch, tmp_path, results, processes)["results"]
-    assert [one["status"] for one in found] == ["ok", "unavailable", "failed", "failed", "ok"]
-    assert "Segmentation fault" in found[1]["reason"] and "Timeout" in found[2]["reason"]
-    assert found[3]["reason"] == "RuntimeError: illegal access"
-    assert [one["variant"] for one in found] == ["0", "1", "2", "3", "4"]
+    """Neither a crash nor an error of the device keeps the rest from being measured."""
+    path = _results(tmp_path, 4)
+    code = """
+write(status="failed", reason="the process ended here")
+if number == 1:
+    os.abort()
+if number == 2:
+    sys.exit("Timeout (0:02:00)!")
+write(status="ok", reason="")
+"""
+    _runs(monkeypatch, tmp_path / "script.py", "bench.kernels", KERNELS + code)
+    record = device.run_kernels(path, device.Clock(60))
+    assert [one["status"] for one in record["results"]] == ["ok", "failed", "failed", "ok"]
+    assert "exit -6" in record["results"][1]["reason"] and "Timeout" in record["results"][2]["reason"]
+    assert [one["variant"] for one in record["results"]] == ["0", "1", "2", "3"]
+    assert json.loads(path.read_text(encoding="utf-8")) == record
 
 
-def test_what_does_not_fit_is_left_out(monkeypatch, tmp_path):
-    results = [{"variant": str(number), **kernels.LEFT_OUT} for number in range(3)]
-    processes = [({}, None, "")]
-    found = _scripted(monkeypatch, tmp_path, results, processes, seconds=1.4)["results"]
-    assert [one["status"] for one in found] == ["skipped"] * 3
-    assert {one["reason"] for one in found} == {"left out: no time"}
+def test_a_process_that_gets_nowhere_is_not_started_again(monkeypatch, tmp_path):
+    path = _results(tmp_path, 3)
+    _runs(monkeypatch, tmp_path / "script.py", "bench.kernels", "raise SystemExit('no module')")
+    record = device.run_kernels(path, device.Clock(60))
+    assert [one["status"] for one in record["results"]] == ["skipped"] * 3
+    assert {one["reason"] for one in record["results"]} == {"left out: no time"}
+    assert record["notes"] == ["exit 1, no module"]
 
 
 def test_a_new_process_continues_after_the_variant_that_ended_it(monkeypatch, tmp_path):
@@ -739,30 +642,26 @@ def test_a_new_process_continues_after_the_variant_that_ended_it(monkeypatch, tm
     variants = (right, dataclasses.replace(right, name="dies", call=dies), right)
     case = dataclasses.replace(case, variants=(*variants, case.ours))
     monkeypatch.setattr(kernels, "all_cases", lambda small, device: [case])
-    record, path = kernels.new_record(True, []), tmp_path / "kernels.json"
+    record, path = kernels.new_record(True, "a command", []), tmp_path / "kernels.json"
     with torch.no_grad():
         with pytest.raises(SystemExit):
             kernels.run(record, path, device.Clock(60))
         record = json.loads(path.read_text(encoding="utf-8"))
         assert [one["status"] for one in record["results"]] == ["ok", "unavailable", "skipped", "skipped"]
-        assert kernels.run(record, path, device.Clock(60))
+        kernels.run(record, path, device.Clock(60))
     assert [one["status"] for one in record["results"]] == ["ok", "unavailable", "ok", "ok"]
     assert record["results"][1]["reason"] == "the process ended here"
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "tests/test_a.py::test_b[1-x] FAILED                      [ 12%]",
-        "[gw3] [ 12%] FAILED tests/test_a.py::test_b[1-x] ",
-    ],
-)
-def test_outcomes_are_read_from_either_form(line):
-    log = f"{line}\nFAILED tests/test_a.py::test_b[1-x] - assert 0\n= 1 failed in 0.1s ="
-    assert device.read_outcomes(log) == {
-        "counts": {"failed": 1},
-        "failures": ["test_a.py::test_b[1-x]"],
-    }
+def test_a_run_of_the_tests_that_is_out_of_time_counts_what_ran(tmp_path):
+    """Interrupted, pytest still writes its summary."""
+    test = tmp_path / "test_one.py"
+    code = A_TEST.replace("MARK", "gpu") + "    import time; time.sleep(60 * (number == 1))\n"
+    test.write_text(code.replace("[1, 2]", "[2, 1]"), encoding="utf-8")
+    (tmp_path / "conftest.py").write_text("", encoding="utf-8")
+    result = device.run_tests([test], tmp_path, 15)
+    assert result["status"] == "stopped: out of time"
+    assert result["counts"] == {"failed": 1} and result["failures"] == ["test_one.py::test_number[2]"]
 
 
 def test_gpu_tests_are_found():

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,10 @@ def test_the_working_tree(repository, capsys):
     text = broken.read_text(encoding="utf-8")
     broken.write_text("raise ImportError('broken')", encoding="utf-8")
     try:
-        with pytest.raises(compare.Failed, match="the process ended"):
-            run(repository, "HEAD")
+        (result,) = run(repository, "HEAD")["results"]
     finally:
         broken.write_text(text, encoding="utf-8")
+    assert result["case"] == "mini" and result["reason"].startswith("BrokenProcessPool: ")
 
 
 def test_no_commit(repository):
@@ -77,24 +78,19 @@ def test_no_commit(repository):
         run(repository, "nowhere")
 
 
-class Fake:
-    """A process that answers at once; of two, one takes half as long, and both more and more."""
-
-    def __init__(self, log, name, seconds, result):
-        self.log, self.name, self.seconds, self.result = log, name, seconds, result
-
-    def ask(self, order, *given):
-        if order != "time":
-            torch.save(self.result, given[0])
-            return self.seconds
-        self.log.append((self.name, *given))
-        return self.seconds * len(self.log)
-
-
 def test_rounds_in_turns(tmp_path):
+    """Of two processes that answer at once, one takes half as long, and both more and more."""
     log, result = [], [torch.tensor([1.0, math.nan])]
-    workers = {"base": Fake(log, "A", 0.02, result), "head": Fake(log, "B", 0.01, result)}
-    part = compare.measure("case", workers, 4, tmp_path)
+
+    def ask(side, seconds, function, case, given):
+        if function is compare.prepare:
+            torch.save(result, given)
+            return seconds
+        log.append((side, given))
+        return seconds * len(log)
+
+    sides = {"base": partial(ask, "A", 0.02), "head": partial(ask, "B", 0.01)}
+    part = compare.measure("case", sides, 4, tmp_path)
     assert "".join(name for name, _ in log) == "ABBAABBAAB"  # the first of each warms up
     assert {calls for _, calls in log} == {5}  # a tenth of a second of the slower
     assert len(part["base"]) == len(part["head"]) == 4 and part["difference"] == 0.0

@@ -24,12 +24,10 @@ if SWITCHES.interpret:
 from bench import compiled
 from bench.compiled import LIMITS, TARGETS, recorded
 
-FULL = ("clip bf16", "siglip bf16")  # every case; elsewhere without the variants of the gather
-ALL = (*FULL, "internvit bf16", "clip-h bf16", "internvit-6b bf16", "projected bf16", "most-patches bf16")
-ALL += ("widest bf16", "clip fp16", "clip fp32", "siglip fp32", "internvit-6b fp32", "widest fp32")
-VARIANTS = ("gather {}", "gather {}, mask", "gather {}, budgets, mask, ranks")
+ALL = ("clip bf16", "siglip bf16", "internvit bf16", "clip-h bf16", "internvit-6b bf16", "projected bf16")
+ALL += ("most-patches bf16", "widest bf16", "clip fp16", "clip fp32", "siglip fp32", "internvit-6b fp32")
+ALL += ("widest fp32",)
 USUAL = ("clip bf16", "internvit-6b bf16")
-KEPT = {name.format(layout) for name in VARIANTS for layout in ("anyres", "tiles", "wide")}
 EVERY_KERNEL = ("rows", "fused", "received", "finalize, ranks", "budgets", "topk", "gather anyres, mask")
 FAST = {"sm_90": {"clip bf16": EVERY_KERNEL}, "gfx942": {"clip bf16": ("rows",)}}
 SLOW = {"sm_90": {"siglip bf16": ("received", "gather tiles, mask"), "clip fp32": ("fused",)}}  # beside USUAL
@@ -46,12 +44,10 @@ def wanted():
         for place in ALL:
             few, more = (cases.get(target, {}).get(place, ()) for cases in (FAST, SLOW))
             for case in cases_of(place):
-                small = case in KEPT or not case.startswith("gather")
                 marks = () if case in few else (pytest.mark.slow,)
-                if case not in (*few, *more) and not (small and place in USUAL):
+                if case not in (*few, *more) and place not in USUAL:
                     marks = (pytest.mark.slow, pytest.mark.exhaustive)
-                if small or place in FULL:
-                    yield pytest.param(target, place, case, marks=marks, id=f"{target}-{place}-{case}")
+                yield pytest.param(target, place, case, marks=marks, id=f"{target}-{place}-{case}")
 
 
 def elements(launch):
@@ -117,7 +113,7 @@ def test_every_configuration_is_compiled(monkeypatch):
 
 def test_every_kernel_is_launched():
     """None is left out above: of what is named ``_kernel`` all is recorded."""
-    every = [case for place in FULL for case in cases_of(place).values()]
+    every = cases_of("clip bf16").values()
     launched = {launch.name for case in every for launch in recorded(case, "sm_90")}
     modules = [vars(kernels)[module.name] for module in pkgutil.iter_modules(kernels.__path__)]
     assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
