@@ -126,7 +126,7 @@ class _Kept:
         self.labels = [f"{n} · {_percent(share)}" for n, share in zip(budgets[tiles], shares[tiles])]
         self.length = selection.lengths[image_index]
         self.detail = "random" if selection.policy == "random" else "CLS attention"
-        self.valid = np.zeros([count * layout.side for count in layout.grid], bool)
+        self.valid: np.ndarray = np.zeros([count * layout.side for count in layout.grid], bool)
         self.valid[slice(*layout.rows), slice(*layout.columns)] = True
 
     def tiles(self, values: np.ndarray) -> np.ndarray:
@@ -194,10 +194,11 @@ class _Page:
         notes = [(line, self.small, _MUTED) for line in self._wrap(self._notes(labelled), self.small)]
         height = bottom + round(1.4 * self.small * len(notes)) + self.margin
         self.figure.set_size_inches(self.width / _DPI, height / _DPI)
-        for y, lines in ((self.margin, header), (bottom, notes)):
+        for top, lines in ((self.margin, header), (bottom, notes)):
+            y = float(top)
             for line, letters, colour in lines:
-                place = self.margin / self.width, 1 - (y + letters) / height
-                self.figure.text(*place, line, **self._style(letters, colour))
+                x = self.margin / self.width
+                self.figure.text(x, 1 - (y + letters) / height, line, **self._style(letters, colour))
                 y += 1.4 * letters
         for name, *place in panels:
             axes = self._panel(name, *place)
@@ -289,7 +290,7 @@ class _Page:
         rows, columns = np.flatnonzero(valid.any(1)), np.flatnonzero(valid.any(0))
         if not len(rows):
             return
-        box = columns[0], columns[-1] + 1, rows[-1] + 1, rows[0]
+        box = int(columns[0]), int(columns[-1]) + 1, int(rows[-1]) + 1, int(rows[0])
         cell = width / keep.shape[1], height / keep.shape[0]
         size = round((box[1] - box[0]) * cell[0]), round((box[2] - box[3]) * cell[1])
         pixels = self.image.resize((max(size[0], 1), max(size[1], 1)), Image.Resampling.BICUBIC)
