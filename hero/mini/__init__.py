@@ -1,4 +1,4 @@
-"""A very small, really trained LLaVA-NeXT with its own pictures and questions.
+"""A very small trained LLaVA-NeXT with its own pictures and questions.
 
 It answers one-word questions about generated scenes, offline and on a CPU, so that the demo runs anywhere and
 tests can measure what dropping tokens costs. See ``weights/README.md`` for what it is.
@@ -100,7 +100,7 @@ def load(
 
 
 def clip_config(text: PretrainedConfig, vision: PretrainedConfig) -> CLIPConfig:
-    """The CLIP model beside a LLaVA-NeXT: its vision tower, and a small text side over its words."""
+    """The CLIP model beside a LLaVA-NeXT: its vision tower, and a small text encoder over its vocabulary."""
     from transformers import CLIPConfig, CLIPTextConfig
 
     text_config = CLIPTextConfig(
@@ -123,11 +123,11 @@ def clip_config(text: PretrainedConfig, vision: PretrainedConfig) -> CLIPConfig:
 
 
 def build_clip(model: LlavaNextForConditionalGeneration, weights: str | Path = WEIGHTS) -> CLIPModel:
-    """The CLIP model whose image half is the vision tower of ``model``, the mini model that ``load`` returns.
+    """The CLIP model whose image encoder is the vision tower of ``model``, which ``load`` returned.
 
-    The image half holds the tower's own parameters, not copies: what moves one moves the other.
-    Text half, projections and temperature come from ``clip_head.safetensors`` in the folder ``weights``, cast
-    to the tower's dtype and device.
+    The image encoder holds the tower's own parameters, not copies: what moves one moves the other.
+    Text encoder, projections and temperature come from ``clip_head.safetensors`` in the folder ``weights``,
+    cast to the tower's dtype and device.
     """
     import torch
     from safetensors.torch import load_file
@@ -148,7 +148,7 @@ def build_clip(model: LlavaNextForConditionalGeneration, weights: str | Path = W
 
 
 def clip_tokenizer(weights: str | Path = WEIGHTS) -> PreTrainedTokenizerBase:
-    """The tokenizer of the text half: the model's own words in CLIP's frame, ``<bos> ... <eos>``, 24 at most.
+    """The text encoder's tokenizer: the model's vocabulary as ``<bos> ... <eos>``, at most 24 tokens.
 
     The processor's tokenizer ends without ``<eos>``, the position at which CLIP reads its text embedding.
     """
