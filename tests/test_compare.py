@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    """Two commits of this checkout's packages: as they are, and with features that are not those gathered."""
+    """Two commits of this checkout's packages: as they are, and with another newline."""
     root = tmp_path_factory.mktemp("repository")
     for package in compare.PACKAGES:
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -34,10 +34,11 @@ def repository(tmp_path_factory) -> Path:
 
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     commit("as it is")
-    file = root / "hero_kernels" / "reference.py"
+    file = root / "hero" / "encoder.py"
     text = file.read_text(encoding="utf-8")
-    assert text.count("newlines[:, 0], 0.0)") == 1
-    file.write_text(text.replace("newlines[:, 0], 0.0)", "newlines[:, 0], 0.0) + 2.0"), encoding="utf-8")
+    newline = "self.image_newline.to(tokens.device, tokens.dtype)"
+    assert text.count(newline) == 1
+    file.write_text(text.replace(newline, f"{newline} + 2.0"), encoding="utf-8")
     commit("another")
     return root
 
@@ -50,7 +51,7 @@ def test_a_wrong_answer_is_seen(repository, tmp_path, capsys):
     record = run(repository, "HEAD~1", "HEAD", "--out", str(tmp_path / "record.json"))
     assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8")) == record
     (result,) = record["results"]
-    assert result["difference"] > 0.1 and "differs by up to" in capsys.readouterr().out
+    assert result["difference"] == pytest.approx(2.0) and "differs by up to 2" in capsys.readouterr().out
     (pair,) = result["processes"]
     assert len(pair["base"]) == len(pair["head"]) == 2 and min(pair["base"]) > 0
     commits = subprocess.run(
