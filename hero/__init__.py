@@ -15,7 +15,7 @@ from .policies import SignalWeights
 
 if TYPE_CHECKING:  # type checkers do not see what __getattr__ imports on first use
     from .encoder import HeroVisionEncoder
-    from .handle import Handle, attach
+    from .handle import Handle, attach, detach
     from .picture import visualize
     from .relevance import ClipRelevance
     from .selection import Selection
@@ -30,6 +30,7 @@ __all__ = [
     "SignalWeights",
     "__version__",
     "attach",
+    "detach",
     "count_tokens",
     "policies",
     "visualize",
@@ -41,6 +42,7 @@ _LAZY = {
     "HeroVisionEncoder": "encoder",
     "Selection": "selection",
     "attach": "handle",
+    "detach": "handle",
     "visualize": "picture",
 }
 

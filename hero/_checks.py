@@ -20,8 +20,11 @@ __all__ = [
 
 
 def error(kind: type[Exception], name: str, expected: str, value: object) -> Exception:
-    """An exception that names the argument, what was expected and what was given."""
-    return kind(f"{name}: expected {expected}, got {value!r}")
+    """An exception that names the argument, what was expected and what was given, if that is short."""
+    text = repr(value)
+    if len(text) > 100 or "\n" in text:
+        text = f"{type(value).__name__} {text.splitlines()[0][:60]}…"
+    return kind(f"{name}: expected {expected}, got {text}")
 
 
 def check_real(name: str, expected: str, value: object) -> float:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 import hero_kernels as hk
 
+from .patches import put, restore
+
 __all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remove"]
 
 NAME = "hero_attention_rows"
@@ -195,25 +197,24 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     collectors = () if compiling else _collectors.get()
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attending = None
-    if state.fused and not compiling:
-        rows = (one for one in collectors if isinstance(one, Collector) and state.layer in one.weights)
-        attending = next(rows, None)
     if compiling and state.keeps_keys:
         state.keys = _mean_keys(key)
-    if state.fused and query.shape == key.shape and (compiling or attending is not None):
+    attending = None
+    if state.fused and query.shape == key.shape:  # whoever listens: a recomputed call must do the same
         if attention_mask is not None or kwargs.get("dropout"):
             raise ValueError(
                 "attention: expected 'native' for an encoder with an attention mask or dropout, got 'fused'"
             )
-        if compiling:
-            second = state.second_softmax
-            output, state.rows = hk.attention_with_cls(query, key, value, scale, second_softmax=second)
-        else:
+        rows = (one for one in collectors if isinstance(one, Collector) and state.layer in one.weights)
+        attending = next(rows, None)
+        if attending is not None:
             output = attending.attend(state.layer, query, key, value, scale)
+        else:
+            second = state.second_softmax
+            output, found = hk.attention_with_cls(query, key, value, scale, second_softmax=second)
+            state.rows = found if compiling else None
         output = output.transpose(1, 2), None
     else:
-        attending = None
         output = base(state.view, query, key, value, attention_mask, **kwargs)
         if compiling and state.received:
             state.rows = hk.received_attention(query, key, scale)
@@ -258,10 +259,9 @@ def install(
         type(_interface()).register(NAME, _attention)
     for layer, module in modules.items():
         view = _View(module, module.config)
-        module.__dict__[_STATE] = _State(
-            module.config, view, layer, received, second_softmax, fused, layer in keys
-        )
-        module.config = copy.copy(module.config)
+        state = _State(module.config, view, layer, received, second_softmax, fused, layer in keys)
+        put(module, _STATE, state)
+        put(module, "config", copy.copy(module.config))
         module.config._attn_implementation_internal = NAME
 
 
@@ -273,7 +273,7 @@ def installed(module: nn.Module) -> bool:
 def remove(modules: Mapping[int, nn.Module]) -> None:
     """Undo :func:`install` exactly."""
     for module in modules.values():
-        module.config = module.__dict__.pop(_STATE).config
+        restore(module)
 
 
 @contextlib.contextmanager

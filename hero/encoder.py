@@ -43,7 +43,8 @@ class HeroVisionEncoder(nn.Module):
         config: what to keep; ``HeroConfig()`` if ``None``.
         geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1 and
             1×3 of LLaVA-NeXT.
-        image_newline: ``[D]`` embedding that ends each row of the stitched grid; ``None`` for none.
+        image_newline: ``[D]`` embedding that ends each row of the stitched grid, or a function that returns
+            it at each call; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to divide tokens among tiles by the question.
         feature_layer: the hidden state(s) that the model uses; several are concatenated.
         cuda_graphs: replay the stages from CUDA graphs, recorded when image sizes are first seen. The last 8
@@ -62,7 +63,7 @@ class HeroVisionEncoder(nn.Module):
         config: HeroConfig | None = None,
         *,
         geometry: Geometry | None = None,
-        image_newline: Tensor | None = None,
+        image_newline: Tensor | Callable[[], Tensor] | None = None,
         relevance: ClipRelevance | None = None,
         feature_layer: int | Sequence[int] = -2,
         cuda_graphs: bool = False,
@@ -75,10 +76,13 @@ class HeroVisionEncoder(nn.Module):
             ("vision_tower", vision_tower, nn.Module, "an nn.Module"),
             ("projector", projector, nn.Module, "an nn.Module or None"),
             ("geometry", geometry, Geometry, "hero.Geometry or None"),
-            ("image_newline", image_newline, Tensor, "a tensor [D] or None"),
         ):
             if not isinstance(value, kind) and not (value is None and expected.endswith("None")):
                 raise TypeError(f"{name}: expected {expected}, got {value!r}")
+        if not (image_newline is None or isinstance(image_newline, Tensor) or callable(image_newline)):
+            raise TypeError(
+                f"image_newline: expected a tensor [D], a function or None, got {image_newline!r}"
+            )
         self._tower = tower_for(vision_tower)
         crop_size, patch_size = self._tower.geometry(vision_tower)
         if geometry is None:
@@ -112,7 +116,7 @@ class HeroVisionEncoder(nn.Module):
         self.cuda_graphs = CudaGraphs() if cuda_graphs else None
         self.vision_tower = vision_tower
         self.projector = projector
-        if image_newline is None or isinstance(image_newline, nn.Parameter):
+        if not isinstance(image_newline, Tensor) or isinstance(image_newline, nn.Parameter):
             self.image_newline = image_newline
         else:
             self.register_buffer("image_newline", image_newline, persistent=False)
@@ -122,8 +126,10 @@ class HeroVisionEncoder(nn.Module):
         self._scored_layers = tuple(sorted({*layers, *keys}))
         self._plans = Plans()
         self._compiled_plans = SimpleNamespace()
+        modules = self._tower.attention_modules(vision_tower)
+        self._observed = {layer: modules[layer] for layer in self._scored_layers}
         attention_rows.install(
-            self._scored_modules(),
+            self._observed,
             received=not self._tower.has_cls,
             second_softmax=needs.second_softmax,
             fused=config.attention == "fused",
@@ -140,18 +146,13 @@ class HeroVisionEncoder(nn.Module):
         """Whether a tile signal reads the CLS feature of the last layer."""
         return self._needs.cls or (self._shared and self._needs.relevance)
 
-    def _scored_modules(self) -> dict[int, nn.Module]:
-        """The attention modules of the layers that score patches."""
-        modules = self._tower.attention_modules(self.vision_tower)
-        return {layer: modules[layer] for layer in self._scored_layers}
-
     def remove(self) -> None:
         """Restore the tower exactly, and drop plans and CUDA graphs."""
         if self.cuda_graphs is not None:
             self.cuda_graphs.clear()
         self._plans.clear()
         self._compiled_plans = SimpleNamespace()
-        attention_rows.remove(self._scored_modules())
+        attention_rows.remove(self._observed)
 
     def _plan(self, image_sizes, device: torch.device) -> Plan:
         return self._plans.get(self.geometry.layouts(image_sizes), self.config, self._rows, device)
@@ -216,13 +217,15 @@ class HeroVisionEncoder(nn.Module):
         plan: Plan,
         *,
         feature_layer: int | Sequence[int] | None = None,
+        whole: bool = False,
         **kwargs,
     ) -> Encoded:
         """Run the tower on crops ``[T, 3, S, S]``, with the policy's attention rows beside its attention.
 
         Args:
             feature_layer: other hidden states for the features of this call; the rows stay the same.
-            kwargs: further arguments of the tower, which then runs as a whole.
+            whole: call the tower instead of the layers needed, to have its output as well.
+            kwargs: further arguments of the tower, which is then called too.
         """
         needs, received = self._needs, not self._tower.has_cls
         collectors = {
@@ -234,13 +237,14 @@ class HeroVisionEncoder(nn.Module):
         with_patches = needs.patch_relevance and self._shared
         if with_patches:  # the last layer is one more hidden state of the features
             states = (*states, self.depth)
-        with attention_rows.collect([*collectors.values(), *keys], self._scored_modules()):
+        with attention_rows.collect([*collectors.values(), *keys], self._observed):
             ran = self._tower.run(
                 self.vision_tower,
                 pixel_values,
                 states,
                 cls=self.needs_cls,
                 scored=self._scored_layers,
+                whole=whole,
                 **kwargs,
             )
         features, patches = ran.features, None
@@ -354,10 +358,14 @@ class HeroVisionEncoder(nn.Module):
     def project(self, gathered: hk.Gathered) -> Tensor:
         """Tokens ``[total, D]`` in the language model's width, with newlines."""
         tokens = gathered.tokens if self.projector is None else self.projector(gathered.tokens)
-        if self.image_newline is None:
+        newline = self._newline()
+        if newline is None:
             return tokens
-        newline = (gathered.index < 0).to(tokens.device)[:, None]
-        return torch.where(newline, self.image_newline.to(tokens.device, tokens.dtype), tokens)
+        is_newline = (gathered.index < 0).to(tokens.device)[:, None]
+        return torch.where(is_newline, newline.to(tokens.device, tokens.dtype), tokens)
+
+    def _newline(self) -> Tensor | None:
+        return self.image_newline() if callable(self.image_newline) else self.image_newline
 
     def forward(self, pixel_values: Tensor, image_sizes, text: Text = None) -> Selection:
         """Encode images and keep their most useful tokens.

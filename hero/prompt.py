@@ -19,6 +19,7 @@ __all__ = ["images_of_rows", "questions", "shrink"]
 
 # Tensors aligned with input_ids, and what fills their padding.
 _ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
+_KNOWN = {*_ALIGNED, "input_ids", "attention_mask", "position_ids", "shift_labels", "pixel_values"}
 
 
 def images_of_rows(is_image: Tensor, lengths: Sequence[int]) -> list[int]:
@@ -78,8 +79,9 @@ def shrink(
     Rows are padded again to the longest of them, on the side they were padded on, or on the left.
 
     Args:
-        inputs: keyword arguments of the model with ``input_ids`` ``[B, L]``; ``attention_mask``,
-            ``labels``, ``token_type_ids``, ``mm_token_type_ids`` and ``position_ids`` follow where given.
+        inputs: keyword arguments of the model with ``input_ids`` ``[B, L]``. What refers to positions
+            follows: ``attention_mask``, ``position_ids``, ``cache_position``, ``labels``, ``shift_labels``,
+            ``token_type_ids``, ``mm_token_type_ids``, and ``logits_to_keep`` as a tensor of positions.
         image_token_id: the placeholder.
         runs: (length now, length wanted) of each run of placeholders, in order.
         pad_token_id: fills ``input_ids``.
@@ -88,26 +90,30 @@ def shrink(
         a copy of ``inputs`` with the shortened tensors.
 
     Raises:
-        ValueError: ``attention_mask`` of another rank.
+        ValueError: an argument that cannot be shortened, by name.
     """
     ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones_like(ids)
+    given = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if given is None else given
     if mask.dim() != 2:
         raise ValueError(f"attention_mask: expected [B, L], got shape {tuple(mask.shape)}")
+    for name, value in inputs.items():
+        if name not in _KNOWN and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+            expected = "input_ids with as many placeholders as tokens are kept, or None"
+            raise ValueError(f"{name}: expected {expected}, got a tensor that cannot be shortened with them")
     length = ids.shape[1]
     past, mask = mask[:, :-length], mask[:, -length:]  # a mask may begin with what a cache holds
+    is_image = ids == image_token_id
 
     now = torch.tensor([run[0] for run in runs])
     wanted = torch.tensor([run[1] for run in runs])
     place = torch.arange(int(now.sum())) - (now.cumsum(0) - now).repeat_interleave(now)
     surplus = (place >= wanted.repeat_interleave(now)).to(ids.device)
     keep = torch.ones_like(ids, dtype=torch.bool)
-    keep[ids == image_token_id] = ~surplus
+    keep[is_image] = ~surplus
 
-    left = bool((mask[:, 0] == 0).any()) or not bool((mask[:, -1] == 0).any())
-    content = mask.bool()
+    content = mask.bool() | is_image  # stock fills placeholders that the mask covers
+    left = not bool(content[:, 0].all()) or bool(content[:, -1].all())
     order = content if left else content.flip(1)
     padding = (order.long().cumsum(1) == 0).sum(1)  # padding of each row, at the padded side
     common = int(padding.min())
@@ -129,13 +135,41 @@ def shrink(
     shortened = dict(inputs)
     shortened["input_ids"] = repack(ids, pad_token_id)
     new_mask = repack(mask, 0)
-    shortened["attention_mask"] = torch.cat([past, new_mask], dim=1)
+    if given is not None or not bool(new_mask.all()):
+        shortened["attention_mask"] = torch.cat([past, new_mask], dim=1)
     for name, fill in _ALIGNED.items():
         values = inputs.get(name)
         if isinstance(values, Tensor) and values.shape == ids.shape:
             shortened[name] = repack(values, fill)
-    if inputs.get("position_ids") is not None:
+    labels = inputs.get("shift_labels")
+    if labels is not None:  # of the next position, which may be another one now
+        ignored = torch.full_like(labels[:, :1], -100)
+        packed = repack(torch.cat([ignored, labels[:, :-1]], dim=1), -100)
+        shortened["shift_labels"] = torch.cat([packed[:, 1:], labels[:, -1:]], dim=1)
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        before, after = (
+            (torch.cat([past, one], dim=1).long().cumsum(1) - 1).clamp_min(0)[:, -one.shape[1] :]
+            for one in (mask, new_mask)
+        )
+        offsets = (positions - before)[mask.bool()]
+        if len(offsets) and bool((offsets != offsets[0]).any()):
+            raise ValueError(
+                "position_ids: expected None, or positions that count what the attention mask shows, for a "
+                "prompt that is shortened"
+            )
         # Positions with gaps would be read as packed sequences: count them anew.
-        positions = shortened["attention_mask"].long().cumsum(1) - 1
-        shortened["position_ids"] = positions.clamp_min(0)[:, -new_length:]
+        shortened["position_ids"] = after + (offsets[0] if len(offsets) else 0)
+    if inputs.get("cache_position") is not None:
+        shortened["cache_position"] = inputs["cache_position"][:new_length]
+    columns = inputs.get("logits_to_keep")
+    if isinstance(columns, Tensor):
+        ranks = keep.long().cumsum(1) - 1
+        moved = (ranks + (new_length - keep.sum(1, keepdim=True) if left else 0))[:, columns]
+        if not bool(keep[:, columns].all()) or bool((moved != moved[:1]).any()):
+            raise ValueError(
+                "logits_to_keep: expected positions that are kept, and the same in every row after surplus "
+                f"placeholders are dropped, got {columns.tolist()}"
+            )
+        shortened["logits_to_keep"] = moved[0]
     return shortened

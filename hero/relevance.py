@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hero_kernels.segments import to_device
 
+from .models import unwrapped
+
 __all__ = ["ClipRelevance", "check_questions", "check_relevance", "question_of"]
 
 # The markers around the user's words in the chat templates of published checkpoints: (begin, end).
@@ -112,13 +114,29 @@ class ClipRelevance:
         return config.image_size // config.patch_size
 
     def shares_weights(self, vision_tower: nn.Module) -> bool:
-        """Whether ``vision_tower`` has the weights of CLIP's vision encoder, equal up to a dtype cast."""
-        own = self.clip_model.vision_model.state_dict()
-        other = getattr(vision_tower, "_orig_mod", vision_tower).state_dict()
+        """Whether ``vision_tower`` has the weights of CLIP's vision encoder, equal up to a dtype cast.
+
+        Weights that cannot be read, since they are offloaded or sharded, count as different with
+        ``second_pass``.
+
+        Raises:
+            ValueError: weights that cannot be read, without ``second_pass``.
+        """
+        own = self.clip_model.vision_model.state_dict(keep_vars=True)
+        other = unwrapped(vision_tower).state_dict(keep_vars=True)
 
         def same(one: Tensor, two: Tensor) -> bool:
+            if one is two:
+                return True
             if one.shape != two.shape:
                 return False
+            if one.is_meta or two.is_meta or type(one.data) is not Tensor or type(two.data) is not Tensor:
+                if self.second_pass:
+                    return False
+                raise ValueError(
+                    "relevance: expected weights that can be compared with those of the vision tower, got "
+                    "offloaded or sharded ones: attach first, or use ClipRelevance(..., second_pass=True)"
+                )
             two = two.to(one.device)
             return torch.equal(one, two.to(one.dtype)) or torch.equal(one.to(two.dtype), two)
 

@@ -36,7 +36,7 @@ def repository(tmp_path_factory) -> Path:
     commit("as it is")
     file = root / "hero" / "encoder.py"
     text = file.read_text(encoding="utf-8")
-    newline = "self.image_newline.to(tokens.device, tokens.dtype)"
+    newline = "newline.to(tokens.device, tokens.dtype)"
     assert text.count(newline) == 1
     file.write_text(text.replace(newline, f"{newline} + 2.0"), encoding="utf-8")
     commit("another")

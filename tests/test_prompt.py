@@ -67,7 +67,7 @@ def test_shrink(side):
         "input_ids": ids,
         "attention_mask": mask,
         "labels": labels,
-        "position_ids": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
         "other": "kept",
     }
     short = shrink(inputs, IMAGE, [(4, 1), (2, 2), (3, 0)], pad_token_id=8)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import operator
 
 from torch import nn
 
-from .base import Adapter, Parts, Patch, ProcessorCounts, Tower, TowerOutput, hidden_states
+from .base import Adapter, Parts, Patch, ProcessorCounts, Tower, TowerOutput, hidden_states, unwrapped
 
 __all__ = [
     "Adapter",
@@ -18,6 +19,7 @@ __all__ = [
     "adapter_for",
     "hidden_states",
     "tower_for",
+    "unwrapped",
 ]
 
 _ADAPTERS = {"LlavaNextForConditionalGeneration": "llava_next"}
@@ -28,7 +30,15 @@ def _find(kind: str, argument: str, table: dict[str, str], value: object):
     for cls in type(value).__mro__:
         if cls.__name__ in table:
             return importlib.import_module(f"{__name__}.{table[cls.__name__]}")
-    raise ValueError(f"{argument}: expected {kind} ({', '.join(table)}), got {type(value).__name__}")
+    hint = ""
+    for inner in ("module", "_orig_mod", "base_model.model"):  # DataParallel, torch.compile, PEFT
+        try:
+            found = type(operator.attrgetter(inner)(value))
+        except AttributeError:
+            continue
+        if any(cls.__name__ in table for cls in found.__mro__):
+            hint = f": attach to its .{inner}"
+    raise ValueError(f"{argument}: expected {kind} ({', '.join(table)}), got {type(value).__name__}{hint}")
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -41,10 +51,9 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 
 def tower_for(vision_tower: nn.Module) -> Tower:
-    """The kind of a vision encoder, compiled or not.
+    """The kind of a vision encoder, wrapped or not.
 
     Raises:
         ValueError: an unsupported encoder; the message names those supported.
     """
-    vision_tower = getattr(vision_tower, "_orig_mod", vision_tower)
-    return _find("a supported vision encoder", "vision_tower", _TOWERS, vision_tower).TOWER
+    return _find("a supported vision encoder", "vision_tower", _TOWERS, unwrapped(vision_tower)).TOWER

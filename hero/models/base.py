@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from ..config import HeroConfig
 from ..layout import Geometry, ImageLayout
 
-__all__ = ["Adapter", "Parts", "Patch", "ProcessorCounts", "Tower", "TowerOutput", "hidden_states"]
+__all__ = [
+    "Adapter",
+    "Parts",
+    "Patch",
+    "ProcessorCounts",
+    "Tower",
+    "TowerOutput",
+    "hidden_states",
+    "unwrapped",
+]
 
 
 class TowerOutput(NamedTuple):
@@ -37,7 +46,9 @@ class Parts:
 
     vision_tower: nn.Module
     projector: nn.Module
-    image_newline: Tensor | None
+    image_newline: (
+        Callable[[], Tensor] | None
+    )  # read at each call, within which modules load their parameters
     geometry: Geometry
     feature_layer: int | tuple[int, ...]
     image_token_id: int
@@ -45,7 +56,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Patch:
-    """A method to put on one instance, and to take off again."""
+    """A method to put on one instance, and to take off again.
+
+    Attributes:
+        function: takes the instance, the method that it hides, and the arguments of the call.
+    """
 
     owner: object
     name: str
@@ -80,6 +95,7 @@ class Tower(ABC):
         *,
         cls: bool = True,
         scored: Sequence[int] = (),
+        whole: bool = False,
         **kwargs,
     ) -> TowerOutput:
         """Encode crops.
@@ -89,7 +105,8 @@ class Tower(ABC):
             states: the hidden states that the features are, 0 the embeddings; several are concatenated.
             cls: whether ``cls`` and ``pooled`` are needed.
             scored: the layers that score patches, whose attention must run.
-            kwargs: further arguments of the module; with any, it runs as a whole.
+            whole: call the module, to return its output too.
+            kwargs: further arguments of the module, which is then called as well.
         """
 
 
@@ -105,16 +122,12 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def projector(self, model: nn.Module) -> nn.Module:
-        """The current projector of a model."""
-
-    @abstractmethod
     def check_processor(self, processor, parts: Parts) -> None:
         """Raise ``TypeError`` or ``ValueError`` unless the processor cuts images as the model does."""
 
     @abstractmethod
     def model_patches(self, model: nn.Module) -> list[Patch]:
-        """Methods that make the model encode images with hero."""
+        """Methods that make the model encode images with hero; ``forward`` of their owners is patched too."""
 
     @abstractmethod
     def processor_patches(self, processor) -> list[Patch]:
@@ -153,3 +166,16 @@ def hidden_states(feature_layer: object, depth: int) -> tuple[int, ...]:
     if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
         raise ValueError(f"feature_layer: expected {expected}, got {feature_layer!r}")
     return tuple(layer % (depth + 1) for layer in layers)
+
+
+def unwrapped(tower: nn.Module) -> nn.Module:
+    """The vision encoder inside a wrapper: of ``torch.compile``, or of PEFT's ``modules_to_save``."""
+    while True:
+        if hasattr(tower, "_orig_mod"):
+            tower = tower._orig_mod
+        elif hasattr(tower, "modules_to_save") and hasattr(tower, "original_module"):
+            active = [] if tower.disable_adapters else tower.active_adapters
+            names = [name for name in active if name in tower.modules_to_save]
+            tower = tower.modules_to_save[names[0]] if names else tower.original_module
+        else:
+            return tower

@@ -6,11 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import eager_attention_forward
+from transformers.models.clip.modeling_clip import (
+    CLIPAttention,
+    CLIPEncoderLayer,
+    CLIPVisionModel,
+    eager_attention_forward,
+)
 from transformers.utils import output_capturing
 
-from .base import Tower, TowerOutput
+from .base import Tower, TowerOutput, unwrapped
 
 __all__ = ["TOWER"]
 
@@ -20,19 +26,21 @@ _SELECTS_HIDDEN_STATES = hasattr(output_capturing, "resolve_hidden_states_indice
 
 class ClipTower(Tower):
     def attention_modules(self, tower):
-        tower = getattr(tower, "_orig_mod", tower)
+        tower = unwrapped(tower)
         return {number: layer.self_attn for number, layer in enumerate(tower.encoder.layers)}
 
     def geometry(self, tower):
+        tower = unwrapped(tower)
         return tower.config.image_size, tower.config.patch_size
 
-    def run(self, tower, pixel_values, states, *, cls=True, scored=(), **kwargs):
+    def run(self, tower, pixel_values, states, *, cls=True, scored=(), whole=False, **kwargs):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if kwargs or not _is_plain(tower):
+        last = max(scored, default=-1)
+        if whole or kwargs or not _is_plain(tower, max(*states, last + 1)):
             hidden, output = _run_whole(tower, pixel_values, states, **kwargs)
             last, pooled = output.last_hidden_state[:, 0], output.pooler_output
         else:
-            hidden, last, pooled = _run_needed(tower, pixel_values, states, cls, max(scored, default=-1))
+            hidden, last, pooled = _run_needed(tower, pixel_values, states, cls, last)
             output = None
         features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)
         return TowerOutput(features[:, 1:], last, pooled, output)
@@ -45,22 +53,45 @@ def _run_whole(
     if not kwargs.get("output_hidden_states"):
         kwargs["output_hidden_states"] = list(states) if _SELECTS_HIDDEN_STATES else True
     # The tower does this on its first call; a compiled tower cannot, because of the lock it takes.
-    output_capturing.maybe_install_capturing_hooks(getattr(tower, "_orig_mod", tower))
+    output_capturing.maybe_install_capturing_hooks(unwrapped(tower))
     output = tower(pixel_values, return_dict=True, **kwargs)
     return [output.hidden_states[state] for state in states], output
 
 
-def _is_plain(tower: nn.Module) -> bool:
-    """Whether layers can be run one by one: it would not bypass anything that the user put on the tower."""
-    if hasattr(tower, "_orig_mod") or tower._compiled_call_impl is not None:
+def _is_plain(tower: nn.Module, layers: int) -> bool:
+    """Whether layers can be run one by one: it bypasses nothing that the user put on the tower.
+
+    Args:
+        layers: how many of them are called as they are; of the next, parts may be called, or nothing.
+    """
+    if type(tower) is not CLIPVisionModel or tower._compiled_call_impl is not None:
         return False
-    for module in (tower, tower.encoder, *tower.encoder.layers[-1].modules()):  # accelerate replaces forward
-        if "forward" in module.__dict__:
-            return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (tower, tower.encoder)):
+    depth = len(tower.encoder.layers)
+    rest = tower.encoder.layers[min(layers, depth - 1) :]
+    modules = (
+        tower,
+        tower.encoder,
+        tower.post_layernorm,
+        *(one for layer in rest for one in layer.modules()),
+    )
+    if torch_module._has_any_global_hook() or any(map(_is_observed, modules)):
+        return False
+    if any(
+        type(layer) is not CLIPEncoderLayer or type(layer.self_attn) is not CLIPAttention for layer in rest
+    ):
         return False
     name = tower.config._attn_implementation or "eager"
     return name in ("eager", "sdpa") or name.startswith("flash_attention")
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether a module must be called as a whole: its ``forward`` was replaced, or the user put hooks on it.
+
+    Those of transformers' own output capturing do nothing unless outputs are asked for.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
+    return "forward" in module.__dict__ or any(one.__module__ != output_capturing.__name__ for one in hooks)
 
 
 def _run_needed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..layout import Geometry
@@ -13,6 +15,7 @@ __all__ = ["ADAPTER"]
 
 def get_image_features(
     self,
+    original,
     pixel_values,
     image_sizes,
     vision_feature_layer=None,
@@ -21,32 +24,33 @@ def get_image_features(
 ):
     """Kept visual tokens of each image: ``pooler_output`` is a list of ``[n_i, D]``, newlines included.
 
-    Replaces the model's own method, whose parameter names ``generate`` reads. Hidden states are returned only
-    if they are asked for; otherwise the tower runs no further than needed.
+    Called by a user, the output has what the stock one has. Within a call of the model it has the tokens and
+    the hidden states that were asked for, so that the tower runs no further than needed.
     """
     strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+    if len(image_sizes) == 0:
+        return original(pixel_values, image_sizes, vision_feature_layer, strategy, **kwargs)
     _check_strategy(strategy)
+    layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
     return_dict = kwargs.pop("return_dict", None)
-    tokens, output = self._hero.image_tokens(
-        pixel_values, image_sizes, feature_layer=vision_feature_layer, **kwargs
-    )
-    output = BaseModelOutputWithPooling(
-        last_hidden_state=getattr(output, "last_hidden_state", None),
-        pooler_output=tokens,
-        hidden_states=output.hidden_states if kwargs.get("output_hidden_states") else None,
-        attentions=getattr(output, "attentions", None),
-    )
-    return output.to_tuple() if return_dict is False else output
+    if return_dict is None:
+        return_dict = self.config.return_dict
+    hidden = kwargs.setdefault("output_hidden_states", self.config.output_hidden_states) or None
+    kwargs["output_hidden_states"] = hidden
+    tokens, output = self._hero.image_tokens(pixel_values, image_sizes, feature_layer=layer, **kwargs)
+    output = BaseModelOutputWithPooling() if output is None else output
+    output.pooler_output = tokens
+    return output if return_dict else output.to_tuple()
 
 
-def get_number_of_features(self, orig_height, orig_width, height, width):
+def get_number_of_features(self, original, orig_height, orig_width, height, width):
     """Visual tokens of an image, plus the CLS token that callers subtract again."""
-    counts = self._hero
-    if (height, width) != (counts.geometry.crop_size,) * 2:
-        raise ValueError(
-            f"pixel_values: expected crops of {counts.geometry.crop_size} px, got {(height, width)}"
-        )
-    return counts.tokens((orig_height, orig_width)) + self.num_additional_image_tokens
+    geometry = self._hero.geometry
+    if (height, width) != (geometry.crop_size,) * 2:
+        raise ValueError(f"pixel_values: expected crops of {geometry.crop_size} px, got {(height, width)}")
+    if _pairs(self.image_processor.image_grid_pinpoints) != geometry.pinpoints:
+        raise RuntimeError("image_grid_pinpoints of the processor changed after attach: attach again")
+    return self._hero.tokens((orig_height, orig_width)) + self.num_additional_image_tokens
 
 
 def _check_strategy(strategy: str) -> None:
@@ -57,9 +61,6 @@ def _check_strategy(strategy: str) -> None:
 
 
 class LlavaNextAdapter(Adapter):
-    def projector(self, model):
-        return model.model.multi_modal_projector
-
     def parts(self, model):
         config = model.config
         _check_strategy(config.vision_feature_select_strategy)
@@ -67,8 +68,8 @@ class LlavaNextAdapter(Adapter):
         layer = config.vision_feature_layer
         return Parts(
             vision_tower=model.model.vision_tower,
-            projector=self.projector(model),
-            image_newline=model.model.image_newline,
+            projector=model.model.multi_modal_projector,
+            image_newline=functools.partial(getattr, model.model, "image_newline"),
             geometry=Geometry(crop_size, patch_size, _pairs(config.image_grid_pinpoints)),
             feature_layer=layer if isinstance(layer, int) else tuple(layer),
             image_token_id=config.image_token_id,
@@ -89,6 +90,9 @@ class LlavaNextAdapter(Adapter):
             expected = f"crops of {geometry.crop_size} px and patches of {geometry.patch_size} px"
             raise ValueError(f"processor: expected {expected}, got {crop} and {processor.patch_size}")
         _check_strategy(processor.vision_feature_select_strategy)
+        if processor.num_additional_image_tokens != 1:
+            got = processor.num_additional_image_tokens
+            raise ValueError(f"processor: expected num_additional_image_tokens=1, the CLS token, got {got}")
 
     def model_patches(self, model):
         return [Patch(model.model, "get_image_features", get_image_features)]

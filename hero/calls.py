@@ -1,0 +1,382 @@
+"""What calls of an attached model do: shorten the prompt, pass the question on, keep the caller's view.
+
+``forward`` and ``generate`` accept prompts with as many image placeholders as tokens are kept, and stock
+prompts, which are shortened. A key-value cache records the images that it holds, so that a later turn either
+continues on it or is refused.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .config import HeroConfig
+from .layout import ImageLayout
+from .prompt import images_of_rows, questions, shrink
+from .selection import Selection
+
+__all__ = ["Call", "current_call", "forward", "generate"]
+
+Handle: TypeAlias = Any  # a hero.Handle, whose module imports this one
+_CACHES = ("past_key_values", "cache")  # the names of the argument before and since transformers 5.24
+_HELD = "_hero_images"
+
+
+@dataclass(frozen=True)
+class Held:
+    """An image in a key-value cache: its layout, its number of tokens, and what decided on them."""
+
+    layout: ImageLayout
+    length: int
+    config: HeroConfig
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the model passes to its image encoder."""
+
+    handle: Handle
+    text: list[str] | None = None  # the question of each image
+    rows: tuple[int, ...] = ()  # the prompt of each image
+    layouts: tuple[ImageLayout, ...] = ()  # of each image: sizes are read once per call
+    lengths: tuple[int, ...] = ()  # its kept tokens
+    held: tuple[Held, ...] = ()  # images that the cache holds already
+    # Images encoded ahead, if the number of kept tokens depends on the data.
+    encoded: tuple[Selection, object] | None = None
+    in_forward: bool = False
+
+
+_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hero_call", default=None)
+
+
+def current_call(handle: Handle) -> Call | None:
+    """The call of a handle's model that is running, if there is one."""
+    call = _call.get()
+    return call if call is not None and call.handle is handle else None
+
+
+def named(function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Positional arguments of a method by their names, after ``self``, together with the others."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(function).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def features_of(inputs: Mapping[str, Any]) -> Any:
+    """Image features that the caller computed ahead, or ``None``."""
+    return (inputs.get("mm_encoder_outputs") or {}).get("image")
+
+
+def forward(self: nn.Module, original: Callable, *args, **kwargs):
+    """``forward`` of the model, or of the model inside it, on a prompt of either length."""
+    inputs = named(type(self).forward, args, kwargs)
+    if inputs.get("pixel_values") is None and features_of(inputs) is None:
+        return original(**inputs)
+    handle = self._hero
+    outer = call = current_call(handle)
+    if call is None:  # neither generate nor an enclosing forward has shortened the prompt
+        inputs, call = fit_prompt(handle, inputs, whole=False)
+    token = _call.set(replace(call, in_forward=True) if call is not None else Call(handle))
+    try:
+        output = original(**inputs)
+    except ValueError as error:
+        if "image tokens do not match" not in str(error):
+            raise
+        raise ValueError(f"{error}. hero is attached: prompts need the number of kept tokens") from error
+    finally:
+        _call.reset(token)
+    if call is not None and (outer is None or not outer.in_forward):
+        _record(handle, call, inputs, output)
+    return output
+
+
+def generate(self: nn.Module, original: Callable, *args, **kwargs):
+    """``generate`` on a prompt of either length; the result begins with the caller's own prompt."""
+    kwargs = named(type(self).generate, args, kwargs)
+    if kwargs.get("input_ids") is None:
+        kwargs["input_ids"] = kwargs.pop("inputs", None)
+    prompt = kwargs["input_ids"]
+    if prompt is None:
+        del kwargs["input_ids"]
+    elif kwargs.get("attention_mask") is None:
+        mask = _mask_of_padding(self, prompt, kwargs)
+        kwargs |= {} if mask is None else {"attention_mask": mask}
+    handle = self._hero
+    with torch.no_grad():
+        kwargs, call = fit_prompt(handle, kwargs, whole=True)
+    if call is not None:
+        _check_generation(self, kwargs, call)
+    shrunk = prompt is not None and kwargs["input_ids"] is not prompt
+    if shrunk:
+        _as_called(self, kwargs, prompt)
+    token = _call.set(call)
+    try:
+        output = original(**kwargs)
+    finally:
+        _call.reset(token)
+    if not shrunk:
+        return output
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    sequences = _restored(prompt, kwargs["input_ids"].shape[1], sequences)
+    if isinstance(output, Tensor):
+        return sequences
+    output.sequences = sequences
+    return output
+
+
+# --- prompts ---------------------------------------------------------------------------------------------
+
+
+def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call | None]:
+    """Shorten a prompt to the number of kept tokens, and find the question of each image.
+
+    Args:
+        inputs: keyword arguments of ``forward`` or ``generate``.
+        whole: whether ``input_ids`` begin with what the cache holds, as those of ``generate`` do.
+
+    Returns:
+        the arguments, shortened if the prompt has the stock number of placeholders, and what to pass to the
+        image encoder, if there are images to encode.
+
+    Raises:
+        ValueError: the placeholders fit neither the stock nor the kept number of tokens; a cache of another
+            selection; an argument that is missing or cannot be shortened.
+    """
+    ids, pixels, features = inputs.get("input_ids"), inputs.get("pixel_values"), features_of(inputs)
+    encoder, config, sizes = handle.encoder, handle.config, inputs.get("image_sizes")
+    is_new = pixels is not None or features is not None
+    held = _held(inputs) if whole else ()
+    if is_new and sizes is None:
+        raise ValueError("image_sizes: expected (height, width) of each image, got None")
+    layouts = encoder.geometry.layouts(sizes) if sizes is not None and len(sizes) else ()
+    if ids is None and is_new and layouts:
+        return inputs, _of_embeddings(handle, inputs, layouts)
+    total = 0 if ids is None else int((ids == handle.image_token_id).sum()) if layouts or held else 0
+    if total == 0 and not (is_new and layouts):
+        return inputs, None
+    if not is_new:  # all images are in the cache
+        held, layouts = _check_held(handle, held, layouts, inputs), ()
+    lengths = tuple(layout.kept_tokens(config) for layout in layouts)
+    if features is not None:
+        lengths = tuple(map(len, features.pooler_output))
+    before = [one.length for one in _check_held(handle, held, None, inputs)]
+    kept = [*before, *lengths]
+    full = [layout.full_tokens for layout in (*(one.layout for one in held), *layouts)]
+    if total not in (sum(kept), sum(full)):
+        raise ValueError(
+            f"input_ids: expected {sum(kept)} image placeholders for the images (processor attached), "
+            f"or {sum(full)} (stock processor), got {total}"
+        )
+    now = kept if total == sum(kept) else full
+    call = None
+    if is_new:
+        text = None
+        is_image = ids == handle.image_token_id
+        rows = images_of_rows(is_image, now)[len(held) :]
+        if encoder.needs_text:
+            text = questions(ids, inputs.get("attention_mask"), handle.image_token_id, rows, handle.tokenizer)
+        call = Call(handle, text, tuple(rows), layouts, lengths, held)
+        if config.allocation == "floor" and features is None:
+            # The number of kept tokens depends on the data: encode the images first.
+            layer, images = inputs.get("vision_feature_layer"), [one.image_size for one in layouts]
+            selection, output = handle.encode(pixels, images, text, feature_layer=layer)
+            kept = [*before, *selection.lengths]
+            call = replace(call, encoded=(selection, output), lengths=tuple(selection.lengths))
+    if now != kept:
+        adapter = handle.adapter
+        runs = [
+            pair
+            for layout, *counts in zip((*(one.layout for one in held), *layouts), now, kept, strict=True)
+            for pair in zip(*(adapter.runs(layout, count) for count in counts), strict=True)
+        ]
+        pad = handle.model.generation_config.pad_token_id
+        inputs = shrink(inputs, handle.image_token_id, runs, pad_token_id=0 if pad is None else pad)
+    return inputs, call
+
+
+def _of_embeddings(handle: Handle, inputs: dict, layouts: tuple[ImageLayout, ...]) -> Call:
+    """The call of a prompt that is given as embeddings, which cannot be shortened."""
+    embeddings, weight = inputs.get("inputs_embeds"), handle.model.get_input_embeddings().weight
+    lengths = tuple(layout.kept_tokens(handle.config) for layout in layouts)
+    if handle.encoder.needs_text:
+        raise ValueError("inputs_embeds: expected input_ids, from which relevance reads the question")
+    if embeddings is not None and handle.config.allocation == "exact":
+        total = int((embeddings == weight[handle.image_token_id]).all(-1).sum())
+        if total != sum(lengths):
+            raise ValueError(
+                f"inputs_embeds: expected those of {sum(lengths)} image placeholders, as many as tokens are "
+                f"kept, or input_ids, which are shortened, got {total} placeholders"
+            )
+    return Call(handle, None, tuple(range(len(layouts))), layouts, lengths)
+
+
+def _mask_of_padding(model: nn.Module, ids: Tensor, kwargs: dict) -> Tensor | None:
+    """The mask that ``generate`` infers from padding if it gets none: shortening changes the padding."""
+    pad, eos = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+        return None
+    mask = ids != pad
+    return None if bool(mask.all()) else mask.long()
+
+
+# --- caches ----------------------------------------------------------------------------------------------
+
+
+def _cache_of(inputs: Mapping[str, Any]) -> Any:
+    return next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
+
+
+def _held(inputs: Mapping[str, Any]) -> tuple[Held, ...]:
+    """The images in the cache that a call was given."""
+    cache = _cache_of(inputs)
+    images = getattr(cache, _HELD, ())
+    return images if images and int(cache.get_seq_length()) else ()
+
+
+def _check_held(
+    handle: Handle, held: tuple[Held, ...], layouts: Sequence[ImageLayout] | None, inputs: dict
+) -> tuple[Held, ...]:
+    """The images in the cache, if it was filled as this configuration fills it.
+
+    Args:
+        layouts: the images as the caller gives their sizes, ``None`` if that was checked.
+
+    Raises:
+        ValueError: it was not, or it holds other images.
+    """
+    config = handle.config
+    if layouts and not held:  # filled without hero, or not at all
+        if any(layout.kept_tokens(config) != layout.full_tokens for layout in layouts):
+            raise ValueError(
+                "pixel_values: expected the images, or a cache that was filled with hero attached and holds "
+                "them, got neither"
+            )
+        return tuple(Held(layout, layout.full_tokens, config) for layout in layouts)
+    if layouts and tuple(one.layout for one in held) != tuple(layouts):
+        sizes = [one.layout.image_size for one in held], [one.image_size for one in layouts]
+        raise ValueError(
+            f"image_sizes: expected those of the images in the cache, {sizes[0]}, got {sizes[1]}"
+        )
+    for one in held:
+        exact = config.allocation == one.config.allocation == "exact"
+        if one.length != one.layout.kept_tokens(config) if exact else one.config != config:
+            raise ValueError(
+                f"past_key_values: expected a cache filled with {config}, got one filled with {one.config}, "
+                f"{one.length} tokens of an image of {one.layout.image_size}: start a new cache"
+            )
+    return held
+
+
+def _record(handle: Handle, call: Call, inputs: Mapping[str, Any], output: object) -> None:
+    """Note on the cache which images it holds now."""
+    given = _cache_of(inputs)
+    cache = (
+        given
+        if given is not None
+        else next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
+    )
+    if cache is None:
+        return
+    new = tuple(map(Held, call.layouts, call.lengths, [handle.config] * len(call.layouts)))
+    setattr(cache, _HELD, (*(call.held or _held_before(cache, given, inputs)), *new))
+
+
+def _held_before(cache: Any, given: Any, inputs: Mapping[str, Any]) -> tuple[Held, ...]:
+    """Images that a cache held before a direct call of ``forward``, whose ids are new ones alone."""
+    images = getattr(cache, _HELD, ())
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    return images if images and given is not None and int(cache.get_seq_length()) > ids.shape[1] else ()
+
+
+# --- what generate is given ------------------------------------------------------------------------------
+
+
+def _setting(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Any:
+    """A parameter of generation as ``generate`` finds it."""
+    places = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
+    return next((one for one in places if one is not None), getattr(model.generation_config, name, None))
+
+
+def _check_generation(model: nn.Module, kwargs: Mapping[str, Any], call: Call) -> None:
+    """Raise where older transformers would silently answer without an image or mix up beams."""
+    if not call.layouts:
+        return
+    if _setting(model, kwargs, "prefill_chunk_size") is not None and _transformers_version() < (5, 23):
+        raise ValueError(
+            "prefill_chunk_size: expected None for images with transformers < 5.23, which drops them"
+        )
+    # Before 5.19 transformers repeats the images of a row one by one.
+    if len(set(call.rows)) == len(call.rows) or _transformers_version() >= (5, 19):
+        return
+    names = ("num_beams", "num_return_sequences")
+    counts = {name: _setting(model, kwargs, name) or 1 for name in names}
+    if max(counts.values()) > 1:
+        raise ValueError(
+            "num_beams, num_return_sequences: expected 1 for several images in a prompt with "
+            f"transformers < 5.19, which mixes them up, got {counts}"
+        )
+
+
+def _transformers_version() -> tuple[int, ...]:
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def _as_called(model: nn.Module, kwargs: dict, prompt: Tensor) -> None:
+    """Let limits, criteria and processors mean and see the caller's own prompt."""
+    length = kwargs["input_ids"].shape[1]
+    for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = _setting(model, kwargs, limit)
+        if value is not None and _setting(model, kwargs, new) is None:
+            kwargs[limit] = max(value - (prompt.shape[1] - length), 0)
+    for name, kind in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
+        if kwargs.get(name):
+            kwargs[name] = type(kwargs[name])([kind(one, prompt, length) for one in kwargs[name]])
+    if kwargs.get("prefix_allowed_tokens_fn") is not None:
+        allowed = kwargs["prefix_allowed_tokens_fn"]
+        kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
+            row, torch.cat([prompt[row].to(ids), ids[length:]])
+        )
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _Streamer(kwargs["streamer"], prompt)
+
+
+def _restored(prompt: Tensor, length: int, ids: Tensor) -> Tensor:
+    """A shortened prompt of a length and its answer, with the caller's own prompt before the answer."""
+    repeats = ids.shape[0] // prompt.shape[0]
+    return torch.cat([prompt.repeat_interleave(repeats, dim=0).to(ids), ids[:, length:]], dim=1)
+
+
+class _Seen:
+    """Something of the caller's that must see the caller's own prompt."""
+
+    def __init__(self, wrapped: Any, prompt: Tensor, length: int = 0):
+        self._wrapped, self._prompt, self._length = wrapped, prompt, length
+
+    def __getattr__(self, name: str):
+        return getattr(self._wrapped, name)
+
+
+class _Criterion(_Seen):
+    def __call__(self, ids: Tensor, scores, **kwargs):
+        return self._wrapped(_restored(self._prompt, self._length, ids), scores, **kwargs)
+
+
+class _Processor(_Seen):
+    def __call__(self, ids: Tensor, scores):
+        return self._wrapped(_restored(self._prompt, self._length, ids), scores)
+
+
+class _Streamer(_Seen):
+    def put(self, value: Tensor) -> None:
+        """Generate puts the prompt first, then token after token."""
+        self._wrapped.put(value if self._prompt is None else self._prompt.to(value))
+        self._prompt = None
