@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
+import io
+import os
 import platform
+import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._checks import check_integer, error
 from ._version import __version__
 from .config import DEFAULT_KEEP_RATIO, HeroConfig
 from .policies import POLICIES
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["main"]
 
@@ -61,39 +70,60 @@ class _Answer(NamedTuple):
 def _pretrained(argument: str, cls, name: str, **kwargs):
     try:
         return cls.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise OSError(
-            f"{argument}: expected a folder or hub id of a model, got {name!r}: {reason}"
-        ) from error
+    except Exception as problem:  # for damaged files transformers raises exceptions of many kinds
+        reason = (str(problem).strip() or type(problem).__name__).split("\n")[0]
+        expected = f"{argument}: expected a folder or hub id of a model, got {name!r}"
+        raise OSError(f"{expected}: {reason}") from problem
+
+
+def _check_type(argument: str, name: str, types: Sequence[str]) -> None:
+    """Raise unless a checkpoint is of one of these types; its weights are not read."""
+    from transformers import AutoConfig
+
+    found = _pretrained(argument, AutoConfig, name).model_type
+    if found not in types:
+        expected = f"{argument}: expected a checkpoint of type {' or '.join(types)}"
+        raise ValueError(f"{expected}, got {name!r} of type {found}")
+
+
+def _model(argument: str, cls, name: str, **kwargs):
+    """A model in eval mode, on the GPU if there is one; raise if the checkpoint lacks weights."""
+    import torch
+
+    model, report = _pretrained(argument, cls, name, output_loading_info=True, **kwargs)
+    # Old checkpoints may or may not hold position_ids, which follow from the configuration.
+    missing = sorted(weight for weight in report["missing_keys"] if not weight.endswith("position_ids"))
+    if missing:  # transformers has drawn them at random
+        got = f"{name!r} without {len(missing)} of them, such as {missing[0]}"
+        raise ValueError(f"{argument}: expected a checkpoint with all weights of {cls.__name__}, got {got}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _load(args: argparse.Namespace) -> _Loaded:
     """The model that the options name, by default the bundled one."""
+    _quiet()
     name, clip = getattr(args, "model", None), getattr(args, "clip", None)
-    if clip is None and getattr(args, "second_pass", False):
-        raise ValueError("--second-pass: expected a --clip model beside it, got none")
     if name is None:
-        if clip is not None:
-            raise ValueError(
-                f"--clip: expected a --model beside it, since the mini model has its own, got {clip!r}"
-            )
         from . import mini
 
         return _Loaded(*mini.load(), is_mini=True)
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+    from .models import _ADAPTERS
     from .relevance import ClipRelevance
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _pretrained("--model", AutoModelForImageTextToText, name, dtype="auto").to(device).eval()
+    # Types first: to read the weights takes long.
+    supported = [kind for kind, cls in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if cls in _ADAPTERS]
+    _check_type("--model", name, supported)
+    if clip is not None:
+        _check_type("--clip", clip, ["clip"])
+    model = _model("--model", AutoModelForImageTextToText, name, dtype="auto")
     processor = _pretrained("--model", AutoProcessor, name)
     relevance = None
     if clip is not None:
-        clip_model = _pretrained("--clip", CLIPModel, clip).to(device).eval()
         tokenizer = _pretrained("--clip", AutoTokenizer, clip)
-        relevance = ClipRelevance(clip_model, tokenizer, second_pass=args.second_pass)
+        relevance = ClipRelevance(_model("--clip", CLIPModel, clip), tokenizer, second_pass=args.second_pass)
     return _Loaded(model, processor, relevance, is_mini=False)
 
 
@@ -166,17 +196,59 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
     return times
 
 
-def _config(args: argparse.Namespace, **keep) -> HeroConfig:
-    """The configuration that the options describe; a policy gets only those of its options that are given."""
+# What a person gives for each field of the configuration.
+_OPTIONS = {
+    "keep_ratio": "--keep",
+    "keep_tokens": "--tokens",
+    "policy": "--policy",
+    "alpha": "--alpha",
+    "relevance": "question, --clip",
+}
+
+
+def _configs(args: argparse.Namespace) -> list[HeroConfig]:
+    """The configurations that the options describe, one for each value of --keep.
+
+    A policy gets only those of its options that are given.
+    """
     options = {} if args.alpha is None else {"alpha": args.alpha}
-    return HeroConfig(**keep, policy=args.policy, **options)
+    keeps = [{"keep_ratio": ratio} for ratio in (args.keep if isinstance(args.keep, tuple) else [args.keep])]
+    if getattr(args, "tokens", None) is not None:
+        keeps = [{"keep_tokens": args.tokens}]
+    try:
+        configs = [HeroConfig(**keep, policy=args.policy, **options) for keep in keeps]
+        has_model = getattr(args, "model", None) is None or args.clip is not None
+        configs[0].policy.needs(has_model and getattr(args, "question", "") is not None)
+    except (TypeError, ValueError) as problem:
+        field, _, message = str(problem).partition(":")
+        raise ValueError(f"{_OPTIONS.get(field, field)}:{message}") from problem
+    return configs
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise if an option cannot be used; neither torch nor a model is loaded."""
+    given = {"question": None, "model": None, "clip": None, "second_pass": False, **vars(args)}
+    _configs(args)
+    for number in ("max_new_tokens", "rounds"):
+        if number in given:
+            check_integer("--" + number.replace("_", "-"), given[number])
+    if given["question"] is not None and not re.search(r"\w", given["question"]):
+        raise error(ValueError, "question", "words", given["question"])
+    if given["second_pass"] and given["clip"] is None:
+        raise ValueError("--second-pass: expected a --clip model beside it, got none")
+    if given["clip"] is not None and given["model"] is None:
+        expected = "a --model beside it, since the mini model has its own"
+        raise error(ValueError, "--clip", expected, given["clip"])
+    if "save" in given:
+        _check_save("--save", Path(args.save))
+    if "out" in given:
+        _check_save("--out", Path(args.out) / "demo_1.png")
 
 
 def _attach(loaded: _Loaded, args: argparse.Namespace, relevance):
     from . import attach
 
-    keep = {"keep_ratio": args.keep} if args.tokens is None else {"keep_tokens": args.tokens}
-    return attach(loaded.model, loaded.processor, config=_config(args, **keep), relevance=relevance)
+    return attach(loaded.model, loaded.processor, config=_configs(args)[0], relevance=relevance)
 
 
 def _text(handle, loaded: _Loaded, question: str) -> list[str] | None:
@@ -186,37 +258,59 @@ def _text(handle, loaded: _Loaded, question: str) -> list[str] | None:
     return [question_of(loaded.prompt(question))] if handle.encoder.needs_text else None
 
 
-def _open(path: str):
+def _open(source: str) -> Image.Image:
+    """The image of a path or URL, upright and in RGB."""
+    from .images import open_image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about large images and on the way to an error
+        return open_image(source).convert("RGB")
+
+
+def _check_save(option: str, path: Path) -> None:
+    """Raise unless a picture can be drawn and written to ``path``."""
     from PIL import Image
 
-    return Image.open(path).convert("RGB")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{option}: expected matplotlib, got none: pip install 'hero-vlm[plot]'")
+    try:  # since not every format has RGB
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError) as problem:
+        expected = "a file name that ends as an image format which Pillow writes, such as .png"
+        raise error(ValueError, option, expected, str(path)) from problem
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise error(ValueError, option, "a file that can be written", str(path))
 
 
 def _save(picture, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise OSError(f"picture: expected to write {path}, got {reason}") from problem
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: str, save: Path) -> None:
+def _ask(
+    loaded: _Loaded, args: argparse.Namespace, name: str, image: Image.Image, question: str, save: Path
+) -> None:
     """Answer one question with all tokens and with the kept ones; print both and save the picture."""
     from . import visualize
 
-    image = _open(image_path)
     full = _answer(loaded, image, question, args.max_new_tokens)
     with _attach(loaded, args, loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
         stages = _stage_times(handle, loaded.inputs(image, question), _text(handle, loaded, question))
         selection = handle.last
-    _save(visualize(image, selection, title=f"{question} → {kept.text}"), save)
-
     layout = selection.layout[0]
     thumbnail, tiles = layout.budget(handle.config)
     stages["language model"] = max(kept.first_token - sum(stages.values()), 0.0)
-    print(f"{image_path}: {question}")
+    print(f"{name}: {question}")
     for name, answer in (("all tokens", full), ("kept tokens", kept)):
         first, whole = _duration(answer.first_token), _duration(answer.whole)
         times = f"first token {first:>8}, answer {whole:>8}"
@@ -226,11 +320,13 @@ def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: s
         f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
     )
     print("  stages        " + ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items()))
+    _save(visualize(image, selection, title=f"{question} → {kept.text}"), save)  # the answer is out already
     print(f"  picture       {save}\n")
 
 
 def _run_ask(args: argparse.Namespace) -> None:
-    _ask(_load(args), args, args.image, args.question, Path(args.save))
+    image = _open(args.image)
+    _ask(_load(args), args, args.image, image, args.question, Path(args.save))
 
 
 def _run_demo(args: argparse.Namespace) -> None:
@@ -241,17 +337,18 @@ def _run_demo(args: argparse.Namespace) -> None:
         image, here = demo.image, Path.cwd()
         if image.is_relative_to(here):
             image = image.relative_to(here)
-        _ask(loaded, args, str(image), demo.question, Path(args.out) / f"demo_{number}.png")
+        save = Path(args.out) / f"demo_{number}.png"
+        _ask(loaded, args, str(image), _open(str(demo.image)), demo.question, save)
 
 
 def _run_show(args: argparse.Namespace) -> None:
     """Draw the picture without generating an answer."""
+    image, save = _open(args.image), Path(args.save)  # before torch, whose import takes seconds
     import torch
 
     from . import visualize
 
     loaded = _load(args)
-    image, save = _open(args.image), Path(args.save)
     with _attach(loaded, args, loaded.relevance if args.question else None) as handle:
         inputs = loaded.inputs(image, args.question or "")
         text = _text(handle, loaded, args.question or "")
@@ -264,24 +361,22 @@ def _run_show(args: argparse.Namespace) -> None:
 
 def _run_bench(args: argparse.Namespace) -> None:
     """Measure with all tokens and at several keep ratios, alternating, so that load affects all alike."""
+    image, configs = _open(args.image), _configs(args)  # before torch, whose import takes seconds
     import torch
 
     from . import attach
 
-    if args.rounds < 1:
-        raise ValueError(f"--rounds: expected a number >= 1, got {args.rounds}")
     loaded = _load(args)
-    model, image = loaded.model, _open(args.image)
+    model = loaded.model
     relevance = loaded.relevance if args.question is not None else None
     question = "what is in this picture" if args.question is None else args.question
 
-    def once(ratio: float | None) -> tuple[float, ...]:
+    def once(config: HeroConfig | None) -> tuple[float, ...]:
         """Visual tokens, seconds of the vision stage and to the first token; attaching is not timed."""
         with contextlib.ExitStack() as stack:
             handle = None
-            if ratio is not None:
+            if config is not None:
                 given = {"relevance": relevance, "cuda_graphs": args.cuda_graphs}
-                config = _config(args, keep_ratio=ratio)
                 handle = stack.enter_context(attach(model, loaded.processor, config=config, **given))
             inputs = loaded.inputs(image, question)
             images = inputs["pixel_values"], inputs["image_sizes"].cpu()
@@ -295,16 +390,16 @@ def _run_bench(args: argparse.Namespace) -> None:
                 seconds.append(_timed(function)[1])
         return loaded.visual_tokens(inputs), *seconds
 
-    found: dict[float | None, list] = {ratio: [] for ratio in (None, *args.keep)}
+    found: dict[HeroConfig | None, list] = {config: [] for config in (None, *configs)}
     with torch.inference_mode():
         for turn in range(args.rounds):
-            for ratio in list(found)[:: 1 if turn % 2 == 0 else -1]:
-                found[ratio].append(once(ratio))
-    medians = {ratio: [statistics.median(column) for column in zip(*found[ratio])] for ratio in found}
+            for config in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                found[config].append(once(config))
+    medians = {config: [statistics.median(column) for column in zip(*rows)] for config, rows in found.items()}
     print(f"{args.image}, {args.rounds} rounds, medians, ratios to all tokens")
     print(f"  {'':<12} {'visual tokens':>13} {'vision stage':>20} {'first token':>20}")
-    for ratio, (tokens, *seconds) in medians.items():
-        name = "all tokens" if ratio is None else f"keep {ratio:g}"
+    for config, (tokens, *seconds) in medians.items():
+        name = "all tokens" if config is None else f"keep {config.keep_ratio:g}"
         times = [
             f"{_duration(value)} ({value / whole:.2f})" for value, whole in zip(seconds, medians[None][1:])
         ]
@@ -355,7 +450,10 @@ def _policy(name: str) -> str:
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from problem
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -387,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--second-pass", action="store_true", help=text)
 
     image = group()
-    image.add_argument("image")
+    image.add_argument("image", help="path or http(s) URL")
     question = group(image)
     question.add_argument("question", nargs="?", help="weight tiles by this question")
     picture = group()
@@ -424,11 +522,15 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``hero`` command; returns the exit status."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an answer that the terminal cannot show is no error
     try:
         if args.run is not _run_env:
-            _quiet()
+            _check(args)
         args.run(args)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"hero: {error}", file=sys.stderr)
+    except (ImportError, OSError, TypeError, ValueError) as problem:
+        print("hero:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     return 0

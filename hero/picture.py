@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from numbers import Integral
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ._checks import check_integer, error
+from .images import read
 from .selection import Selection
 
 __all__ = ["visualize"]
@@ -36,9 +36,9 @@ def visualize(
     each has its own colour scale.
 
     Args:
-        image: what the model was shown: a PIL image of any mode, an array of uint8 that Pillow reads, or a
-            path. A path is rotated by its Exif tag, as transformers does, if the result has the size that the
-            model saw. Transparency is drawn on white.
+        image: what the model was shown: a PIL image of any mode that converts to RGB, an array of uint8 that
+            Pillow reads, a path or an http(s) URL. A file is rotated by its Exif tag, as transformers does,
+            if the result has the size that the model saw. Transparency is drawn on white.
         selection: what :class:`hero.HeroVisionEncoder` returned, or ``handle.last``.
         image_index: which image of the selection's batch.
         width: of the picture in pixels, at least 400. Type grows with it; the height follows.
@@ -50,7 +50,7 @@ def visualize(
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or the image has another
             size than the selection's. The message names the argument.
-        OSError: the path cannot be read.
+        OSError: the path or URL cannot be read.
         ImportError: matplotlib is not installed.
     """
     if not isinstance(selection, Selection):
@@ -63,42 +63,13 @@ def visualize(
     width = check_integer("width", width, MIN_WIDTH)
     if title is not None and not isinstance(title, str):
         raise error(TypeError, "title", "a string or None", title)
-    pixels = _read(image, selection.layout[image_index].image_size)
+    pixels = read(image, selection.layout[image_index].image_size)
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:
         raise ImportError("hero.visualize needs matplotlib: pip install 'hero-vlm[plot]'") from problem
     figure = Figure((width / _DPI, 1), _DPI, facecolor="white")
     return _Page(figure, pixels, _Kept(selection, image_index), width).draw(title)
-
-
-def _read(image, size: tuple[int, int]) -> Image.Image:
-    """Return the image in RGB; raise if it is not of (height, width) ``size``."""
-    if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as file:
-            upright = ImageOps.exif_transpose(file)
-            image = upright if upright.size[::-1] == size else file.copy()
-    elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        kind = type(image).__name__
-        raise TypeError(f"image: expected a PIL image, a numpy array or a path, got {kind}")
-    if image.size[::-1] != size:
-        raise ValueError(
-            f"image: expected the selection's, {size[0]} x {size[1]} px (height x width), "
-            f"got {image.size[1]} x {image.size[0]}"
-        )
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith(("I", "F")):  # Pillow would clip these instead of scaling them
-        values = np.asarray(image, np.float64)
-        low, high = float(values.min()), float(values.max())
-        values = (values - low) / (high - low or 1.0)
-        image = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class _Kept:
