@@ -196,14 +196,25 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
     return times
 
 
-# What a person gives for each field of the configuration.
+# What a person types for an argument of HeroConfig or attach.
 _OPTIONS = {
     "keep_ratio": "--keep",
     "keep_tokens": "--tokens",
     "policy": "--policy",
     "alpha": "--alpha",
     "relevance": "question, --clip",
+    **dict.fromkeys(("model", "vision_tower", "processor", "tokenizer"), "--model"),
 }
+
+
+@contextlib.contextmanager
+def _options_named():
+    """Errors begin with an option in place of an argument."""
+    try:
+        yield
+    except (TypeError, ValueError) as problem:
+        argument, colon, message = str(problem).partition(":")
+        raise ValueError(f"{_OPTIONS.get(argument, argument)}{colon}{message}") from problem
 
 
 def _configs(args: argparse.Namespace) -> list[HeroConfig]:
@@ -215,13 +226,10 @@ def _configs(args: argparse.Namespace) -> list[HeroConfig]:
     keeps = [{"keep_ratio": ratio} for ratio in (args.keep if isinstance(args.keep, tuple) else [args.keep])]
     if getattr(args, "tokens", None) is not None:
         keeps = [{"keep_tokens": args.tokens}]
-    try:
+    has_model = getattr(args, "model", None) is None or args.clip is not None
+    with _options_named():
         configs = [HeroConfig(**keep, policy=args.policy, **options) for keep in keeps]
-        has_model = getattr(args, "model", None) is None or args.clip is not None
         configs[0].policy.needs(has_model and getattr(args, "question", "") is not None)
-    except (TypeError, ValueError) as problem:
-        field, _, message = str(problem).partition(":")
-        raise ValueError(f"{_OPTIONS.get(field, field)}:{message}") from problem
     return configs
 
 
@@ -245,10 +253,11 @@ def _check(args: argparse.Namespace) -> None:
         _check_save("--out", Path(args.out) / "demo_1.png")
 
 
-def _attach(loaded: _Loaded, args: argparse.Namespace, relevance):
+def _attach(loaded: _Loaded, config: HeroConfig, relevance, **options):
     from . import attach
 
-    return attach(loaded.model, loaded.processor, config=_configs(args)[0], relevance=relevance)
+    with _options_named():
+        return attach(loaded.model, loaded.processor, config=config, relevance=relevance, **options)
 
 
 def _text(handle, loaded: _Loaded, question: str) -> list[str] | None:
@@ -302,11 +311,11 @@ def _ask(
     """Answer one question with all tokens and with the kept ones; print both and save the picture."""
     from . import visualize
 
-    full = _answer(loaded, image, question, args.max_new_tokens)
-    with _attach(loaded, args, loaded.relevance) as handle:
+    with _attach(loaded, _configs(args)[0], loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
         stages = _stage_times(handle, loaded.inputs(image, question), _text(handle, loaded, question))
         selection = handle.last
+    full = _answer(loaded, image, question, args.max_new_tokens)  # last, since errors come from the above
     layout = selection.layout[0]
     thumbnail, tiles = layout.budget(handle.config)
     stages["language model"] = max(kept.first_token - sum(stages.values()), 0.0)
@@ -349,7 +358,8 @@ def _run_show(args: argparse.Namespace) -> None:
     from . import visualize
 
     loaded = _load(args)
-    with _attach(loaded, args, loaded.relevance if args.question else None) as handle:
+    relevance = loaded.relevance if args.question else None
+    with _attach(loaded, _configs(args)[0], relevance) as handle:
         inputs = loaded.inputs(image, args.question or "")
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
@@ -364,8 +374,6 @@ def _run_bench(args: argparse.Namespace) -> None:
     image, configs = _open(args.image), _configs(args)  # before torch, whose import takes seconds
     import torch
 
-    from . import attach
-
     loaded = _load(args)
     model = loaded.model
     relevance = loaded.relevance if args.question is not None else None
@@ -376,8 +384,8 @@ def _run_bench(args: argparse.Namespace) -> None:
         with contextlib.ExitStack() as stack:
             handle = None
             if config is not None:
-                given = {"relevance": relevance, "cuda_graphs": args.cuda_graphs}
-                handle = stack.enter_context(attach(model, loaded.processor, config=config, **given))
+                attached = _attach(loaded, config, relevance, cuda_graphs=args.cuda_graphs)
+                handle = stack.enter_context(attached)
             inputs = loaded.inputs(image, question)
             images = inputs["pixel_values"], inputs["image_sizes"].cpu()
             text = None if handle is None else _text(handle, loaded, question)

@@ -17,7 +17,8 @@ __all__ = ["visualize"]
 MIN_WIDTH = 400  # below it the headings of the panels no longer fit
 
 _INK, _MUTED = "#1c1e24", "#60646e"
-_DROPPED = "#22242cb8"  # drawn over dropped patches; not black, or a dropped black patch would look kept
+# Red, green, blue and alpha over dropped patches; not black, or a dropped black patch would look kept.
+_DROPPED = np.array([0x22, 0x24, 0x2C, 0xB8]) / 255
 _HATCHED = {"facecolor": "#eeeff2", "edgecolor": "#d0d3d9", "hatch": "////", "linewidth": 0}
 _NEAREST = {"aspect": "auto", "interpolation": "nearest"}
 _CHIP = {"boxstyle": "round,pad=0.25", "facecolor": "#12141aeb", "edgecolor": _MUTED}
@@ -55,11 +56,10 @@ def visualize(
     """
     if not isinstance(selection, Selection):
         raise error(TypeError, "selection", "hero.Selection", selection)
-    expected = f"an integer in [0, {len(selection.layout)})"
-    if isinstance(image_index, bool) or not isinstance(image_index, Integral):
-        raise error(TypeError, "image_index", expected, image_index)
-    if not 0 <= image_index < len(selection.layout):
-        raise error(ValueError, "image_index", expected, image_index)
+    is_integer = isinstance(image_index, Integral) and not isinstance(image_index, bool)
+    if not is_integer or not 0 <= image_index < len(selection.layout):
+        expected = f"an integer in [0, {len(selection.layout)})"
+        raise error(ValueError if is_integer else TypeError, "image_index", expected, image_index)
     width = check_integer("width", width, MIN_WIDTH)
     if title is not None and not isinstance(title, str):
         raise error(TypeError, "title", "a string or None", title)
@@ -256,8 +256,6 @@ class _Page:
 
     def _photograph(self, axes, keep: np.ndarray, valid: np.ndarray, width: int, height: int) -> None:
         """Draw the image on the valid patches, the dropped ones dimmed, the kept ones with an outline."""
-        from matplotlib.colors import to_rgba
-
         rows, columns = np.flatnonzero(valid.any(1)), np.flatnonzero(valid.any(0))
         if not len(rows):
             return
@@ -266,7 +264,7 @@ class _Page:
         size = round((box[1] - box[0]) * cell[0]), round((box[2] - box[3]) * cell[1])
         pixels = self.image.resize((max(size[0], 1), max(size[1], 1)), Image.Resampling.BICUBIC)
         axes.imshow(pixels, extent=box, **_NEAREST)
-        dropped = np.where((valid & ~keep)[..., None], to_rgba(_DROPPED), 0.0)
+        dropped = np.where((valid & ~keep)[..., None], _DROPPED, 0.0)
         axes.imshow(dropped, extent=(0, keep.shape[1], keep.shape[0], 0), **_NEAREST)
         if min(cell) >= 6 * self.line:  # smaller patches would be filled by it
             inside, style = np.pad(keep, 1), {"colors": "#e1e4eb", "linewidth": self.line}
@@ -277,8 +275,6 @@ class _Page:
 
     def _scores(self, axes, bar, scores: np.ndarray, valid: np.ndarray) -> str:
         """Draw a heat map and its colour scale; return what kind of scale it is."""
-        from matplotlib.colors import LogNorm, Normalize
-
         scale = _scale(scores[valid])
         if scale is None:
             bar.set_visible(False)
@@ -286,10 +282,10 @@ class _Page:
         low, high, logarithmic = scale
         below = bool(scores[valid & np.isfinite(scores)].min() < low)
         ends = "< " * below + f"{low:.2g}", f"{high:.2g}"
-        norm = (LogNorm if logarithmic else Normalize)(low, high)
+        norm = {"norm": "log" if logarithmic else "linear", "vmin": low, "vmax": high}
         drawn = np.ma.masked_where(~valid | np.isnan(scores), np.clip(scores, low, high))
         whole = (0, scores.shape[1], scores.shape[0], 0)
-        axes.imshow(drawn, cmap="viridis", norm=norm, extent=whole, **_NEAREST)
+        axes.imshow(drawn, cmap="viridis", **norm, extent=whole, **_NEAREST)
         bar.imshow([np.linspace(0, high > low, 256)], cmap="viridis", vmin=0, vmax=1, **_NEAREST)
         for place, end, side in zip((0, 1), ends, ("left", "right")):
             style = self._style(self.small, _MUTED)
@@ -298,10 +294,8 @@ class _Page:
 
     def _fitting(self, width: int, height: int) -> bool:
         """Whether the labels fit the tiles of a picture of this size."""
-        if not self.kept.labels:
-            return False
         (rows, columns), size = self.kept.layout.grid, self.small
-        longest = max(self._length(label, size) for label in self.kept.labels)
+        longest = max((self._length(label, size) for label in self.kept.labels), default=float("inf"))
         return longest + 1.8 * size <= 0.92 * width / columns and 2.4 * size <= 0.45 * height / rows
 
     def _labels(self, axes) -> None:

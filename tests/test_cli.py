@@ -435,6 +435,21 @@ def test_clip_from_a_folder(capsys, tmp_path, clip):
     assert out.count(f": {DEMO[0].answer}\n") == 2
 
 
+def test_another_clip_model_is_refused_before_an_answer(capsys, monkeypatch, tmp_path, clip):
+    """Its vision weights are others, and there is no --second-pass."""
+    monkeypatch.setattr(cli, "_answer", None)
+    copy = tmp_path / "clip"
+    shutil.copytree(clip, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["vision_model.post_layernorm.bias"] += 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    checkpoints = ("--model", str(mini.WEIGHTS), "--clip", str(copy))
+    assert "question, --clip: expected a CLIP model with" in refused(
+        capsys, "ask", IMAGE, QUESTION, *checkpoints
+    )
+    run(capsys, "show", IMAGE, QUESTION, *checkpoints, "--second-pass", "--save", str(tmp_path / "out.png"))
+
+
 def test_only_a_clip_checkpoint_is_a_clip_model(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_model", None)  # weights are not read
     line = refused(
