@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
-import os
 import platform
 import re
 import statistics
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._checks import check_integer, error
 from ._version import __version__
+from .checkpoints import Loaded, load
 from .config import DEFAULT_KEEP_RATIO, HeroConfig
 from .policies import POLICIES
 
@@ -29,37 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 
-class _Loaded(NamedTuple):
-    """A model with its processor and, if there is one, its relevance model."""
-
-    model: Any
-    processor: Any
-    relevance: Any
-    is_mini: bool
-
-    def prompt(self, question: str) -> str:
-        """The prompt for a question, by the processor's chat template if it has one."""
-        if self.is_mini:
-            # Its vocabulary is small: lower-case words without punctuation.
-            return "<image> " + " ".join(
-                question.lower().replace("?", " ").replace("color", "colour").split()
-            )
-        if self.processor.chat_template:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        return f"{self.processor.image_token}\n{question}"
-
-    def inputs(self, image, question: str):
-        """The model's inputs, on its device."""
-        inputs = self.processor(images=image, text=self.prompt(question), return_tensors="pt")
-        return inputs.to(self.model.device, self.model.dtype)
-
-    def visual_tokens(self, inputs) -> int:
-        return int((inputs["input_ids"] == self.model.config.image_token_id).sum())
-
-
 class _Answer(NamedTuple):
     text: str
     visual_tokens: int
@@ -67,71 +35,9 @@ class _Answer(NamedTuple):
     whole: float  # seconds
 
 
-def _pretrained(argument: str, cls, name: str, **kwargs):
-    try:
-        return cls.from_pretrained(name, **kwargs)
-    except Exception as problem:  # for damaged files transformers raises exceptions of many kinds
-        reason = (str(problem).strip() or type(problem).__name__).split("\n")[0]
-        expected = f"{argument}: expected a folder or hub id of a model, got {name!r}"
-        raise OSError(f"{expected}: {reason}") from problem
-
-
-def _check_type(argument: str, name: str, types: Sequence[str]) -> None:
-    """Raise unless a checkpoint is of one of these types; its weights are not read."""
-    from transformers import AutoConfig
-
-    found = _pretrained(argument, AutoConfig, name).model_type
-    if found not in types:
-        expected = f"{argument}: expected a checkpoint of type {' or '.join(types)}"
-        raise ValueError(f"{expected}, got {name!r} of type {found}")
-
-
-def _model(argument: str, cls, name: str, **kwargs):
-    """A model in eval mode, on the GPU if there is one; raise if the checkpoint lacks weights."""
-    import torch
-
-    model, report = _pretrained(argument, cls, name, output_loading_info=True, **kwargs)
-    # Old checkpoints may or may not hold position_ids, which follow from the configuration.
-    missing = sorted(weight for weight in report["missing_keys"] if not weight.endswith("position_ids"))
-    if missing:  # transformers has drawn them at random
-        got = f"{name!r} without {len(missing)} of them, such as {missing[0]}"
-        raise ValueError(f"{argument}: expected a checkpoint with all weights of {cls.__name__}, got {got}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _load(args: argparse.Namespace) -> _Loaded:
+def _load(args: argparse.Namespace) -> Loaded:
     """The model that the options name, by default the bundled one."""
-    _quiet()
-    name, clip = getattr(args, "model", None), getattr(args, "clip", None)
-    if name is None:
-        from . import mini
-
-        return _Loaded(*mini.load(), is_mini=True)
-    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    from .models import _ADAPTERS
-    from .relevance import ClipRelevance
-
-    # Types first: to read the weights takes long.
-    supported = [kind for kind, cls in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items() if cls in _ADAPTERS]
-    _check_type("--model", name, supported)
-    if clip is not None:
-        _check_type("--clip", clip, ["clip"])
-    model = _model("--model", AutoModelForImageTextToText, name, dtype="auto")
-    processor = _pretrained("--model", AutoProcessor, name)
-    relevance = None
-    if clip is not None:
-        tokenizer = _pretrained("--clip", AutoTokenizer, clip)
-        relevance = ClipRelevance(_model("--clip", CLIPModel, clip), tokenizer, second_pass=args.second_pass)
-    return _Loaded(model, processor, relevance, is_mini=False)
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    return load(args.model, args.clip, second_pass=args.second_pass)
 
 
 def _synchronize() -> None:
@@ -161,7 +67,7 @@ def _best(function: Callable) -> tuple[Any, float]:
     return result, fastest
 
 
-def _answer(loaded: _Loaded, image, question: str, max_new_tokens: int) -> _Answer:
+def _answer(loaded: Loaded, image, question: str, max_new_tokens: int) -> _Answer:
     inputs = loaded.inputs(image, question)
     length = inputs["input_ids"].shape[1]
 
@@ -223,10 +129,11 @@ def _configs(args: argparse.Namespace) -> list[HeroConfig]:
     A policy gets only those of its options that are given.
     """
     options = {} if args.alpha is None else {"alpha": args.alpha}
-    keeps = [{"keep_ratio": ratio} for ratio in (args.keep if isinstance(args.keep, tuple) else [args.keep])]
-    if getattr(args, "tokens", None) is not None:
-        keeps = [{"keep_tokens": args.tokens}]
-    has_model = getattr(args, "model", None) is None or args.clip is not None
+    ratios = args.keep if isinstance(args.keep, tuple) else [args.keep]
+    keeps = (
+        [{"keep_ratio": ratio} for ratio in ratios] if args.tokens is None else [{"keep_tokens": args.tokens}]
+    )
+    has_model = args.model is None or args.clip is not None
     with _options_named():
         configs = [HeroConfig(**keep, policy=args.policy, **options) for keep in keeps]
         configs[0].policy.needs(has_model and getattr(args, "question", "") is not None)
@@ -235,32 +142,34 @@ def _configs(args: argparse.Namespace) -> list[HeroConfig]:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise if an option cannot be used; neither torch nor a model is loaded."""
-    given = {"question": None, "model": None, "clip": None, "second_pass": False, **vars(args)}
+    from .images import check_writable
+
     _configs(args)
-    for number in ("max_new_tokens", "rounds"):
-        if number in given:
-            check_integer("--" + number.replace("_", "-"), given[number])
-    if given["question"] is not None and not re.search(r"\w", given["question"]):
-        raise error(ValueError, "question", "words", given["question"])
-    if given["second_pass"] and given["clip"] is None:
+    if "max_new_tokens" in args:
+        check_integer("--max-new-tokens", args.max_new_tokens)
+    if "rounds" in args:
+        check_integer("--rounds", args.rounds)
+    question = getattr(args, "question", None)
+    if question is not None and not re.search(r"\w", question):
+        raise error(ValueError, "question", "words", question)
+    if args.second_pass and args.clip is None:
         raise ValueError("--second-pass: expected a --clip model beside it, got none")
-    if given["clip"] is not None and given["model"] is None:
-        expected = "a --model beside it, since the mini model has its own"
-        raise error(ValueError, "--clip", expected, given["clip"])
-    if "save" in given:
-        _check_save("--save", Path(args.save))
-    if "out" in given:
-        _check_save("--out", Path(args.out) / "demo_1.png")
+    if args.clip is not None and args.model is None:
+        raise error(ValueError, "--clip", "a --model beside it, since the mini model has its own", args.clip)
+    if "save" in args:
+        check_writable("--save", Path(args.save))
+    if "out" in args:
+        check_writable("--out", Path(args.out) / "demo_1.png")
 
 
-def _attach(loaded: _Loaded, config: HeroConfig, relevance, **options):
+def _attach(loaded: Loaded, config: HeroConfig, relevance, **options):
     from . import attach
 
     with _options_named():
         return attach(loaded.model, loaded.processor, config=config, relevance=relevance, **options)
 
 
-def _text(handle, loaded: _Loaded, question: str) -> list[str] | None:
+def _text(handle, loaded: Loaded, question: str) -> list[str] | None:
     """The question as the encoder takes it, if the policy reads it."""
     from .relevance import question_of
 
@@ -276,40 +185,16 @@ def _open(source: str) -> Image.Image:
         return open_image(source).convert("RGB")
 
 
-def _check_save(option: str, path: Path) -> None:
-    """Raise unless a picture can be drawn and written to ``path``."""
-    from PIL import Image
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(f"{option}: expected matplotlib, got none: pip install 'hero-vlm[plot]'")
-    try:  # since not every format has RGB
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
-    except (KeyError, OSError, ValueError) as problem:
-        expected = "a file name that ends as an image format which Pillow writes, such as .png"
-        raise error(ValueError, option, expected, str(path)) from problem
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise error(ValueError, option, "a file that can be written", str(path))
-
-
-def _save(picture, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or problem
-        raise OSError(f"picture: expected to write {path}, got {reason}") from problem
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _ask(
-    loaded: _Loaded, args: argparse.Namespace, name: str, image: Image.Image, question: str, save: Path
+    loaded: Loaded, args: argparse.Namespace, name: str, image: Image.Image, question: str, save: Path
 ) -> None:
     """Answer one question with all tokens and with the kept ones; print both and save the picture."""
     from . import visualize
+    from .images import save_image
 
     with _attach(loaded, _configs(args)[0], loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
@@ -329,7 +214,9 @@ def _ask(
         f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
     )
     print("  stages        " + ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items()))
-    _save(visualize(image, selection, title=f"{question} → {kept.text}"), save)  # the answer is out already
+    save_image(
+        visualize(image, selection, title=f"{question} → {kept.text}"), save
+    )  # the answer is out already
     print(f"  picture       {save}\n")
 
 
@@ -356,6 +243,7 @@ def _run_show(args: argparse.Namespace) -> None:
     import torch
 
     from . import visualize
+    from .images import save_image
 
     loaded = _load(args)
     relevance = loaded.relevance if args.question else None
@@ -364,7 +252,7 @@ def _run_show(args: argparse.Namespace) -> None:
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
             selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], text)
-    _save(visualize(image, selection), save)
+    save_image(visualize(image, selection), save)
     kept, full = sum(selection.lengths), selection.layout[0].full_tokens
     print(f"{kept} of {full} visual tokens kept, picture in {save}")
 
@@ -503,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hero", description="Drop visual tokens before the language model sees them, without training."
     )
+    parser.set_defaults(model=None, clip=None, second_pass=False, tokens=None)  # of commands without these
     parser.add_argument("--version", action="version", version=f"hero {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -1,18 +1,21 @@
-"""Images in RGB: opened upright from a path or URL, as the model sees them, or taken from an array."""
+"""Images: opened from a path or URL, upright and in RGB as the model sees them, and written."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ._checks import error
 from ._version import __version__
 
-__all__ = ["open_image", "read"]
+__all__ = ["check_writable", "open_image", "read", "save_image"]
 
 
 def open_image(source: str | os.PathLike, size: tuple[int, int] | None = None) -> Image.Image:
@@ -102,3 +105,40 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     shares = np.nan_to_num(np.clip((values - low) / (high - low or 1.0), 0, 1))
     return Image.fromarray((shares * 255 + 0.5).astype(np.uint8))
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise unless a picture can be drawn and written to a path. Nothing is written.
+
+    Args:
+        option: that the message begins with.
+        path: its folder may be missing.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no suffix of an image format that Pillow writes, or no place to write to.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{option}: expected matplotlib, got none: pip install 'hero-vlm[plot]'")
+    try:  # since not every format has RGB
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError) as problem:
+        expected = "a file name that ends as an image format which Pillow writes, such as .png"
+        raise error(ValueError, option, expected, str(path)) from problem
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise error(ValueError, option, "a file that can be written", str(path))
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image, and make its folder.
+
+    Raises:
+        OSError: it cannot be written. The message names the path.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise OSError(f"picture: expected to write {path}, got {reason}") from problem

@@ -294,8 +294,10 @@ class _Page:
 
     def _fitting(self, width: int, height: int) -> bool:
         """Whether the labels fit the tiles of a picture of this size."""
+        if not self.kept.labels:
+            return False
         (rows, columns), size = self.kept.layout.grid, self.small
-        longest = max((self._length(label, size) for label in self.kept.labels), default=float("inf"))
+        longest = max(self._length(label, size) for label in self.kept.labels)
         return longest + 1.8 * size <= 0.92 * width / columns and 2.4 * size <= 0.45 * height / rows
 
     def _labels(self, axes) -> None:

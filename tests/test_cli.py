@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.image_utils import load_image
 
-from hero import cli, mini
+from hero import checkpoints, cli, images, mini
 from hero.cli import main
 
 DEMO = mini.demo_questions()
@@ -260,7 +260,7 @@ BROKEN += [f"cut.{suffix}" for suffix in ("png", "jpg", "gif", "webp", "tif", "b
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_image_is_one_line_before_anything_is_loaded(capsys, monkeypatch, tmp_path, name):
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "load", None)
     path = broken(tmp_path, name)
     for argv in (("ask", path, QUESTION), ("show", path), ("bench", path)):
         line = refused(capsys, *argv)
@@ -301,7 +301,7 @@ def test_url(capsys, server, tmp_path):
     ],
 )
 def test_an_address_without_an_image_is_one_line(capsys, monkeypatch, server, tmp_path, address, reason):
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "load", None)
     (tmp_path / "page.html").write_text("<html>")
     url = address.format(server)
     line = refused(capsys, "ask", url, QUESTION)
@@ -354,7 +354,7 @@ def test_a_file_name_that_is_no_text(tmp_path):
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(capsys, monkeypatch, tmp_path, argv, message):
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli, "load", None)
     monkeypatch.setattr(cli, "_open", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
@@ -366,7 +366,7 @@ def test_options_are_checked_before_anything_is_loaded(capsys, monkeypatch, tmp_
 
 def test_a_file_without_permission_is_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_open", None)
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(images.os, "access", lambda path, mode: path != tmp_path)
     for path in (tmp_path / "a.png", tmp_path / "new" / "deep" / "a.png"):
         line = refused(capsys, "show", IMAGE, "--save", str(path))
         assert line == f"hero: --save: expected a file that can be written, got {str(path)!r}"
@@ -374,7 +374,7 @@ def test_a_file_without_permission_is_refused(capsys, monkeypatch, tmp_path):
 
 def test_matplotlib_is_looked_for_first(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_open", None)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'hero-vlm[plot]'" in refused(capsys, "ask", IMAGE, QUESTION)
 
 
@@ -401,7 +401,7 @@ def test_suffixes(capsys, tmp_path, suffix):
 )
 def test_the_answer_is_printed_although_the_picture_is_not_saved(capsys, monkeypatch, tmp_path, command):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_check_save", lambda *_: (tmp_path / "file").touch())  # it comes too late
+    monkeypatch.setattr(images, "check_writable", lambda *_: (tmp_path / "file").touch())  # it comes too late
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert out.count(f": {DEMO[0].answer}\n") == 2
@@ -451,7 +451,7 @@ def test_another_clip_model_is_refused_before_an_answer(capsys, monkeypatch, tmp
 
 
 def test_only_a_clip_checkpoint_is_a_clip_model(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_model", None)  # weights are not read
+    monkeypatch.setattr(checkpoints, "_model", None)  # weights are not read
     line = refused(
         capsys,
         "ask",
@@ -467,7 +467,7 @@ def test_only_a_clip_checkpoint_is_a_clip_model(capsys, monkeypatch):
 
 
 def test_other_models_are_refused_by_type(capsys, monkeypatch, clip):
-    monkeypatch.setattr(cli, "_model", None)
+    monkeypatch.setattr(checkpoints, "_model", None)
     line = refused(capsys, "show", IMAGE, "--model", str(clip))
     assert line == f"hero: --model: expected a checkpoint of type llava_next, got {str(clip)!r} of type clip"
 
