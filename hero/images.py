@@ -74,7 +74,8 @@ def read(image: Any, size: tuple[int, int]) -> Image.Image:
         if image.dtype != np.uint8:
             raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
         if image.ndim < 2 or image.shape[2:] not in ((), (2,), (3,), (4,)):
-            raise TypeError(f"image: expected [height, width] or 2 to 4 channels of it, got {image.shape}")
+            expected = "an array [height, width] or [height, width, 2 to 4 channels]"
+            raise TypeError(f"image: expected {expected}, got shape {image.shape}")
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
@@ -96,13 +97,13 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
     Pillow would clip them instead. Other images are returned as they are. NaN is drawn black.
     """
-    if not image.mode.startswith(("I", "F")):
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode not in ("I", "F"):
         return image
     values = np.asarray(image, np.float64)
-    low, high = 0.0, 65535.0
-    if not image.mode.startswith("I;16"):
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     shares = np.nan_to_num(np.clip((values - low) / (high - low or 1.0), 0, 1))
     return Image.fromarray((shares * 255 + 0.5).astype(np.uint8))
 
@@ -141,4 +142,4 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(path)
     except (OSError, ValueError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise OSError(f"picture: expected to write {path}, got {reason}") from problem
+        raise OSError(f"cannot write {path}: {reason}") from problem
