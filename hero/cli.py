@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import platform
+import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._checks import check_integer, error
 from ._version import __version__
+from .checkpoints import Loaded, load
 from .config import DEFAULT_KEEP_RATIO, HeroConfig
 from .policies import POLICIES
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 __all__ = ["main"]
-
-
-class _Loaded(NamedTuple):
-    """A model with its processor and, if there is one, its relevance model."""
-
-    model: Any
-    processor: Any
-    relevance: Any
-    is_mini: bool
-
-    def prompt(self, question: str) -> str:
-        """The prompt for a question, by the processor's chat template if it has one."""
-        if self.is_mini:
-            # Its vocabulary is small: lower-case words without punctuation.
-            return "<image> " + " ".join(
-                question.lower().replace("?", " ").replace("color", "colour").split()
-            )
-        if self.processor.chat_template:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            return self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        return f"{self.processor.image_token}\n{question}"
-
-    def inputs(self, image, question: str):
-        """The model's inputs, on its device."""
-        inputs = self.processor(images=image, text=self.prompt(question), return_tensors="pt")
-        return inputs.to(self.model.device, self.model.dtype)
-
-    def visual_tokens(self, inputs) -> int:
-        return int((inputs["input_ids"] == self.model.config.image_token_id).sum())
 
 
 class _Answer(NamedTuple):
@@ -58,50 +35,9 @@ class _Answer(NamedTuple):
     whole: float  # seconds
 
 
-def _pretrained(argument: str, cls, name: str, **kwargs):
-    try:
-        return cls.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise OSError(
-            f"{argument}: expected a folder or hub id of a model, got {name!r}: {reason}"
-        ) from error
-
-
-def _load(args: argparse.Namespace) -> _Loaded:
+def _load(args: argparse.Namespace) -> Loaded:
     """The model that the options name, by default the bundled one."""
-    name, clip = getattr(args, "model", None), getattr(args, "clip", None)
-    if clip is None and getattr(args, "second_pass", False):
-        raise ValueError("--second-pass: expected a --clip model beside it, got none")
-    if name is None:
-        if clip is not None:
-            raise ValueError(
-                f"--clip: expected a --model beside it, since the mini model has its own, got {clip!r}"
-            )
-        from . import mini
-
-        return _Loaded(*mini.load(), is_mini=True)
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
-
-    from .relevance import ClipRelevance
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _pretrained("--model", AutoModelForImageTextToText, name, dtype="auto").to(device).eval()
-    processor = _pretrained("--model", AutoProcessor, name)
-    relevance = None
-    if clip is not None:
-        clip_model = _pretrained("--clip", CLIPModel, clip).to(device).eval()
-        tokenizer = _pretrained("--clip", AutoTokenizer, clip)
-        relevance = ClipRelevance(clip_model, tokenizer, second_pass=args.second_pass)
-    return _Loaded(model, processor, relevance, is_mini=False)
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    return load(args.model, args.clip, second_pass=args.second_pass)
 
 
 def _synchronize() -> None:
@@ -131,7 +67,7 @@ def _best(function: Callable) -> tuple[Any, float]:
     return result, fastest
 
 
-def _answer(loaded: _Loaded, image, question: str, max_new_tokens: int) -> _Answer:
+def _answer(loaded: Loaded, image, question: str, max_new_tokens: int) -> _Answer:
     inputs = loaded.inputs(image, question)
     length = inputs["input_ids"].shape[1]
 
@@ -166,57 +102,109 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
     return times
 
 
-def _config(args: argparse.Namespace, **keep) -> HeroConfig:
-    """The configuration that the options describe; a policy gets only those of its options that are given."""
+# What a person types for an argument of HeroConfig or attach.
+_OPTIONS = {
+    "keep_ratio": "--keep",
+    "keep_tokens": "--tokens",
+    "policy": "--policy",
+    "alpha": "--alpha",
+    "relevance": "question, --clip",
+    **dict.fromkeys(("model", "vision_tower", "processor", "tokenizer"), "--model"),
+}
+
+
+@contextlib.contextmanager
+def _options_named():
+    """Errors begin with an option in place of an argument."""
+    try:
+        yield
+    except (TypeError, ValueError) as problem:
+        argument, colon, message = str(problem).partition(":")
+        raise ValueError(f"{_OPTIONS.get(argument, argument)}{colon}{message}") from problem
+
+
+def _configs(args: argparse.Namespace) -> list[HeroConfig]:
+    """The configurations that the options describe, one for each value of --keep.
+
+    A policy gets only those of its options that are given.
+    """
     options = {} if args.alpha is None else {"alpha": args.alpha}
-    return HeroConfig(**keep, policy=args.policy, **options)
+    ratios = args.keep if isinstance(args.keep, tuple) else [args.keep]
+    keeps = (
+        [{"keep_ratio": ratio} for ratio in ratios] if args.tokens is None else [{"keep_tokens": args.tokens}]
+    )
+    has_model = args.model is None or args.clip is not None
+    with _options_named():
+        configs = [HeroConfig(**keep, policy=args.policy, **options) for keep in keeps]
+        configs[0].policy.needs(has_model and getattr(args, "question", "") is not None)
+    return configs
 
 
-def _attach(loaded: _Loaded, args: argparse.Namespace, relevance):
+def _check(args: argparse.Namespace) -> None:
+    """Raise if an option cannot be used; neither torch nor a model is loaded."""
+    from .images import check_writable
+
+    _configs(args)
+    if "max_new_tokens" in args:
+        check_integer("--max-new-tokens", args.max_new_tokens)
+    if "rounds" in args:
+        check_integer("--rounds", args.rounds)
+    question = getattr(args, "question", None)
+    if question is not None and not re.search(r"\w", question):
+        raise error(ValueError, "question", "words", question)
+    if args.second_pass and args.clip is None:
+        raise ValueError("--second-pass: expected a --clip model beside it, got none")
+    if args.clip is not None and args.model is None:
+        raise error(ValueError, "--clip", "a --model beside it, since the mini model has its own", args.clip)
+    if "save" in args:
+        check_writable("--save", Path(args.save))
+    if "out" in args:
+        check_writable("--out", Path(args.out) / "demo_1.png")
+
+
+def _attach(loaded: Loaded, config: HeroConfig, relevance, **options):
     from . import attach
 
-    keep = {"keep_ratio": args.keep} if args.tokens is None else {"keep_tokens": args.tokens}
-    return attach(loaded.model, loaded.processor, config=_config(args, **keep), relevance=relevance)
+    with _options_named():
+        return attach(loaded.model, loaded.processor, config=config, relevance=relevance, **options)
 
 
-def _text(handle, loaded: _Loaded, question: str) -> list[str] | None:
+def _text(handle, loaded: Loaded, question: str) -> list[str] | None:
     """The question as the encoder takes it, if the policy reads it."""
     from .relevance import question_of
 
     return [question_of(loaded.prompt(question))] if handle.encoder.needs_text else None
 
 
-def _open(path: str):
-    from PIL import Image
+def _open(source: str) -> Image.Image:
+    """The image of a path or URL, upright and in RGB."""
+    from .images import open_image
 
-    return Image.open(path).convert("RGB")
-
-
-def _save(picture, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about large images and on the way to an error
+        return open_image(source).convert("RGB")
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: str, save: Path) -> None:
+def _ask(
+    loaded: Loaded, args: argparse.Namespace, name: str, image: Image.Image, question: str, save: Path
+) -> None:
     """Answer one question with all tokens and with the kept ones; print both and save the picture."""
     from . import visualize
+    from .images import save_image
 
-    image = _open(image_path)
-    full = _answer(loaded, image, question, args.max_new_tokens)
-    with _attach(loaded, args, loaded.relevance) as handle:
+    with _attach(loaded, _configs(args)[0], loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
         stages = _stage_times(handle, loaded.inputs(image, question), _text(handle, loaded, question))
         selection = handle.last
-    _save(visualize(image, selection, title=f"{question} → {kept.text}"), save)
-
+    full = _answer(loaded, image, question, args.max_new_tokens)  # last, since errors come from the above
     layout = selection.layout[0]
     thumbnail, tiles = layout.budget(handle.config)
     stages["language model"] = max(kept.first_token - sum(stages.values()), 0.0)
-    print(f"{image_path}: {question}")
+    print(f"{name}: {question}")
     for name, answer in (("all tokens", full), ("kept tokens", kept)):
         first, whole = _duration(answer.first_token), _duration(answer.whole)
         times = f"first token {first:>8}, answer {whole:>8}"
@@ -226,11 +214,15 @@ def _ask(loaded: _Loaded, args: argparse.Namespace, image_path: str, question: s
         f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
     )
     print("  stages        " + ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items()))
+    save_image(
+        visualize(image, selection, title=f"{question} → {kept.text}"), save
+    )  # the answer is out already
     print(f"  picture       {save}\n")
 
 
 def _run_ask(args: argparse.Namespace) -> None:
-    _ask(_load(args), args, args.image, args.question, Path(args.save))
+    image = _open(args.image)
+    _ask(_load(args), args, args.image, image, args.question, Path(args.save))
 
 
 def _run_demo(args: argparse.Namespace) -> None:
@@ -241,48 +233,47 @@ def _run_demo(args: argparse.Namespace) -> None:
         image, here = demo.image, Path.cwd()
         if image.is_relative_to(here):
             image = image.relative_to(here)
-        _ask(loaded, args, str(image), demo.question, Path(args.out) / f"demo_{number}.png")
+        save = Path(args.out) / f"demo_{number}.png"
+        _ask(loaded, args, str(image), _open(str(demo.image)), demo.question, save)
 
 
 def _run_show(args: argparse.Namespace) -> None:
     """Draw the picture without generating an answer."""
+    image, save = _open(args.image), Path(args.save)  # before torch, whose import takes seconds
     import torch
 
     from . import visualize
+    from .images import save_image
 
     loaded = _load(args)
-    image, save = _open(args.image), Path(args.save)
-    with _attach(loaded, args, loaded.relevance if args.question else None) as handle:
+    relevance = loaded.relevance if args.question else None
+    with _attach(loaded, _configs(args)[0], relevance) as handle:
         inputs = loaded.inputs(image, args.question or "")
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
             selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], text)
-    _save(visualize(image, selection), save)
+    save_image(visualize(image, selection), save)
     kept, full = sum(selection.lengths), selection.layout[0].full_tokens
     print(f"{kept} of {full} visual tokens kept, picture in {save}")
 
 
 def _run_bench(args: argparse.Namespace) -> None:
     """Measure with all tokens and at several keep ratios, alternating, so that load affects all alike."""
+    image, configs = _open(args.image), _configs(args)  # before torch, whose import takes seconds
     import torch
 
-    from . import attach
-
-    if args.rounds < 1:
-        raise ValueError(f"--rounds: expected a number >= 1, got {args.rounds}")
     loaded = _load(args)
-    model, image = loaded.model, _open(args.image)
+    model = loaded.model
     relevance = loaded.relevance if args.question is not None else None
     question = "what is in this picture" if args.question is None else args.question
 
-    def once(ratio: float | None) -> tuple[float, ...]:
+    def once(config: HeroConfig | None) -> tuple[float, ...]:
         """Visual tokens, seconds of the vision stage and to the first token; attaching is not timed."""
         with contextlib.ExitStack() as stack:
             handle = None
-            if ratio is not None:
-                given = {"relevance": relevance, "cuda_graphs": args.cuda_graphs}
-                config = _config(args, keep_ratio=ratio)
-                handle = stack.enter_context(attach(model, loaded.processor, config=config, **given))
+            if config is not None:
+                attached = _attach(loaded, config, relevance, cuda_graphs=args.cuda_graphs)
+                handle = stack.enter_context(attached)
             inputs = loaded.inputs(image, question)
             images = inputs["pixel_values"], inputs["image_sizes"].cpu()
             text = None if handle is None else _text(handle, loaded, question)
@@ -295,16 +286,16 @@ def _run_bench(args: argparse.Namespace) -> None:
                 seconds.append(_timed(function)[1])
         return loaded.visual_tokens(inputs), *seconds
 
-    found: dict[float | None, list] = {ratio: [] for ratio in (None, *args.keep)}
+    found: dict[HeroConfig | None, list] = {config: [] for config in (None, *configs)}
     with torch.inference_mode():
         for turn in range(args.rounds):
-            for ratio in list(found)[:: 1 if turn % 2 == 0 else -1]:
-                found[ratio].append(once(ratio))
-    medians = {ratio: [statistics.median(column) for column in zip(*found[ratio])] for ratio in found}
+            for config in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                found[config].append(once(config))
+    medians = {config: [statistics.median(column) for column in zip(*rows)] for config, rows in found.items()}
     print(f"{args.image}, {args.rounds} rounds, medians, ratios to all tokens")
     print(f"  {'':<12} {'visual tokens':>13} {'vision stage':>20} {'first token':>20}")
-    for ratio, (tokens, *seconds) in medians.items():
-        name = "all tokens" if ratio is None else f"keep {ratio:g}"
+    for config, (tokens, *seconds) in medians.items():
+        name = "all tokens" if config is None else f"keep {config.keep_ratio:g}"
         times = [
             f"{_duration(value)} ({value / whole:.2f})" for value, whole in zip(seconds, medians[None][1:])
         ]
@@ -355,7 +346,10 @@ def _policy(name: str) -> str:
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from problem
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -387,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--second-pass", action="store_true", help=text)
 
     image = group()
-    image.add_argument("image")
+    image.add_argument("image", help="path or http(s) URL")
     question = group(image)
     question.add_argument("question", nargs="?", help="weight tiles by this question")
     picture = group()
@@ -397,6 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hero", description="Drop visual tokens before the language model sees them, without training."
     )
+    parser.set_defaults(model=None, clip=None, second_pass=False, tokens=None)  # of commands without these
     parser.add_argument("--version", action="version", version=f"hero {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -424,11 +419,15 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``hero`` command; returns the exit status."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an answer that the terminal cannot show is no error
     try:
         if args.run is not _run_env:
-            _quiet()
+            _check(args)
         args.run(args)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"hero: {error}", file=sys.stderr)
+    except (ImportError, OSError, TypeError, ValueError) as problem:
+        print("hero:", " ".join(str(problem).split()), file=sys.stderr)
         return 2
     return 0

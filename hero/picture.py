@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from numbers import Integral
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ._checks import check_integer, error
+from .images import read
 from .selection import Selection
 
 __all__ = ["visualize"]
@@ -17,7 +17,8 @@ __all__ = ["visualize"]
 MIN_WIDTH = 400  # below it the headings of the panels no longer fit
 
 _INK, _MUTED = "#1c1e24", "#60646e"
-_DROPPED = "#22242cb8"  # drawn over dropped patches; not black, or a dropped black patch would look kept
+# Red, green, blue and alpha over dropped patches; not black, or a dropped black patch would look kept.
+_DROPPED = np.array([0x22, 0x24, 0x2C, 0xB8]) / 255
 _HATCHED = {"facecolor": "#eeeff2", "edgecolor": "#d0d3d9", "hatch": "////", "linewidth": 0}
 _NEAREST = {"aspect": "auto", "interpolation": "nearest"}
 _CHIP = {"boxstyle": "round,pad=0.25", "facecolor": "#12141aeb", "edgecolor": _MUTED}
@@ -36,9 +37,9 @@ def visualize(
     each has its own colour scale.
 
     Args:
-        image: what the model was shown: a PIL image of any mode, an array of uint8 that Pillow reads, or a
-            path. A path is rotated by its Exif tag, as transformers does, if the result has the size that the
-            model saw. Transparency is drawn on white.
+        image: what the model was shown: a PIL image of any mode that converts to RGB, an array of uint8 that
+            Pillow reads, a path or an http(s) URL. A file is rotated by its Exif tag, as transformers does,
+            if the result has the size that the model saw. Transparency is drawn on white.
         selection: what :class:`hero.HeroVisionEncoder` returned, or ``handle.last``.
         image_index: which image of the selection's batch.
         width: of the picture in pixels, at least 400. Type grows with it; the height follows.
@@ -50,55 +51,25 @@ def visualize(
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or the image has another
             size than the selection's. The message names the argument.
-        OSError: the path cannot be read.
+        OSError: the path or URL cannot be read.
         ImportError: matplotlib is not installed.
     """
     if not isinstance(selection, Selection):
         raise error(TypeError, "selection", "hero.Selection", selection)
-    expected = f"an integer in [0, {len(selection.layout)})"
-    if isinstance(image_index, bool) or not isinstance(image_index, Integral):
-        raise error(TypeError, "image_index", expected, image_index)
-    if not 0 <= image_index < len(selection.layout):
-        raise error(ValueError, "image_index", expected, image_index)
+    is_integer = isinstance(image_index, Integral) and not isinstance(image_index, bool)
+    if not is_integer or not 0 <= image_index < len(selection.layout):
+        expected = f"an integer in [0, {len(selection.layout)})"
+        raise error(ValueError if is_integer else TypeError, "image_index", expected, image_index)
     width = check_integer("width", width, MIN_WIDTH)
     if title is not None and not isinstance(title, str):
         raise error(TypeError, "title", "a string or None", title)
-    pixels = _read(image, selection.layout[image_index].image_size)
+    pixels = read(image, selection.layout[image_index].image_size)
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:
         raise ImportError("hero.visualize needs matplotlib: pip install 'hero-vlm[plot]'") from problem
     figure = Figure((width / _DPI, 1), _DPI, facecolor="white")
     return _Page(figure, pixels, _Kept(selection, image_index), width).draw(title)
-
-
-def _read(image, size: tuple[int, int]) -> Image.Image:
-    """Return the image in RGB; raise if it is not of (height, width) ``size``."""
-    if isinstance(image, (str, os.PathLike)):
-        with Image.open(image) as file:
-            upright = ImageOps.exif_transpose(file)
-            image = upright if upright.size[::-1] == size else file.copy()
-    elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise TypeError(f"image: expected an array of uint8, got {image.dtype}")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        kind = type(image).__name__
-        raise TypeError(f"image: expected a PIL image, a numpy array or a path, got {kind}")
-    if image.size[::-1] != size:
-        raise ValueError(
-            f"image: expected the selection's, {size[0]} x {size[1]} px (height x width), "
-            f"got {image.size[1]} x {image.size[0]}"
-        )
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith(("I", "F")):  # Pillow would clip these instead of scaling them
-        values = np.asarray(image, np.float64)
-        low, high = float(values.min()), float(values.max())
-        values = (values - low) / (high - low or 1.0)
-        image = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class _Kept:
@@ -285,8 +256,6 @@ class _Page:
 
     def _photograph(self, axes, keep: np.ndarray, valid: np.ndarray, width: int, height: int) -> None:
         """Draw the image on the valid patches, the dropped ones dimmed, the kept ones with an outline."""
-        from matplotlib.colors import to_rgba
-
         rows, columns = np.flatnonzero(valid.any(1)), np.flatnonzero(valid.any(0))
         if not len(rows):
             return
@@ -295,7 +264,7 @@ class _Page:
         size = round((box[1] - box[0]) * cell[0]), round((box[2] - box[3]) * cell[1])
         pixels = self.image.resize((max(size[0], 1), max(size[1], 1)), Image.Resampling.BICUBIC)
         axes.imshow(pixels, extent=box, **_NEAREST)
-        dropped = np.where((valid & ~keep)[..., None], to_rgba(_DROPPED), 0.0)
+        dropped = np.where((valid & ~keep)[..., None], _DROPPED, 0.0)
         axes.imshow(dropped, extent=(0, keep.shape[1], keep.shape[0], 0), **_NEAREST)
         if min(cell) >= 6 * self.line:  # smaller patches would be filled by it
             inside, style = np.pad(keep, 1), {"colors": "#e1e4eb", "linewidth": self.line}
@@ -306,8 +275,6 @@ class _Page:
 
     def _scores(self, axes, bar, scores: np.ndarray, valid: np.ndarray) -> str:
         """Draw a heat map and its colour scale; return what kind of scale it is."""
-        from matplotlib.colors import LogNorm, Normalize
-
         scale = _scale(scores[valid])
         if scale is None:
             bar.set_visible(False)
@@ -315,10 +282,10 @@ class _Page:
         low, high, logarithmic = scale
         below = bool(scores[valid & np.isfinite(scores)].min() < low)
         ends = "< " * below + f"{low:.2g}", f"{high:.2g}"
-        norm = (LogNorm if logarithmic else Normalize)(low, high)
+        norm = {"norm": "log" if logarithmic else "linear", "vmin": low, "vmax": high}
         drawn = np.ma.masked_where(~valid | np.isnan(scores), np.clip(scores, low, high))
         whole = (0, scores.shape[1], scores.shape[0], 0)
-        axes.imshow(drawn, cmap="viridis", norm=norm, extent=whole, **_NEAREST)
+        axes.imshow(drawn, cmap="viridis", **norm, extent=whole, **_NEAREST)
         bar.imshow([np.linspace(0, high > low, 256)], cmap="viridis", vmin=0, vmax=1, **_NEAREST)
         for place, end, side in zip((0, 1), ends, ("left", "right")):
             style = self._style(self.small, _MUTED)

@@ -50,7 +50,7 @@ def images_of_rows(is_image: Tensor, lengths: Sequence[int]) -> list[int]:
 def questions(
     input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int, rows: Sequence[int], tokenizer
 ) -> list[str]:
-    """The question of each image: the user's words in its row.
+    """The question of each image: the user's words in its row, ``""`` if there are none.
 
     Args:
         input_ids, attention_mask: ``[B, L]``.

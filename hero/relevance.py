@@ -30,15 +30,14 @@ def question_of(prompt: str) -> str:
     """The user's last question in a prompt, without chat template, special tokens and image tokens.
 
     Knows the markers of ChatML, Llama 2 and 3, Mistral and Vicuna; a prompt with none of them is taken
-    whole. Earlier turns are left out, since the answer is to the last one.
+    whole. Of several turns it is the last one with words, since the answer is to that one; ``""`` if none
+    has words.
     """
     for begin, end in _TEMPLATES:
-        start = prompt.rfind(begin)
-        if start >= 0:
-            turn = prompt[start + len(begin) :].split(end)[0]
-            if _clean(turn):
-                prompt = turn
-                break
+        _, *turns = prompt.split(begin)
+        if turns:
+            questions = (_clean(turn.split(end)[0]) for turn in reversed(turns))
+            return next(filter(None, questions), "")
     return _clean(prompt)
 
 
@@ -53,7 +52,7 @@ def check_questions(
 
     Raises:
         TypeError: not a string, a sequence or a tensor.
-        ValueError: ``required``, and not one for each image.
+        ValueError: ``required``, and not one for each image, or one without words.
     """
     if isinstance(text, str):
         text = [text] * images
@@ -62,6 +61,10 @@ def check_questions(
     if required and (text is None or len(text) != images):
         got = "none" if text is None else f"{len(text)}"
         raise ValueError(f"text: expected a question for each of {images} images, got {got}")
+    if required and text is not None and not isinstance(text, Tensor):
+        for image, question in enumerate(text):
+            if isinstance(question, str) and not question.strip():
+                raise ValueError(f"text: expected a question with words for image {image}, got {question!r}")
     return text
 
 

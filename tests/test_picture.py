@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 import hero
 from hero import mini, picture
+from hero.images import read
 from hero.layout import Geometry
 from hero.selection import Selection
 
@@ -384,11 +385,28 @@ def test_modes(mode):
     hero.visualize(image, select(GEOMETRIES["single"].layout((40, 60))))
 
 
-def test_deep_greys_are_scaled_not_clipped():
-    ramp = np.tile(np.arange(60, dtype=np.uint16) * 1000, (40, 1))
-    read = np.asarray(picture._read(Image.fromarray(ramp), (40, 60)))
-    assert read[0, 0, 0] == 0 and read[0, -1, 0] == 255
-    assert (np.diff(read[0, :, 0].astype(int)) > 0).all()
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_greys_of_16_bits_keep_their_brightness(dtype):
+    grey = np.tile(np.arange(60, dtype=np.uint16), (40, 1))
+    deep = Image.fromarray((grey * 257).astype(dtype))
+    assert (np.asarray(read(deep, (40, 60))) == grey[..., None]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (np.array([-1.0, 0.0, 1.0]), [0, 128, 255]),
+        (np.array([0, 500_000, 1_000_000]), [0, 128, 255]),
+        (np.array([7, 7, 7]), [0, 0, 0]),
+        (np.array([np.nan, 0.0, 2.0]), [0, 0, 255]),
+        (np.array([-np.inf, 0.0, np.inf]), [0, 0, 255]),
+        (np.full(3, np.nan), [0, 0, 0]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_greys_of_32_bits_are_scaled_by_their_extremes(values, wanted):
+    values = values.astype(np.int32 if values.dtype.kind == "i" else np.float32)
+    assert np.asarray(read(Image.fromarray(values[None]), (1, 3)))[0, :, 0].tolist() == wanted
 
 
 def test_transparency_is_white():
@@ -410,6 +428,32 @@ def test_path_is_turned_upright_as_transformers_does(tmp_path):
     assert same(tmp_path / "turned.png", image, select(geometry.layout((40, 60))))
 
 
+def test_url(tmp_path, server):
+    """As a path, also if it is to be turned or has transparency."""
+    image = photograph((40, 60))
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image.save(tmp_path / "image.png", exif=exif)
+    address = f"{server}/image.png"
+    for size in ((40, 60), (60, 40)):
+        selection = select(GEOMETRIES["single"].layout(size))
+        assert same(address, tmp_path / "image.png", selection)
+    with pytest.raises(
+        OSError, match=f"image: expected an image file or URL, got '{address}x': HTTP Error 404"
+    ):
+        hero.visualize(address + "x", selection)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path, selection = tmp_path / "image.png", select(GEOMETRIES["single"].layout((40, 60)))
+    photograph((40, 60)).save(path)
+    for damaged in (path.read_bytes()[:500], b"no image", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match=f"image: expected an image file or URL, got '{path}': "):
+            hero.visualize(path, selection)
+
+
 # errors
 
 
@@ -417,11 +461,13 @@ def test_path_is_turned_upright_as_transformers_does(tmp_path):
     ("change", "error", "message"),
     [
         ({"selection": None}, TypeError, "selection: expected hero.Selection, got None"),
-        ({"image": None}, TypeError, "image: expected a PIL image, a numpy array or a path, got NoneType"),
+        ({"image": None}, TypeError, "image: expected a PIL image, .* or a URL, got NoneType"),
         ({"image": torch.zeros(3, 40, 60)}, TypeError, "image: expected .* got Tensor"),
         ({"image": photograph((60, 40))}, ValueError, r"image: expected .* 40 x 60 px .* got 60 x 40"),
         ({"image": np.zeros((40, 60), np.int64)}, TypeError, "image: .* got int64"),
         ({"image": np.zeros((40, 60, 3))}, TypeError, "image: expected an array of uint8, got float64"),
+        ({"image": np.zeros((3, 40, 60), np.uint8)}, TypeError, r"image: .* got shape \(3, 40, 60\)"),
+        ({"image": np.zeros(60, np.uint8)}, TypeError, r"image: .* got shape \(60,\)"),
         ({"image_index": 1}, ValueError, r"image_index: expected an integer in \[0, 1\), got 1"),
         ({"image_index": -1}, ValueError, r"image_index: expected an integer in \[0, 1\), got -1"),
         ({"image_index": True}, TypeError, "image_index: expected an integer"),
@@ -429,7 +475,7 @@ def test_path_is_turned_upright_as_transformers_does(tmp_path):
         ({"width": 399}, ValueError, "width: expected an integer >= 400, got 399"),
         ({"width": 1000.0}, TypeError, "width: expected an integer >= 400, got 1000.0"),
         ({"title": 3}, TypeError, "title: expected a string or None, got 3"),
-        ({"image": "no such file.png"}, FileNotFoundError, "no such file"),
+        ({"image": "no such file.png"}, FileNotFoundError, "got 'no such file.png': No such file"),
     ],
 )
 def test_errors(change, error, message):

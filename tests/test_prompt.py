@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from hero.prompt import images_of_rows, shrink
-from hero.relevance import question_of
+import hero
+from hero import mini
+from hero.prompt import images_of_rows, questions, shrink
+from hero.relevance import check_questions, question_of
 
 IMAGE = 9
 
@@ -32,12 +35,69 @@ IMAGE = 9
         ("USER: <image>\nFirst? ASSISTANT: Yes. USER: And the second? ASSISTANT:", "And the second?"),
         ("[INST] <<SYS>>Be brief.<</SYS>> <image> Which one? [/INST]", "Which one?"),
         ("  two   lines\nof text ", "two lines of text"),
-        ("USER: <image> ASSISTANT:", "USER: ASSISTANT:"),
+        # Without words: neither the names of the roles nor what others said.
+        ("USER: <image> ASSISTANT:", ""),
+        ("A chat with an assistant. USER : <image> ASSISTANT :", ""),
+        ("<s>[INST] <<SYS>>Be brief.<</SYS>> <image>\n [/INST]", ""),
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image><|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "",
+        ),
+        ("<|im_start|>user", ""),
+        (
+            "<|start_header_id|>user<|end_header_id|>\n\n<image><|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "",
+        ),
+        # The last turn of the user that has words.
+        ("USER: What is it? ASSISTANT: A dog. USER: <image> ASSISTANT:", "What is it?"),
+        ("[INST] First? [/INST] Yes.</s>[INST] Second? [/INST] No.</s>[INST] <image> [/INST]", "Second?"),
         ("", ""),
+        ("<image>", ""),
     ],
 )
 def test_question_of(prompt, question):
     assert question_of(prompt) == question
+
+
+class Words:
+    """A tokenizer that knows these words by number."""
+
+    words = ("", "USER:", "ASSISTANT:", "what", "where", "<pad>")
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(self.words[number] for number in ids.tolist())
+
+
+def test_questions_of_images():
+    """One for each image, from its row; "" where the row has none."""
+    ids = torch.tensor([[1, IMAGE, IMAGE, 3, 2], [5, 1, IMAGE, 2, 2], [1, IMAGE, 4, 2, 5]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    assert questions(ids, mask, IMAGE, [0, 0, 1, 2], Words()) == ["what", "what", "", "where"]
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_relevance_needs_words(empty):
+    message = f"text: expected a question with words for image 1, got {empty!r}"
+    with pytest.raises(ValueError) as raised:
+        check_questions(["what", empty], 2, required=True)
+    assert str(raised.value) == message
+    with pytest.raises(ValueError, match="for image 0"):
+        check_questions(empty, 2, required=True)
+    assert check_questions(["what", empty], 2, required=False) == ["what", empty]
+
+
+def test_a_prompt_without_words_is_refused_by_those_who_read_it():
+    model, processor, relevance = mini.load()
+    image = Image.open(mini.demo_questions()[0].image)
+    inputs = processor(images=image, text="<image>", return_tensors="pt")
+    with hero.attach(model, processor, keep_ratio=0.2, relevance=relevance) as handle:
+        with pytest.raises(ValueError, match="text: expected a question with words for image 0, got ''"):
+            model(**inputs)
+        assert handle.last is None
+    with hero.attach(model, processor, keep_ratio=0.2):
+        assert model(**inputs).logits.isfinite().all()
 
 
 def test_images_of_rows():
