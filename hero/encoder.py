@@ -14,7 +14,7 @@ import hero_kernels as hk
 from hero_kernels.segments import to_device
 
 from . import attention_rows
-from ._checks import check_flag
+from ._checks import check_flag, error
 from .config import HeroConfig
 from .cuda_graphs import CudaGraphs
 from .layout import Geometry, grid_pinpoints
@@ -78,20 +78,16 @@ class HeroVisionEncoder(nn.Module):
             ("geometry", geometry, Geometry, "hero.Geometry or None"),
         ):
             if not isinstance(value, kind) and not (value is None and expected.endswith("None")):
-                raise TypeError(f"{name}: expected {expected}, got {value!r}")
+                raise error(TypeError, name, expected, value)
         if not (image_newline is None or isinstance(image_newline, Tensor) or callable(image_newline)):
-            raise TypeError(
-                f"image_newline: expected a tensor [D], a function or None, got {image_newline!r}"
-            )
+            raise error(TypeError, "image_newline", "a tensor [D], a function or None", image_newline)
         self._tower = tower_for(vision_tower)
         crop_size, patch_size = self._tower.geometry(vision_tower)
         if geometry is None:
             geometry = Geometry(crop_size, patch_size, grid_pinpoints(crop_size))
         elif (geometry.crop_size, geometry.patch_size) != (crop_size, patch_size * self._tower.merge):
-            got = f"{geometry.crop_size} and {geometry.patch_size}"
-            raise ValueError(
-                f"geometry: expected crops of {crop_size} px, patches of {patch_size} px, got {got}"
-            )
+            expected = f"crops of {crop_size} px and patches of {patch_size} px"
+            raise error(ValueError, "geometry", expected, (geometry.crop_size, geometry.patch_size))
         self.depth = len(self._tower.attention_modules(vision_tower))
         self.feature_layer = feature_layer
         self._states = hidden_states(feature_layer, self.depth)
@@ -103,16 +99,14 @@ class HeroVisionEncoder(nn.Module):
         self.geometry = dataclasses.replace(geometry, newlines=image_newline is not None)
         check_supported(policy, self._rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
         if config.attention == "fused" and not self._tower.has_cls:
-            raise ValueError("attention: expected 'native' for an encoder without CLS, got 'fused'")
+            raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         if self.needs_text:
             patches_side = geometry.side if needs.patch_relevance else None
             check_relevance(relevance, policy.name, patches_side, shared=self._shared)
         if check_flag("cuda_graphs", cuda_graphs) and config.allocation != "exact":
-            raise ValueError(
-                f"cuda_graphs: expected False with allocation={config.allocation!r}, whose number of tokens "
-                "depends on the data, got True"
-            )
+            expected = f"False with allocation={config.allocation!r}, where the data decides on the counts"
+            raise error(ValueError, "cuda_graphs", expected, True)
         self.cuda_graphs = CudaGraphs() if cuda_graphs else None
         self.vision_tower = vision_tower
         self.projector = projector
@@ -323,10 +317,8 @@ class HeroVisionEncoder(nn.Module):
             )
             scored = self.config.policy.score(observed)
         if not isinstance(scored, Scored):
-            name = self.config.policy.name
-            raise TypeError(
-                f"policy {name!r}: expected score() to return Scored, got {type(scored).__name__}"
-            )
+            name = f"policy {self.config.policy.name!r}"
+            raise error(TypeError, name, "score() to return Scored", type(scored).__name__)
         return scored
 
     def budget(self, scored: Scored, plan: Plan) -> hk.TileBudgets:

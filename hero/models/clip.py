@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -40,10 +41,26 @@ class ClipTower(Tower):
             hidden, output = _run_whole(tower, pixel_values, states, **kwargs)
             last, pooled = output.last_hidden_state[:, 0], output.pooler_output
         else:
-            hidden, last, pooled = _run_needed(tower, pixel_values, states, cls, last)
+            with _quiet_hooks():
+                hidden, last, pooled = _run_needed(tower, pixel_values, states, cls, last)
             output = None
         features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)
         return TowerOutput(features[:, 1:], last, pooled, output)
+
+
+@contextlib.contextmanager
+def _quiet_hooks():
+    """Let transformers' output-capturing hooks see no collector.
+
+    They read a context variable, which ``torch.compile`` cannot trace unless it was set in the traced code.
+    """
+    collector = output_capturing._active_collector
+    token = collector.set(None) if torch.compiler.is_compiling() else None
+    try:
+        yield
+    finally:
+        if torch.compiler.is_compiling():
+            collector.reset(token)
 
 
 def _run_whole(
