@@ -19,6 +19,8 @@ INTERPRETER_TESTS := $(call tests,kernels kernel_properties library mutants enco
 WITHOUT_TRANSFORMERS := $(call tests,kernels kernel_properties library mutants reference ops compile picture)
 # The oldest supported Triton and the newest, beside the pinned one.
 TRITONS := 3.3.0 3.9.0
+# The newest transformers, beside the pinned one and the oldest, which constraints-lowest.txt names.
+NEWEST := 5.24.0
 # The oldest supported Python and the newest, beside the one of the environment.
 PYTHONS := 3.10 3.13
 
@@ -48,7 +50,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-pythons test-triton test-lmms
+.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-newest test-pythons test-triton test-lmms
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -85,6 +87,14 @@ test-exhaustive: $(STAMP) ## the kernels in every configuration, for every targe
 
 test-lowest: $(LOWEST_STAMP) ## the fast tests on the oldest supported transformers, in .venv-lowest
 	$(LOWEST)/bin/$(PYTEST) -m "not slow" $(patsubst %,--ignore=%,$(BENCH_TESTS) $(WITHOUT_TRANSFORMERS))
+
+test-newest: $(STAMP) .newest/$(NEWEST) ## the same on the newest transformers, in .newest
+	PYTHONPATH=.newest/$(NEWEST) $(VENV)/bin/$(PYTEST) -m "not slow" \
+	    $(patsubst %,--ignore=%,$(BENCH_TESTS) $(WITHOUT_TRANSFORMERS))
+
+.newest/%: | $(STAMP)
+	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $@.part transformers==$*
+	mv $@.part $@
 
 test-pythons: $(PYTHONS:%=test-python-%) ## what needs no torch, on the oldest and the newest Python, if they are installed
 
@@ -123,5 +133,5 @@ lint: $(STAMP) ## ruff, and mypy: the packages, and a strictly typed program tha
 	$(VENV)/bin/mypy --config-file= --strict --follow-imports=silent tests/typing_api.py
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV)* $(LMMS) .triton out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV)* $(LMMS) .triton .newest out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

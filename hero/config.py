@@ -124,9 +124,9 @@ def count_tokens(
         TypeError, ValueError: an argument of the wrong type or out of range, by name.
     """
     if not isinstance(config, HeroConfig):
-        raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
+        raise error(TypeError, "config", "hero.HeroConfig", config)
     if geometry is not None and not isinstance(geometry, Geometry):
-        raise TypeError(f"geometry: expected hero.Geometry, got {geometry!r}")
+        raise error(TypeError, "geometry", "hero.Geometry", geometry)
     given: dict[str, Any] = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
     given = {name: value for name, value in given.items() if value is not None}
     if geometry is not None and given:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["CudaGraphs"]
 
@@ -25,12 +25,15 @@ class _Recorded:
     replays: list[Callable[[], None]]
     outputs: Sequence[Tensor]
     held: object  # owns other memory that the graphs read, which must not be freed before them
-    weights: list[tuple[Tensor, int]]
+    weights: list[tuple[dict, str, Any, int]]  # of each: where its module keeps it, and its address
     done: torch.cuda.Event | None = None
 
     def is_stale(self) -> bool:
-        """Whether weights were moved or converted, so that the graphs would read freed memory."""
-        return any(weight.data_ptr() != address for weight, address in self.weights)
+        """Whether weights were moved, converted or replaced, so that the graphs would read other memory."""
+        return any(
+            weight.data_ptr() != address or table.get(name) is not weight
+            for table, name, weight, address in self.weights
+        )
 
 
 def _record(step: Step, state: object, value: Tensor, pool: object) -> tuple[Callable[[], None], object]:
@@ -84,7 +87,7 @@ class CudaGraphs:
         key: Hashable,
         steps: Sequence[Step],
         inputs: Sequence[Callable[[], Tensor]],
-        weights: Callable[[], Sequence[Tensor]],
+        modules: Sequence[nn.Module],
         held: object,
     ) -> list[Tensor]:
         """Run the steps by replaying graphs, which the first call with a key records.
@@ -94,8 +97,8 @@ class CudaGraphs:
             steps: each takes what the one before returned, ``None`` first, and its input; the last returns
                 tensors.
             inputs: return the input of each step, called right before the step is launched.
-            weights: returns the weights that the steps read. If one was moved or converted since, the graph
-                is recorded again.
+            modules: hold the weights that the steps read. If one was moved, converted or replaced since, the
+                graph is recorded again.
             held: owns other memory that the steps read.
 
         Returns:
@@ -117,7 +120,7 @@ class CudaGraphs:
             recorded = self._recorded.get(key)
             if recorded is None or recorded.is_stale():
                 values = [value, *(give() for give in inputs[1:])]
-                recorded = self._recorded[key] = self._make(steps, values, weights(), held)
+                recorded = self._recorded[key] = self._make(steps, values, modules, held)
                 while len(self._recorded) > self.limit:
                     self._recorded.popitem(last=False)
             self._recorded.move_to_end(key)
@@ -133,10 +136,18 @@ class CudaGraphs:
         return results
 
     def _make(
-        self, steps: Sequence[Step], values: Sequence[Tensor], weights: Sequence[Tensor], held: object
+        self, steps: Sequence[Step], values: Sequence[Tensor], modules: Sequence[nn.Module], held: object
     ) -> _Recorded:
         device = values[0].device
-        elsewhere = {weight.device for weight in weights} - {device}
+        weights: list[tuple[dict, str, Any, int]] = [
+            (table, name, weight, weight.data_ptr())
+            for whole in modules
+            for module in whole.modules()
+            for table in (module._parameters, module._buffers)
+            for name, weight in table.items()
+            if weight is not None
+        ]
+        elsewhere = {weight.device for _, _, weight, _ in weights} - {device}
         if elsewhere:
             raise ValueError(f"cuda_graphs: expected all weights on {device}, got some on {elsewhere}")
         if device.type == "cuda" and device not in self._pools:
@@ -149,4 +160,4 @@ class CudaGraphs:
             replay, state = self.record(step, state, static, self._pools.get(device))
             replay()  # recording runs no kernel, and the next step reads what this one writes
             replays.append(replay)
-        return _Recorded(inputs, replays, state, held, [(weight, weight.data_ptr()) for weight in weights])
+        return _Recorded(inputs, replays, state, held, weights)

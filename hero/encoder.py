@@ -19,7 +19,7 @@ from .config import HeroConfig
 from .cuda_graphs import CudaGraphs
 from .layout import Geometry, grid_pinpoints
 from .models import hidden_states, tower_for
-from .plan import Plan, Plans, constant_sizes
+from .plan import Plan, Plans, constant_sizes, with_image
 from .policies import Observed, Scored, check_supported
 from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
@@ -33,8 +33,8 @@ class HeroVisionEncoder(nn.Module):
     """A vision encoder that returns only the visual tokens worth keeping (docs/method.md).
 
     Wraps a vision tower as it is: its attention implementation, dtype, devices and hooks stay the user's. The
-    stages are methods, each replaceable, in this order: :meth:`prepare`, :meth:`text_embeddings`,
-    :meth:`encode`, :meth:`score`, :meth:`budget`, :meth:`select`, :meth:`project`.
+    stages are methods, each replaceable: :meth:`prepare`, :meth:`text_embeddings`, :meth:`encode`,
+    :meth:`score`, :meth:`budget`, :meth:`select`, :meth:`project`.
 
     Args:
         vision_tower: a transformers ``CLIPVisionModel``. Attention modules that score patches are changed
@@ -89,7 +89,6 @@ class HeroVisionEncoder(nn.Module):
             expected = f"crops of {crop_size} px and patches of {patch_size} px"
             raise error(ValueError, "geometry", expected, (geometry.crop_size, geometry.patch_size))
         self.depth = len(self._tower.attention_modules(vision_tower))
-        self.feature_layer = feature_layer
         self._states = hidden_states(feature_layer, self.depth)
         self._last_layer = max(max(self._states) - 1, 0)  # of the features; the first if they are embeddings
         policy = config.policy
@@ -201,9 +200,9 @@ class HeroVisionEncoder(nn.Module):
                 f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
                 f"got {len(counts)} images of {counts} crops"
             )
-        if min(counts) == shape[1]:
-            return pixel_values.flatten(0, 1), plan
-        return pixel_values[plan.places.images, plan.places.crops], plan
+        places, ragged = plan.places, min(counts) < shape[1]
+        crops = pixel_values[places.images, places.crops] if ragged else pixel_values.flatten(0, 1)
+        return crops, plan
 
     def encode(
         self,
@@ -277,7 +276,7 @@ class HeroVisionEncoder(nn.Module):
                 a question without a relevance model.
         """
         if text is not None and self.relevance is None:
-            raise ValueError(f"text: expected None without a relevance model, got {text!r}")
+            raise error(ValueError, "text", "None without a relevance model", text)
         questions = check_questions(text, len(plan.layouts), required=self.needs_text)
         if self.relevance is None or questions is None or not self.needs_text:
             return None
@@ -369,8 +368,7 @@ class HeroVisionEncoder(nn.Module):
                 error. Or ``[B, E]`` fp32, its embeddings (:meth:`hero.ClipRelevance.text_embeddings`).
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type or size, by name; NaN in the scores (checked
-                on the CPU only).
+            TypeError, ValueError: an argument of the wrong type or size, by name; on the CPU also NaN.
         """
         return self.run(pixel_values, image_sizes, text)[0]
 
@@ -384,14 +382,17 @@ class HeroVisionEncoder(nn.Module):
         if self.cuda_graphs is not None:
             tensors = tuple(self._replay(self.cuda_graphs, crops, plan, question, **kwargs))
         else:
-            encoded = self.encode(crops, plan, **kwargs)
-            tensors, lengths = self._choose(encoded, plan, question)
+            try:
+                encoded = self.encode(crops, plan, **kwargs)
+                tensors, lengths = self._choose(encoded, plan, question)
+            except ValueError as problem:
+                raise with_image(problem, crops, plan) from problem
             output = encoded.output
         tokens, index, budgets, shares, scores = tensors
         cu_seqlens = plan.to(index.device).cu_seqlens
         if lengths != plan.segments.lengths:  # "floor": the data decides
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), index.device)
-        selection = Selection(
+        return Selection(
             tokens=tokens,
             lengths=list(lengths),
             cu_seqlens=cu_seqlens,
@@ -401,8 +402,7 @@ class HeroVisionEncoder(nn.Module):
             scores=scores,
             layout=plan.layouts,
             policy=self.config.policy.name,
-        )
-        return selection, output
+        ), output
 
     def _choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -441,10 +441,8 @@ class HeroVisionEncoder(nn.Module):
             steps = [lambda _, crops: self._choose(encode(None, crops), plan, None)[0]]
         else:
             inputs.append(lambda: question().to(crops.device))
-        key = (plan.layouts, states, question is None, self.vision_tower.config._attn_implementation)
+        newline = self._newline()
+        attention = self.vision_tower.config._attn_implementation
+        key = (plan.layouts, states, question is None, attention, id(newline))
         modules = [self] if self.relevance is None else [self, self.relevance.clip_model]
-
-        def weights() -> list[Tensor]:
-            return [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
-
-        return graphs.run(key, steps, inputs, weights, plan)
+        return graphs.run(key, steps, inputs, modules, (plan, newline))

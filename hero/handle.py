@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from . import calls
+from ._checks import error
 from .config import HeroConfig
 from .encoder import HeroVisionEncoder
 from .models import Adapter, Parts, ProcessorCounts, adapter_for
@@ -187,7 +188,7 @@ def attach(
     if config is not None and options:
         raise ValueError(f"config: expected it or options, got both: {', '.join(options)}")
     if config is not None and not isinstance(config, HeroConfig):
-        raise TypeError(f"config: expected hero.HeroConfig, got {config!r}")
+        raise error(TypeError, "config", "hero.HeroConfig", config)
     config = HeroConfig(**options) if config is None else config
     adapter = adapter_for(model)
     parts = adapter.parts(model)
@@ -205,7 +206,7 @@ def attach(
             "the question, got None"
         )
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
-        raise TypeError(f"tokenizer: expected the language model's tokenizer, got {tokenizer!r}")
+        raise error(TypeError, "tokenizer", "the language model's tokenizer", tokenizer)
     encoder = HeroVisionEncoder(
         parts.vision_tower,
         parts.projector,

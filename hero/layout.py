@@ -184,18 +184,18 @@ class Geometry:
         if crop < check_integer("patch_size", self.patch_size):
             raise ValueError(f"patch_size: expected at most crop_size {crop}, got {self.patch_size}")
         if isinstance(self.pinpoints, str) or not isinstance(self.pinpoints, Sequence):
-            raise TypeError(f"pinpoints: expected pairs (height, width) in pixels, got {self.pinpoints!r}")
+            raise error(TypeError, "pinpoints", "pairs (height, width) in pixels", self.pinpoints)
         pinpoints = []
         for pinpoint in self.pinpoints:
             if isinstance(pinpoint, str) or not isinstance(pinpoint, Sequence) or len(pinpoint) != 2:
-                raise TypeError(f"pinpoints: expected pairs (height, width) in pixels, got {pinpoint!r}")
+                raise error(TypeError, "pinpoints", "pairs (height, width) in pixels", pinpoint)
             pair = tuple(check_integer("pinpoints", side, crop) for side in pinpoint)
             if any(side % crop for side in pair):
                 raise ValueError(f"pinpoints: expected multiples of the crop size {crop}, got {pair}")
             pinpoints.append(pair)
         object.__setattr__(self, "pinpoints", tuple(pinpoints))
         if self.thumbnail not in ("first", "last", "none"):
-            raise ValueError(f"thumbnail: expected 'first', 'last' or 'none', got {self.thumbnail!r}")
+            raise error(ValueError, "thumbnail", "'first', 'last' or 'none'", self.thumbnail)
         if not pinpoints and self.thumbnail == "none":
             raise ValueError("pinpoints: expected at least one where there is no thumbnail, got none")
 
@@ -211,7 +211,7 @@ class Geometry:
             TypeError, ValueError: not two positive integers.
         """
         if isinstance(image_size, str) or not hasattr(image_size, "__len__") or len(image_size) != 2:
-            raise TypeError(f"image_size: expected (height, width) in pixels, got {image_size!r}")
+            raise error(TypeError, "image_size", "(height, width) in pixels", image_size)
         return _layout(
             self, check_integer("image_size", image_size[0]), check_integer("image_size", image_size[1])
         )
@@ -224,7 +224,7 @@ class Geometry:
         """
         sizes = image_sizes.tolist() if hasattr(image_sizes, "tolist") else image_sizes
         if not isinstance(sizes, Sequence) or isinstance(sizes, str):
-            raise TypeError(f"image_sizes: expected (height, width) of each image, got {image_sizes!r}")
+            raise error(TypeError, "image_sizes", "(height, width) of each image", image_sizes)
         if not sizes:
             raise ValueError("image_sizes: expected at least one image, got none")
         return tuple(self.layout(size.tolist() if hasattr(size, "tolist") else size) for size in sizes)

@@ -7,6 +7,7 @@ they do not synchronise with the device.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from .layout import ImageLayout
 from .policies import Rows
 from .signals import Places, places_of
 
-__all__ = ["Plan", "Plans", "constant_sizes", "make_plan"]
+__all__ = ["Plan", "Plans", "constant_sizes", "make_plan", "with_image"]
 
 LIMIT = 256  # plans that an encoder keeps
 
@@ -87,6 +88,10 @@ def make_plan(
         rows: the attention rows of its policy (:meth:`hero.policies.Policy.rows`).
         device: where the tensors are needed.
     """
+    for layout in layouts:
+        if not layout.budget(config)[0] and not layout.tile_quota(config):
+            text = f"keep_ratio={config.keep_ratio}, keep_tokens={config.keep_tokens}"
+            warnings.warn(f"{text} keeps no patches of an image of {layout.image_size} px", stacklevel=2)
     with torch.inference_mode(False):
         segments = hk.Segments(tuple(_segment(layout, config) for layout in layouts), layouts[0].side)
         is_thumbnail = torch.tensor(
@@ -175,6 +180,15 @@ class Plans:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
         return plan
+
+
+def with_image(problem: ValueError, crops: Tensor, plan: Plan) -> ValueError:
+    """The problem, with the first image whose crops ``[T, 3, S, S]`` are not finite if NaN was found."""
+    bad = ~crops.isfinite().flatten(1).all(1)
+    if "NaN" not in str(problem) or not bool(bad.any()):
+        return problem
+    image = int(plan.places.images[bad.nonzero()[0, 0]])
+    return ValueError(f"{problem}: pixel_values of image {image} are not finite")
 
 
 def constant_sizes(image_sizes) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hero_kernels.segments import to_device
 
+from ._checks import error
 from .models import unwrapped
 
 __all__ = ["ClipRelevance", "check_questions", "check_relevance", "question_of"]
@@ -57,7 +58,7 @@ def check_questions(
     if isinstance(text, str):
         text = [text] * images
     if text is not None and not isinstance(text, (Sequence, Tensor)):
-        raise TypeError(f"text: expected a string, one an image, or their embeddings, got {text!r}")
+        raise error(TypeError, "text", "a string, one an image, or their embeddings", text)
     if required and (text is None or len(text) != images):
         got = "none" if text is None else f"{len(text)}"
         raise ValueError(f"text: expected a question for each of {images} images, got {got}")
@@ -100,7 +101,7 @@ class ClipRelevance:
                     f"tokenizer: expected one with {name}, got {type(tokenizer).__name__} without"
                 )
         if not isinstance(second_pass, bool):
-            raise TypeError(f"second_pass: expected a bool, got {second_pass!r}")
+            raise error(TypeError, "second_pass", "a bool", second_pass)
         self.clip_model = clip_model
         self.tokenizer = tokenizer
         self.second_pass = second_pass
@@ -178,7 +179,7 @@ class ClipRelevance:
         windows, owners = [], []
         for number, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"text: expected a string an image, got {text!r}")
+                raise error(TypeError, "text", "a string an image", text)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for start in range(0, max(len(ids), 1), length - 2):
                 windows.append([begin, *ids[start : start + length - 2], end])

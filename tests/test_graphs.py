@@ -135,6 +135,12 @@ def test_a_graph_is_made_anew_when_it_would_be_wrong():
         after = encoder(images.double(), ONE)
         patches = after.index >= 0
         torch.testing.assert_close(after.tokens[patches], before[patches] + 1.0)
+        weights = {name: value.clone() for name, value in encoder.projector.state_dict().items()}
+        weights["2.bias"] += 1.0
+        encoder.projector.load_state_dict(weights, assign=True)  # other memory, while the old lives on
+        again = encoder(images.double(), ONE).tokens
+        torch.testing.assert_close(again[patches], after.tokens[patches] + 1.0)
+        assert encoder.cuda_graphs.made == 5
 
 
 def test_copies_start_without_graphs():

@@ -24,7 +24,7 @@ from independent import (
     tiny_processor,
     tiny_tokenizer,
 )
-from transformers import BatchFeature, TextStreamer, pipeline
+from transformers import BatchFeature, LlavaNextForConditionalGeneration, TextStreamer, pipeline
 from transformers.cache_utils import DynamicCache
 
 import hero
@@ -41,6 +41,9 @@ RULES = {
     "entropy": {"keep_ratio": 0.2, "weights": {"density": 0.2, "saliency": 0.3, "entropy": 0.5}},
 }
 PROCESSORS = ("patched", "stock")
+# The name of the argument before transformers 5.24, and since.
+FORWARD = inspect.signature(LlavaNextForConditionalGeneration.forward).parameters
+CACHE = "past_key_values" if "past_key_values" in FORWARD else "cache"
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +306,7 @@ def test_second_turn_with_cache(model, which):
     with handle:
         inputs = batch(processor, "one image")
         cache = DynamicCache()
-        first = model.generate(**inputs, past_key_values=cache, **options)
+        first = model.generate(**inputs, **{CACHE: cache}, **options)
         more = processor.tokenizer("USER : and that one ? ASSISTANT :", return_tensors="pt")["input_ids"]
         ids = torch.cat([first, more], dim=1)
         whole = {
@@ -312,7 +315,7 @@ def test_second_turn_with_cache(model, which):
             "image_sizes": inputs["image_sizes"],
         }
         fresh = model.generate(**whole, pixel_values=inputs["pixel_values"], **options)
-        second = model.generate(**whole, past_key_values=cache, **options)
+        second = model.generate(**whole, **{CACHE: cache}, **options)
         assert torch.equal(second[:, : ids.shape[1]], ids)
         assert torch.equal(second, fresh)
 

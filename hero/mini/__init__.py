@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .._checks import error
+
 if TYPE_CHECKING:
     import torch
     from transformers import (
@@ -82,9 +84,9 @@ def load(
     if dtype is None:
         dtype = torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
+        raise error(TypeError, "dtype", "a floating-point torch.dtype or None", dtype)
     if not isinstance(relevance, bool):
-        raise TypeError(f"relevance: expected True or False, got {relevance!r}")
+        raise error(TypeError, "relevance", "True or False", relevance)
     weights = Path(weights)
     if not (weights / CLIP_HEAD).is_file():
         raise ValueError(f"weights: expected the folder of a mini model, with {CLIP_HEAD}, got {weights}")

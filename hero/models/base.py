@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .._checks import error
 from ..config import HeroConfig
 from ..layout import Geometry, ImageLayout
 
@@ -162,9 +163,9 @@ def hidden_states(feature_layer: object, depth: int) -> tuple[int, ...]:
     layers = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
     expected = f"hidden states in [{-depth - 1}, {depth}], at least one"
     if not isinstance(layers, Sequence) or any(type(layer) is not int for layer in layers):
-        raise TypeError(f"feature_layer: expected {expected}, got {feature_layer!r}")
+        raise error(TypeError, "feature_layer", expected, feature_layer)
     if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
-        raise ValueError(f"feature_layer: expected {expected}, got {feature_layer!r}")
+        raise error(ValueError, "feature_layer", expected, feature_layer)
     return tuple(layer % (depth + 1) for layer in layers)
 
 
