@@ -645,6 +645,15 @@ def test_save_pretrained_while_attached(tmp_path):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "attached" / name).read_bytes()
 
 
+def test_a_decoding_step_compiles_into_one_graph(model):
+    handle, processor = attached(model, "patched", config_of(RULES["exact 0.2"]))
+    ids = batch(processor, "one image")["input_ids"][:, -3:]  # no image any more
+    with handle, torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(input_ids=ids).logits, wanted)
+
+
 def test_compiled_tower(model, reference):
     """``torch.compile(fullgraph=True)`` of the vision tower: the scores come out of the graph."""
     results, logits = expected("one image", "exact 0.2", reference)
