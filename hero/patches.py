@@ -40,7 +40,7 @@ def patch(owner: object, name: str, function: Callable) -> None:
 
     @functools.wraps(hidden)  # generate reads the names of the parameters
     def method(self, *args, **kwargs):
-        original: Callable = functools.partial(hidden, self)  # torch.compile traces this, not a bound method
+        original = functools.partial(hidden, self)  # torch.compile traces this, not a bound method
         if was_there:  # read anew, for deep copies have their own
             original = self.__dict__[_HIDDEN][name][2]
         if "_hero" not in self.__dict__:  # removed, but a wrapper that was put on later still calls this

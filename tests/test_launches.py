@@ -281,8 +281,8 @@ def peaks(model, images, device="cpu") -> dict[str, int]:
 
     with torch.no_grad():
         result = {"stock": held(call)}
-        with hero.attach(model, keep_ratio=0.2):
-            result["hero"] = held(call)
+        with hero.attach(model, keep_ratio=0.2) as handle:  # as within a call of the model
+            result["hero"] = held(lambda: handle.encoder(values, sizes))
         tower.set_attn_implementation("eager")
         result["maps"] = held(lambda: tower(values.flatten(0, 1), output_attentions=True))
         tower.set_attn_implementation("sdpa")
