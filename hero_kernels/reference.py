@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor
 
 from .segments import (
-    LARGEST,
     Finalized,
     Gathered,
     Segment,
@@ -252,7 +251,7 @@ def tile_budgets(
     lanes = _lanes(segments, valid_counts.device)
     shares = _shares(signals, lanes)[:, : lanes.most]
     weights = (shares.double() * FIXED_POINT + 0.5).floor().long()  # fp32 could not hold the sum
-    counts = valid_counts.long().clamp_max(LARGEST)[lanes.crop[:, : lanes.most]]
+    counts = valid_counts.long().clamp(0, segments.patches)[lanes.crop[:, : lanes.most]]
     caps = counts.masked_fill(lanes.no_tile[:, : lanes.most], 0)
     budgets = rule(lanes.tile_tokens, weights, caps)
     thumbnails = torch.minimum(lanes.thumbnail_tokens, counts)
