@@ -76,6 +76,6 @@ def _row(name: str, kernel: str, size: int) -> tuple[tuple[str, Any], ...]:
         if size <= row["upto"]:
             return tuple((key, value) for key, value in row.items() if key != "upto")
     what = (
-        "rows: expected at most {} patches" if kernel == "finalize" else "key: expected at most {} wide heads"
+        "rows: expected at most {} patches" if kernel == "finalize" else "key: expected heads at most {} wide"
     )
     raise ValueError(f"{what.format(rows[-1]['upto'])} on a GPU, got {size}")

@@ -309,7 +309,6 @@ def segmented_topk_gather(
         check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), device)
     if ranks is not None:
         check_tensor("ranks", ranks, tuple(scores.shape), (torch.int16,), device)
-        _check_cpu("ranks", "places below P", ranks, lambda ranks: (ranks >= 0) & (ranks < segments.patches))
     if valid_counts is not None:
         check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
         _check_counts("valid_counts", valid_counts)

@@ -760,3 +760,12 @@ def test_doubles_are_refused(operation):
     }
     with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):
         _dispatch.launcher(operation)(*arguments[operation])
+
+
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_sizes_beyond_the_kernels_are_refused_by_name(operation, kernel):
+    wide = torch.zeros(1, 1, 3, 257, device=kernel.device)
+    with pytest.raises(ValueError, match=r"^key: expected heads at most (256|128) wide on a GPU, got "):
+        attend(operation, wide, wide, 0.3)
+    with pytest.raises(ValueError, match=r"^rows: expected at most 16384 patches on a GPU, got 16385"):
+        hk.finalize_scores(torch.zeros(1, 1, 16385, device=kernel.device))

@@ -948,8 +948,6 @@ GATHER = [
     ),
     ({"ranks": torch.ones(5, 16, dtype=torch.int32)}, TypeError, "ranks"),
     ({"ranks": torch.ones(5, 15, dtype=torch.int16)}, ValueError, "ranks"),
-    ({"ranks": torch.full((5, 16), -1, dtype=torch.int16)}, ValueError, "ranks"),
-    ({"ranks": torch.full((5, 16), 16, dtype=torch.int16)}, ValueError, "ranks"),
     ({"valid_counts": torch.full((5,), -1)}, ValueError, "valid_counts"),
     ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
     ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
