@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_choice", "check_number", "check_tensor", "describe"]
+__all__ = [
+    "check_buffer",
+    "check_choice",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "check_tensor",
+    "describe",
+]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+FLOAT = torch.finfo(torch.float32)
 
 
 def describe(value: object) -> str:
@@ -34,16 +43,19 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> Tensor:
-    """Check rank, the sizes given as integers, dtype and device of a tensor argument.
+    """Check rank, the sizes given as integers, dtype, layout and device of a tensor argument.
 
     Strings in ``shape`` name free dimensions in the message.
 
     Raises:
-        TypeError: not a tensor, or of another dtype.
+        TypeError: not a tensor, not dense, or of another dtype.
         ValueError: of another shape, or on another device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {_shape(shape)}, got {describe(value)}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor, got a tensor of layout {kind}")
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
@@ -58,19 +70,77 @@ def check_tensor(
 
 
 def check_number(name: str, value: object, *, positive: bool = False, low: float | None = None) -> float:
-    """Check a finite real number; ``positive`` excludes zero, ``low`` is a lower bound.
+    """Check a real number; ``positive`` excludes zero, ``low`` is a lower bound.
 
     Raises:
         TypeError: not a real number, or a bool.
-        ValueError: NaN, infinite, or out of range.
+        ValueError: NaN, out of range, or neither 0 nor a normal number of fp32, in which kernels take it.
     """
-    expected = "a finite number" + (" > 0" if positive else "" if low is None else f" >= {low:g}")
+    expected = (
+        "a finite number" + (" > 0" if positive else "" if low is None else f" >= {low:g}") + " in float32"
+    )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    number = float(value)
-    if not math.isfinite(number) or (positive and number <= 0) or (low is not None and number < low):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
+    fits = number == 0 or FLOAT.tiny <= abs(number) <= FLOAT.max
+    if not fits or (positive and number <= 0) or (low is not None and number < low):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return number
+
+
+def check_integer(name: str, value: object, *, low: int | None = None) -> int:
+    """Check an integer, of any integer type but bool; ``low`` is a lower bound.
+
+    Raises:
+        TypeError: not an integer, or a bool.
+        ValueError: out of range.
+    """
+    expected = "an integer" + ("" if low is None else f" >= {low}")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if low is not None and value < low:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return int(value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check a bool.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+
+
+def check_buffer(name: str, value: object, shape: Sequence[int], device: torch.device) -> None:
+    """Check an fp32 tensor that an operation adds to in place.
+
+    The rules are those of PyTorch's in-place operations. A kernel writes past them, so they are checked here.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_tensor`.
+        ValueError: it requires a gradient, its elements share memory, or it is an inference tensor outside
+            inference mode.
+    """
+    tensor = check_tensor(name, value, shape, (torch.float32,), device)
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got requires_grad=True")
+    compiling = torch.compiler.is_compiling()  # it cannot trace what follows, and checks this itself
+    if not compiling and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: expected no inference tensor outside inference mode, got {describe(tensor)}"
+        )
+    steps = [pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] > 1]
+    for stride, size in steps:  # not sorted, which cannot be compiled
+        reach = sum((length - 1) * step for step, length in steps if step <= stride) - (size - 1) * stride
+        if stride <= reach and tensor.numel():
+            raise ValueError(
+                f"{name}: expected elements that share no memory, got strides {tuple(tensor.stride())}"
+            )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -45,12 +46,15 @@ def kernel(name: str, device_type: str) -> Callable | None:
 def run(name: str, device: torch.device, **arguments):
     """Run an operation on checked arguments, with the kernel or the reference.
 
+    Triton launches on the current device, so that of the tensors is made current.
+
     Raises:
         RuntimeError: ``HERO_REQUIRE_KERNEL`` is set and the accelerator has no kernel.
     """
     launch = kernel(name, device.type)
     if launch is not None:
-        return launch(**arguments)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return launch(**arguments)
     if SWITCHES.require_kernel and device.type != "cpu":
         raise RuntimeError(
             f"hero_kernels.{name}: HERO_REQUIRE_KERNEL is set and {device.type!r} has no kernel"

@@ -75,4 +75,7 @@ def _row(name: str, kernel: str, size: int) -> tuple[tuple[str, Any], ...]:
     for row in rows:
         if size <= row["upto"]:
             return tuple((key, value) for key, value in row.items() if key != "upto")
-    raise ValueError(f"{kernel}: expected a size of at most {rows[-1]['upto']}, got {size}")
+    what = (
+        "rows: expected at most {} patches" if kernel == "finalize" else "key: expected heads at most {} wide"
+    )
+    raise ValueError(f"{what.format(rows[-1]['upto'])} on a GPU, got {size}")

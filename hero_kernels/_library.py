@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _dispatch, reference
 from .segments import Finalized, Gathered, Segments, TileBudgets, TileSignal, segments_of
@@ -199,11 +201,15 @@ def _save_attention(ctx, arguments, output):
 
 
 def _attention_backward(ctx, grad):
-    """Gradients of plain attention, which is computed again: its maps were never stored."""
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+    """Gradients of plain attention, which is computed again: its maps were never stored.
+
+    With ``create_graph`` they are differentiable in turn; of PyTorch's backends only the math backend can.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if again else nullcontext():
+        inputs = [tensor.view_as(tensor).requires_grad_() for tensor in ctx.saved_tensors]
         output = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=ctx.scale)
-    return torch.autograd.grad(output, inputs, grad)
+        return torch.autograd.grad(output, inputs, grad, create_graph=again)
 
 
 def _finalize_scores(rows, rank, **arguments):

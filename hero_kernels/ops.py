@@ -9,7 +9,9 @@ Plain tensors in eager mode go straight to the implementation (:func:`hero_kerne
 operation is one operator of :mod:`hero_kernels._library`.
 
 Every operation raises ``TypeError`` or ``ValueError`` for an argument of another type, shape, dtype or device
-than documented; the message names the argument, what was expected and what was given.
+than documented, and for a number beyond the normal range of fp32; the message names the argument, what was
+expected and what was given. A dimension may be 0, with an empty result or what the formula gives, unless the
+formula divides by it: attention needs a key, and :func:`finalize_scores` a head.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch, _library
-from ._checks import FLOATS, INTEGERS, check_number, check_tensor, describe
+from ._checks import FLOATS, INTEGERS, check_buffer, check_flag, check_number, check_tensor, describe
 from ._env import SWITCHES
 from .segments import MAX_SIGNALS, Finalized, Gathered, Segments, TileBudgets, TileSignal, check_allocation
 
@@ -58,7 +60,8 @@ def cls_attention(
         scale: factor of the logits, usually D^−½.
         weight: factor of this layer, for all crops or ``[T]`` fp32, one per crop. Crops of weight 0 are
             skipped: nothing is added, even if their keys are NaN.
-        out: ``[T, H, N − 1]`` fp32 buffer to add to in place; a new tensor where ``None``.
+        out: ``[T, H, N − 1]`` fp32 buffer to add to in place; a new tensor where ``None``. It must not
+            require a gradient, and its elements must not share memory.
         second_softmax: apply a second softmax over the N − 1 patches of each head, as HERO's released code
             does.
 
@@ -70,9 +73,9 @@ def cls_attention(
 
     Source: the CLS scores of HiRED (2408.10945) and FasterVLM (2412.01818).
     """
-    _check_attention(query, key, scale, cls=True)
-    _check_flag("second_softmax", second_softmax)
-    _check_accumulation(weight, out, key, key.shape[2] - 1)
+    scale = _check_attention(query, key, scale, cls=True)
+    check_flag("second_softmax", second_softmax)
+    weight = _check_accumulation(weight, out, key, key.shape[2] - 1)
     query, key = query.detach(), key.detach()
     arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
     return _call("cls_attention", key.device, (query, key, out), **arguments, second_softmax=second_softmax)
@@ -105,12 +108,12 @@ def attention_with_cls(
 
     Source: FlashAttention-2 (2307.08691).
     """
-    _check_attention(query, key, scale)
+    scale = _check_attention(query, key, scale)
     check_tensor("value", value, tuple(key.shape), (key.dtype,), key.device)
     if key.shape[2] < 2:
         raise ValueError(f"key: expected at least 2 tokens a crop, got {describe(key)}")
-    _check_flag("second_softmax", second_softmax)
-    _check_accumulation(weight, out, key, key.shape[2] - 1)
+    check_flag("second_softmax", second_softmax)
+    weight = _check_accumulation(weight, out, key, key.shape[2] - 1)
     arguments = {"query": query, "key": key, "value": value, "scale": scale, "weight": weight, "out": out}
     return _call(
         *("attention_with_cls", key.device, (query, key, value, out), (query, key, value)),
@@ -134,7 +137,7 @@ def received_attention(
     Args:
         query, key: ``[T, H, N, D]`` of one floating-point dtype, any strides.
         scale, weight: as in :func:`cls_attention`.
-        out: ``[T, H, N]`` fp32 buffer to add to in place; a new tensor where ``None``.
+        out: ``[T, H, N]`` fp32 buffer, as in :func:`cls_attention`.
 
     Returns:
         ``[T, H, N]`` fp32; ``out`` where given. Not differentiable.
@@ -144,8 +147,8 @@ def received_attention(
 
     Source: VisionZip (2412.04467), for SigLIP towers.
     """
-    _check_attention(query, key, scale)
-    _check_accumulation(weight, out, key, key.shape[2])
+    scale = _check_attention(query, key, scale)
+    weight = _check_accumulation(weight, out, key, key.shape[2])
     query, key = query.detach(), key.detach()
     arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
     return _call("received_attention", key.device, (query, key, out), **arguments)
@@ -176,7 +179,7 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
         raise ValueError(f"rows: expected at least one head, got {describe(rows)}")
     if valid is not None:
         check_tensor("valid", valid, (rows.shape[0], rows.shape[2]), (torch.bool,), rows.device)
-    _check_flag("rank", rank)
+    check_flag("rank", rank)
     if rank and rows.shape[2] > torch.iinfo(torch.int16).max:
         raise ValueError(f"rows: expected at most 32767 patches to rank, got {describe(rows)}")
     rows = rows.detach()
@@ -197,7 +200,7 @@ def tile_budgets(
 
     Args:
         signals: one to four, with a positive sum of weights.
-        valid_counts: ``[T]`` int32 or int64, valid patches of each crop: the caps.
+        valid_counts: ``[T]`` int32 or int64, valid patches of each crop: the caps. More than P count as P.
         segments: the images of the batch.
         allocation: ``"exact"``, largest remainders with caps, always ``min(tile_tokens, Σ valid)`` in sum; or
             ``"floor"``, the rule of HERO's released code, which loses what the floors and caps leave over.
@@ -216,8 +219,7 @@ def tile_budgets(
     check_allocation(allocation)
     check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS)
     _check_counts("valid_counts", valid_counts)
-    _check_signals(signals, segments, valid_counts.device)
-    signals = _detached(signals)
+    signals = _check_signals(signals, segments, valid_counts.device)
     return _call(
         *("tile_budgets", valid_counts.device, (valid_counts, *(signal.values for signal in signals))),
         signals=signals,
@@ -281,6 +283,7 @@ def segmented_topk_gather(
         ranks: ``[T, P]`` int16 from :func:`finalize_scores` on the same scores and ``valid``. They are used
             in place of the scores, and a kernel need not search for the cut.
         valid_counts: ``[T]`` int32 or int64, the row sums of ``valid``, if known: they need not be counted.
+            More than P count as P.
 
     Returns:
         packed tokens, their source, the length of each image, and the budgets. Newline rows are zero: they
@@ -308,12 +311,12 @@ def segmented_topk_gather(
         check_tensor("ranks", ranks, tuple(scores.shape), (torch.int16,), device)
     if valid_counts is not None:
         check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
+        _check_counts("valid_counts", valid_counts)
     if (budgets is None) == (signals is None):
         given = "none" if budgets is None else "both"
         raise ValueError(f"budgets: expected either budgets or signals, got {given}")
     if signals is not None:
-        _check_signals(signals, segments, device)
-        signals = _detached(signals)
+        signals = _check_signals(signals, segments, device)
     elif not isinstance(budgets, TileBudgets):
         raise TypeError(f"budgets: expected TileBudgets, got {describe(budgets)}")
     else:
@@ -321,7 +324,8 @@ def segmented_topk_gather(
         _check_counts("budgets.budgets", budgets.budgets)
     _check_numbers("scores", scores)
     _check_numbers("features", features)
-    tensors = (valid, ranks, valid_counts, *(budgets or ()), *(signal.values for signal in signals or ()))
+    wanted = budgets and budgets.budgets
+    tensors = (valid, ranks, valid_counts, wanted, *(signal.values for signal in signals or ()))
     return _call(
         *("segmented_topk_gather", scores.device, (features, scores, *tensors), (features,)),
         features=features,
@@ -352,11 +356,7 @@ def _call(
     return _library.call(name, device, **arguments)
 
 
-def _detached(signals: Sequence[TileSignal]) -> list[TileSignal]:
-    return [signal._replace(values=signal.values.detach()) for signal in signals]
-
-
-def _check_attention(query: Tensor, key: Tensor, scale: float, *, cls: bool = False) -> None:
+def _check_attention(query: Tensor, key: Tensor, scale: float, *, cls: bool = False) -> float:
     key = check_tensor("key", key, ("T", "H", "N", "D"), FLOATS)
     crops, heads, tokens, width = key.shape
     check_tensor("query", query, (crops, heads, "N or 1" if cls else tokens, width), (key.dtype,), key.device)
@@ -364,22 +364,16 @@ def _check_attention(query: Tensor, key: Tensor, scale: float, *, cls: bool = Fa
         raise ValueError(f"query: expected {tokens} rows or the CLS row alone, got {describe(query)}")
     if tokens < 1 + cls:
         raise ValueError(f"key: expected at least {1 + cls} tokens a crop, got {describe(key)}")
-    check_number("scale", scale)
+    return check_number("scale", scale)
 
 
-def _check_accumulation(weight: float | Tensor, out: Tensor | None, key: Tensor, size: int) -> None:
+def _check_accumulation(weight: float | Tensor, out: Tensor | None, key: Tensor, size: int) -> float | Tensor:
     crops, heads = key.shape[:2]
-    if isinstance(weight, Tensor):
-        check_tensor("weight", weight, (crops,), (torch.float32,), key.device)
-    else:
-        check_number("weight", weight)
     if out is not None:
-        check_tensor("out", out, (crops, heads, size), (torch.float32,), key.device)
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {describe(value)}")
+        check_buffer("out", out, (crops, heads, size), key.device)
+    if isinstance(weight, Tensor):
+        return check_tensor("weight", weight, (crops,), (torch.float32,), key.device).detach()
+    return check_number("weight", weight)
 
 
 def _check_segments(segments: Segments) -> None:
@@ -387,27 +381,32 @@ def _check_segments(segments: Segments) -> None:
         raise TypeError(f"segments: expected hero_kernels.Segments, got {describe(segments)}")
 
 
-def _check_signals(signals: Sequence[TileSignal], segments: Segments, device: torch.device) -> None:
+def _check_signals(
+    signals: Sequence[TileSignal], segments: Segments, device: torch.device
+) -> list[TileSignal]:
+    checked = []
     if not isinstance(signals, Sequence) or not 1 <= len(signals) <= MAX_SIGNALS:
         raise ValueError(f"signals: expected 1 to {MAX_SIGNALS} TileSignals, got {describe(signals)}")
     for number, signal in enumerate(signals):
         name = f"signals[{number}]"
         if not isinstance(signal, TileSignal):
             raise TypeError(f"{name}: expected a TileSignal, got {describe(signal)}")
-        check_tensor(f"{name}.values", signal.values, (segments.crops,), FLOATS, device)
-        check_number(f"{name}.weight", signal.weight, low=0.0)
-        if signal.temperature is not None:
-            check_number(f"{name}.temperature", signal.temperature, positive=True)
-        _check_cpu(f"{name}.values", "finite numbers", signal.values, torch.isfinite)
-    if sum(signal.weight for signal in signals) <= 0:
-        raise ValueError(f"signals: expected a weight > 0, got {[signal.weight for signal in signals]}")
+        values = check_tensor(f"{name}.values", signal.values, (segments.crops,), FLOATS, device)
+        weight, temperature = check_number(f"{name}.weight", signal.weight, low=0.0), signal.temperature
+        if temperature is not None:
+            temperature = check_number(f"{name}.temperature", temperature, positive=True)
+        _check_cpu(f"{name}.values", "finite numbers", values, lambda values: values.float().isfinite())
+        checked.append(TileSignal(values.detach(), weight, temperature))
+    if not any(signal.weight for signal in checked):
+        raise ValueError(f"signals: expected a weight > 0, got {[signal.weight for signal in checked]}")
+    return checked
 
 
 def _check_cpu(name: str, expected: str, values: Tensor, fits: Callable[[Tensor], Tensor]) -> None:
     """Check values where this needs no synchronisation: on the CPU, outside compiled code."""
     if values.device.type != "cpu" or not _dispatch.is_plain((values,)):
         return
-    if values.is_floating_point() and values.detach().sum().isfinite():  # then all values are
+    if values.is_floating_point() and values.detach().sum(dtype=torch.float32).isfinite():  # then all are
         return
     fit = fits(values)
     if not fit.all():

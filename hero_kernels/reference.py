@@ -6,6 +6,7 @@ Each function has the name and signature of the operation it specifies. The oper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from einops import rearrange
 from torch import Tensor
 
 from .segments import (
-    LARGEST,
     Finalized,
     Gathered,
     Segment,
@@ -51,6 +51,22 @@ def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None) -> Ten
     return rows if out is None else out.add_(rows)
 
 
+def split_scale(scale: float) -> tuple[float, float]:
+    """A power of two and a factor whose product is ``scale``, for :func:`_logits`."""
+    power = 2.0 ** min(max(math.frexp(scale)[1] - 9, -126), 0) if scale else 0.0
+    return power, scale / power if scale else 1.0
+
+
+def _logits(equation: str, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """``scale · query · key`` in fp32.
+
+    The query takes a power of two of the scale, which does not change how results are rounded. Sums of up to
+    256 products then fit fp32 wherever the logits do.
+    """
+    power, factor = split_scale(scale)
+    return torch.einsum(equation, query.float() * power, key.float()) * factor
+
+
 def cls_attention(
     query: Tensor,
     key: Tensor,
@@ -61,7 +77,7 @@ def cls_attention(
     second_softmax: bool = False,
 ) -> Tensor:
     """Row 0 of the softmax of all logits, without the CLS column, per head (§1)."""
-    logits = torch.einsum("thd,thnd->thn", query[:, :, 0].float(), key.float()) * scale
+    logits = _logits("thd,thnd->thn", query[:, :, 0], key, scale)
     rows = logits.softmax(-1)[..., 1:]
     if second_softmax:
         rows = rows.softmax(-1)
@@ -79,7 +95,7 @@ def attention_with_cls(
     second_softmax: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in fp32, and the rows of :func:`cls_attention` (§1)."""
-    logits = torch.einsum("thmd,thnd->thmn", query.float(), key.float()) * scale
+    logits = _logits("thmd,thnd->thmn", query, key, scale)
     output = torch.einsum("thmn,thnd->thmd", logits.softmax(-1), value.float()).to(query.dtype)
     rows = cls_attention(
         *(query.detach(), key.detach(), scale),
@@ -101,9 +117,8 @@ def received_attention(
     """The mean of the attention map over queries, per head (§1)."""
     rows = []
     for q, k in zip(query.unbind(1), key.unbind(1), strict=True):  # the N × N maps of all heads would not fit
-        logits = torch.einsum("tmd,tnd->tmn", q.float(), k.float()) * scale
-        rows.append(logits.softmax(-1).mean(1))
-    rows = torch.stack(rows, dim=1)
+        rows.append(_logits("tmd,tnd->tmn", q, k, scale).softmax(-1).mean(1))
+    rows = torch.stack(rows, dim=1) if rows else key.new_empty(key.shape[:3], dtype=torch.float32)
     return _accumulate(rows, weight, out)
 
 
@@ -252,7 +267,7 @@ def tile_budgets(
     lanes = _lanes(segments, valid_counts.device)
     shares = _shares(signals, lanes)[:, : lanes.most]
     weights = (shares.double() * FIXED_POINT + 0.5).floor().long()  # fp32 could not hold the sum
-    counts = valid_counts.long().clamp_max(LARGEST)[lanes.crop[:, : lanes.most]]
+    counts = valid_counts.long().clamp(0, segments.patches)[lanes.crop[:, : lanes.most]]
     caps = counts.masked_fill(lanes.no_tile[:, : lanes.most], 0)
     budgets = rule(lanes.tile_tokens, weights, caps)
     thumbnails = torch.minimum(lanes.thumbnail_tokens, counts)

@@ -8,7 +8,7 @@ how LLaVA-NeXT packs its sequence. ``grid_width = 1`` packs tile after tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, describe
+from ._checks import check_choice, check_integer, describe
 
 __all__ = ["ALLOCATIONS", "Finalized", "Gathered", "Segment", "Segments", "TileBudgets", "TileSignal"]
 
@@ -74,16 +74,33 @@ class Segment(NamedTuple):
         return self.newline_rows[1] - self.newline_rows[0] + self.thumbnail_newline
 
 
+def _integers(name: str, image: object) -> Segment:
+    """The segment with every field an ``int`` or a ``bool``."""
+    if not isinstance(image, Segment):
+        raise TypeError(f"{name}: expected a Segment, got {describe(image)}")
+    *fields, rows, newline = image
+    numbers = [
+        check_integer(f"{name}.{key}", value) for key, value in zip(image._fields, fields, strict=False)
+    ]
+    if not isinstance(rows, Sequence) or len(rows) != 2:
+        raise TypeError(f"{name}.newline_rows: expected two integers, got {describe(rows)}")
+    begin, end = (check_integer(f"{name}.newline_rows", row) for row in rows)
+    if isinstance(newline, Tensor) or newline not in (False, True):
+        raise TypeError(f"{name}.thumbnail_newline: expected a bool, got {describe(newline)}")
+    return Segment._make([*numbers, (begin, end), bool(newline)])
+
+
 @dataclass(frozen=True)
 class Segments:
     """The images of a batch, in order.
 
     Args:
-        images: one :class:`Segment` per image.
+        images: one :class:`Segment` per image; a list becomes a tuple.
         side: patches along one side of a crop; P = side².
 
     Raises:
-        TypeError: ``images`` holds something other than segments.
+        TypeError: ``images`` holds something other than segments, or a number is not an integer. Integers of
+            other types, such as NumPy's, become ``int``.
         ValueError: the fields of a segment contradict each other.
     """
 
@@ -95,22 +112,23 @@ class Segments:
     _bound: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.side, int) or self.side < 1:
-            raise ValueError(f"side: expected an integer >= 1, got {describe(self.side)}")
+        object.__setattr__(self, "side", check_integer("side", self.side, low=1))
+        if not isinstance(self.images, Sequence):
+            raise TypeError(f"images: expected a sequence of Segments, got {describe(self.images)}")
         if not self.images:
             raise ValueError("images: expected at least one Segment, got none")
-        for number, image in enumerate(self.images):
+        images = tuple(_integers(f"images[{number}]", image) for number, image in enumerate(self.images))
+        object.__setattr__(self, "images", images)
+        for number, image in enumerate(images):
             name = f"images[{number}]"
-            if not isinstance(image, Segment):
-                raise TypeError(f"{name}: expected a Segment, got {describe(image)}")
             if image.crops < 1 or image.thumbnail not in (-1, 0, image.crops - 1):
                 raise ValueError(f"{name}: expected a thumbnail first, last or nowhere, got {image}")
             if image.grid_width < 1 or image.tiles % image.grid_width:
                 raise ValueError(f"{name}: expected grid_width to divide {image.tiles} tiles, got {image}")
             if min(image.thumbnail_tokens, image.tile_tokens) < 0:
                 raise ValueError(f"{name}: expected token counts >= 0, got {image}")
-            if max(image.thumbnail_tokens, image.tile_tokens) > LARGEST:
-                raise ValueError(f"{name}: expected token counts below 2³¹, got {image}")
+            if max(image.thumbnail_tokens, image.tile_tokens, image.grid_width) > LARGEST:
+                raise ValueError(f"{name}: expected token counts and grid_width below 2³¹, got {image}")
             if image.thumbnail_newline and image.thumbnail < 0:
                 raise ValueError(f"{name}: expected a thumbnail before its newline, got {image}")
             begin, end = image.newline_rows

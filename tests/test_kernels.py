@@ -375,6 +375,170 @@ def test_compiled(test, dtype):
     globals()[test](*OF_DTYPE[test, dtype], Way("compiled"))
 
 
+# --- what callers may pass -------------------------------------------------------------------------------
+
+HUGE = torch.iinfo(torch.int64).max
+ATTENTIONS = ("cls_attention", "attention_with_cls", "received_attention")
+
+
+def attend(operation, query, key, *more, **options):
+    """An operation on queries and keys, which it takes as values too: its results as a tuple."""
+    value = (key,) if operation == "attention_with_cls" else ()
+    result = getattr(hk, operation)(query, key, *value, *more, **options)
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize("allocation", ["exact", "floor"])
+def test_counts_and_budgets_beyond_int32(allocation, way):
+    """They count as all patches."""
+    case = SELECTION[0]
+    segments, signals = case.segments, case.seen(case.draw_signals(), way.device)
+    features, scores = (case.seen(x, way.device) for x in (case.draw_features(), torch.rand(5, 16)))
+    features = features.nan_to_num()
+
+    def run(count):
+        counts = torch.full((segments.crops,), count, device=way.device)
+        budgets = hk.tile_budgets(signals, counts, segments, allocation=allocation)
+        at_once = hk.segmented_topk_gather(
+            *(features, scores, segments), signals=signals, valid_counts=counts, allocation=allocation
+        )
+        given = TileBudgets(counts, *budgets[1:])
+        gathered = hk.segmented_topk_gather(
+            *(features, scores, segments), budgets=given, valid_counts=counts, allocation=allocation
+        )
+        return [*budgets, *at_once[:2], *gathered[:2], hk.segmented_topk(scores, counts)]
+
+    wanted = run(segments.patches)
+    for count in (HUGE, 2**32 + 1, 2**31):
+        assert all(same_bits(*pair) for pair in zip(run(count), wanted))
+
+
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_a_buffer_is_plain_memory(operation, way):
+    """Its elements share no memory, and autograd has no part in it; other strides are fine."""
+    query = torch.rand(2, 3, 5, 8, device=way.device)
+    (rows,) = attend(operation, query, query, 0.3)[-1:]
+    memory = torch.zeros(64, device=way.device)
+    bad = {
+        "expanded": memory[:1].view(1, 1, 1).expand(rows.shape),
+        "one crop": torch.zeros_like(rows[:1]).expand(rows.shape),
+        "overlapping": memory.as_strided(rows.shape, (9, 2, 1)),
+        "gradient": torch.zeros_like(rows).requires_grad_(),
+    }
+    for out in bad.values():
+        for context in (torch.enable_grad, torch.no_grad):
+            with context(), pytest.raises(ValueError, match=r"^out: expected .*, got "):
+                attend(operation, query, query, 0.3, out=out)
+    with torch.inference_mode():
+        inference = torch.zeros_like(rows)
+        attend(operation, query, query, 0.3, out=inference)
+    with pytest.raises(ValueError, match=r"^out: expected .* inference"):
+        attend(operation, query, query, 0.3, out=inference)
+    for out in (torch.zeros_like(rows.mT).mT, torch.zeros_like(rows)[:, ::3].repeat(1, 6, 1)[:, ::2]):
+        weight = torch.ones(2, device=way.device, requires_grad=True)
+        assert attend(operation, query, query, 0.3, weight=weight, out=out)[-1] is out
+        assert same_bits(out, rows) and not out.requires_grad
+
+
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_autograd_sees_that_a_buffer_was_written(operation, way):
+    query = torch.rand(2, 3, 5, 8, device=way.device)
+    out = torch.zeros_like(attend(operation, query, query, 0.3)[-1])
+    product = torch.ones_like(out).requires_grad_() * out
+    attend(operation, query, query, 0.3, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 0, 5, 8), (2, 3, 5, 0)], ids=["T", "H", "D"])
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_attention_of_nothing(operation, shape, way):
+    """Without crops or heads results are empty; without features all keys are equal."""
+    tensors = [torch.rand(shape, device=way.device, requires_grad=True) for _ in range(2)]
+    *output, rows = attend(operation, *tensors, 0.3)
+    patches = 5 if operation == "received_attention" else 4
+    assert same_bits(rows.cpu(), torch.full((*shape[:2], patches), 0.2))
+    assert not output or output[0].shape == shape
+    for result in output:
+        assert [x.shape for x in torch.autograd.grad(result.sum(), tensors)] == [shape, shape]
+    out = torch.zeros_like(rows)
+    assert attend(operation, *tensors, 0.3, out=out)[-1] is out and same_bits(out, rows)
+
+
+@pytest.mark.parametrize(("crops", "patches"), [(0, 9), (3, 0), (0, 0)])
+def test_selection_of_nothing(crops, patches, way):
+    scores = torch.rand(crops, patches, device=way.device)
+    budgets = torch.ones(crops, dtype=torch.int32, device=way.device)
+    assert hk.segmented_topk(scores, budgets, scores > 0).shape == (crops, patches)
+    finalized = hk.finalize_scores(scores[:, None], rank=True)
+    assert finalized.scores.shape == finalized.ranks.shape == (crops, patches)
+    entropy = torch.full((crops,), math.log(max(patches, 1)))
+    assert crops == 0 or same_bits(finalized.entropy.cpu(), entropy)
+
+
+def test_gather_of_no_features(way):
+    case = SELECTION[0]
+    segments, scores = case.segments, torch.rand(5, 16, device=way.device)
+    signals = case.seen(case.draw_signals(), way.device)
+    wide, empty = (
+        hk.segmented_topk_gather(scores[..., None].expand(-1, -1, D), scores, segments, signals=signals)
+        for D in (2, 0)
+    )
+    assert empty.tokens.shape == (len(wide.index), 0) and torch.equal(empty.index, wide.index)
+
+
+def test_weights_far_apart(way):
+    """One weight in proportion to the other is below fp32: it counts for nothing."""
+    case = SELECTION[0]
+    counts = counts_of(case, None).to(way.device)
+    one, other = case.seen(case.draw_signals(), way.device)
+    pair = [one._replace(weight=1e-37), other._replace(weight=1e37)]
+    got, want = (hk.tile_budgets(signals, counts, case.segments) for signals in (pair, pair[1:]))
+    torch.testing.assert_close(got.shares, want.shares)
+    assert torch.equal(got.budgets, want.budgets)
+
+
+def exact_maps(query, key, scale):
+    """Attention by logits rounded to fp32, whose softmax is taken in float64."""
+    products = torch.einsum("thmd,thnd->thmn", query.double(), key.double())
+    return (products * scale).float().double().softmax(-1)
+
+
+LIMITS = {  # queries and keys [N, D] of one head, and a scale: logits that fp32 can hold, or just not
+    "largest": ([[3e38], [-3e38], [1e38], [3.4e38]], [[1.0], [-1.0], [0.5], [1.0]], 1.0),
+    "all lowest": ([[-3e38], [-3e38]], [[1.0], [1.0]], 1.0),
+    "products overflow": ([[1e20], [-1e20], [3e19]], [[1e20], [2e20], [-1e20]], 1e-3),
+    "scaled query overflows": ([[3e38], [1e38]], [[0.25], [-0.25]], 4.0),
+    "sums overflow": ([[3e38] * 3, [-3e38] * 3], [[1.0, 1.0, -1.5], [0.5, 0.5, -1.0]], 1.0),
+    "largest scale": ([[1.0], [0.0], [-0.5]], [[1.0], [0.5], [0.0]], 3e38),
+    "smallest scale": ([[3e38], [1.0]], [[3.0], [-1.0]], 1.2e-38),
+    "scale 0": ([[3e38], [1.0]], [[3e38], [-1.0]], 0.0),
+    "infinite": ([[3e38], [-3e38], [1e38]], [[1.3], [0.0], [-1.3]], 1.0),
+    "one infinite below": ([[3e38], [1.0]], [[1.0], [-2.0]], 1.0),
+    "equal and large": ([[1e9], [3e38], [1e5]], [[1.0], [1.0], [1.0]], 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_logits_near_the_limit_of_fp32(limit, dtype, way):
+    """NaN where the rounded logits have no softmax, and nowhere else."""
+    *tensors, scale = LIMITS[limit]
+    query, key = (torch.tensor(x).to(dtype)[None, None] for x in tensors)
+    maps = exact_maps(query, key, scale)
+    query, key = query.to(way.device), key.to(way.device)
+    wanted = {"cls_attention": maps[:, :, 0, 1:], "received_attention": maps.mean(2)}
+    wanted["attention_with_cls"] = wanted["cls_attention"]
+    for operation, rows in wanted.items():
+        got = attend(operation, query, key, scale)[-1]
+        torch.testing.assert_close(got.cpu(), rows.float(), rtol=1e-4, atol=1e-6, equal_nan=True)
+    value = torch.arange(2.0 * key.shape[2]).view(1, 1, -1, 2)[..., :1].to(query)
+    value = value.expand_as(key).contiguous()
+    output, _ = hk.attention_with_cls(query, key, value, scale)
+    exact = (maps @ value.cpu().double()).to(dtype)
+    torch.testing.assert_close(output.cpu(), exact, rtol=1e-2, atol=1e-6, equal_nan=True)
+
+
 # --- the same everywhere ---------------------------------------------------------------------------------
 
 NEIGHBOURS = Selection(
@@ -596,3 +760,12 @@ def test_doubles_are_refused(operation):
     }
     with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):
         _dispatch.launcher(operation)(*arguments[operation])
+
+
+@pytest.mark.parametrize("operation", ATTENTIONS)
+def test_sizes_beyond_the_kernels_are_refused_by_name(operation, kernel):
+    wide = torch.zeros(1, 1, 3, 257, device=kernel.device)
+    with pytest.raises(ValueError, match=r"^key: expected heads at most (256|128) wide on a GPU, got "):
+        attend(operation, wide, wide, 0.3)
+    with pytest.raises(ValueError, match=r"^rows: expected at most 16384 patches on a GPU, got 16385"):
+        hk.finalize_scores(torch.zeros(1, 1, 16385, device=kernel.device))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import SLOW_IN_INTERPRETER, slow_in_interpreter
 from oracles import generator
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _library, reference
@@ -302,6 +303,73 @@ def test_gradient_of_attention(form):
     assert_accurate(result, exact, peer)
     for name, *each in zip(("query", "key", "value"), got, exact_gradients, peer_gradients):
         assert_accurate(*each, name)
+
+
+@pytest.mark.parametrize("form", ["eager", "operator"])  # PyTorch refuses to compile second gradients
+def test_second_gradient_of_attention(form):
+    """Of all three, shared or alone: those of plain attention in float64."""
+    given, function = inputs(), formed(form, "attention_with_cls")
+    options = {"weight": 1.0, "out": None, "second_softmax": False}
+
+    def attend(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+
+    def second(function, *tensors):
+        tensors = [x.detach().clone().requires_grad_() for x in tensors]
+        with sdpa_kernel(SDPBackend.MATH):
+            result = function(*tensors)
+            first = torch.autograd.grad(result.pow(2).sum(), tensors, create_graph=True)
+            return torch.autograd.grad(sum(x.pow(2).sum() for x in first), tensors)
+
+    def output(query, key, value):
+        return function(query, key, value, 0.3, **options)[0]
+
+    tensors = [given[name] for name in ("query", "key", "value")]
+    for some in (1, 3):  # all from one tensor, and each its own
+        for got, want in zip(
+            second(lambda *x: output(*(x * 3)[:3]), *tensors[:some]),
+            second(lambda *x: attend(*(x * 3)[:3]), *[x.double() for x in tensors[:some]]),
+            strict=True,
+        ):
+            assert (got - want).abs().max() < 1e-3 * want.abs().max()  # in fp32
+
+
+@pytest.mark.parametrize("form", ["eager", "operator"])
+def test_second_gradient_of_the_gather(form):
+    """Twice that of each kept feature."""
+    given, function = inputs(), formed(form, "segmented_topk_gather")
+    options = {"valid": None, "budgets": None, "ranks": None, "allocation": "exact", "valid_counts": None}
+    options["signals"] = [TileSignal(given["values"][0], 1.0)]
+    features = given["features"].requires_grad_()
+    result = function(features, torch.zeros(T, P), SEGMENTS, **options)
+    (first,) = torch.autograd.grad(result.tokens.pow(2).sum(), features, create_graph=True)
+    (got,) = torch.autograd.grad(first.sum(), features)
+    kept = torch.zeros(T * P)
+    kept[result.index[result.index >= 0].long()] = 2.0
+    assert torch.equal(got, kept.view(T, P, 1).expand_as(got))
+
+
+@slow_in_interpreter
+@pytest.mark.parametrize("bad", ["expanded", "gradient"])
+def test_compiled_code_refuses_a_buffer(bad):
+    given = inputs()
+    rows = given["rows"]
+    rows = rows[:1, :1, :1].expand_as(rows) if bad == "expanded" else rows.requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(hk.cls_attention, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="out: expected "):
+        compiled(given["query"], given["key"], 0.3, out=rows)
+
+
+@slow_in_interpreter
+def test_compiled_for_any_size():
+    torch._dynamo.reset()
+    compiled = torch.compile(hk.cls_attention, fullgraph=True, backend="eager", dynamic=True)
+    for crops, tokens in ((2, 5), (3, 5), (4, 9)):
+        query = torch.randn(crops, 2, tokens, 4)
+        for out in (torch.zeros(crops, 2, tokens - 1), torch.zeros(crops, tokens - 1, 2).mT):
+            assert compiled(query, query, 0.3, out=out) is out
+            assert same_bits(out, hk.cls_attention(query, query, 0.3) + 0.0)
 
 
 def test_no_gradient_runs_through_scores():

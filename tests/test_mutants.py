@@ -114,7 +114,7 @@ KERNELS = [
     Mutant("thumbnail without cap", "tile_budgets", "tl.minimum(thumbnail_tokens, cap)", "cap", "budgets"),
     Mutant("shares rounded down", "tile_budgets", "scaled - whole >= 0.5", "scaled < whole", "budgets"),
     Mutant("floor without cap", "tile_budgets", "tl.minimum(quota, cap), 0)", "quota, 0)", "floor"),
-    Mutant("CLS not in the sum", "cls_attention", " + tl.exp2(first - top)", "", "cls", False),
+    Mutant("CLS not in the sum", "cls_attention", " + tl.exp2((first - top) * UNITS)", "", "cls", False),
     Mutant("CLS not dropped", "cls_attention", "(here + 1).to", "here.to", "cls"),
     Mutant(
         "buffer overwritten",

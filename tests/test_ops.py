@@ -4,6 +4,7 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_a_broken_kernel_is_no_missing_triton(launcher_without):
     launcher_without("other")
     with pytest.raises(ModuleNotFoundError, match="other"):
         _dispatch.launcher("segmented_topk")
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
+    current = []
+
+    @contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(_dispatch, "launcher", lambda name: lambda **arguments: seen.append([*current]))
+    monkeypatch.setattr(_dispatch.SWITCHES, "interpret", True)
+    second = torch.device("cuda:1")
+    _dispatch.run("segmented_topk", second)
+    _dispatch.run("segmented_topk", torch.device("cpu"))
+    assert seen == [[second], []] and not current
 
 
 def test_requiring_a_kernel(monkeypatch):

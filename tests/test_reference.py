@@ -8,6 +8,7 @@ import math
 import random
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from cases import BATCHES
@@ -295,7 +296,7 @@ def image_of(caps, tile_tokens, thumbnail="first", thumbnail_tokens=0, **fields)
 
 def one_image(weights, caps, total, allocation="exact") -> TileBudgets:
     """Budgets of an image without thumbnail, its one signal proportional to ``weights``."""
-    segments = Segments((image_of(caps, total, "none")[0],), 6)
+    segments = Segments((image_of(caps, total, "none")[0],), math.isqrt(max(caps)) + 1)
     signal = TileSignal(torch.tensor(weights, dtype=torch.float32), 1.0)
     return hk.tile_budgets([signal], torch.tensor(caps), segments, allocation=allocation)
 
@@ -812,6 +813,7 @@ ATTENTION = [
     ({"key": "key"}, TypeError, "key"),
     ({"key": torch.ones(2, 2, 5, 4, dtype=torch.int32)}, TypeError, "key"),
     ({"key": torch.ones(2, 5, 8)}, ValueError, "key"),
+    ({"key": torch.ones(2, 2, 5, 4).to_sparse()}, TypeError, "key"),
     ({"key": torch.ones(2, 2, 0, 4), "query": torch.ones(2, 2, 1, 4)}, ValueError, None),
     ({"query": None}, TypeError, "query"),
     ({"query": torch.ones(2, 2, 5, 4, dtype=torch.float16)}, TypeError, "query"),
@@ -825,10 +827,15 @@ ATTENTION = [
     ({"scale": None}, TypeError, "scale"),
     ({"scale": NAN}, ValueError, "scale"),
     ({"scale": INF}, ValueError, "scale"),
+    ({"scale": 1e300}, ValueError, "scale"),
+    ({"scale": -1e-50}, ValueError, "scale"),
+    ({"scale": 10**400}, ValueError, "scale"),
     ({"weight": "1"}, TypeError, "weight"),
     ({"weight": True}, TypeError, "weight"),
     ({"weight": None}, TypeError, "weight"),
     ({"weight": NAN}, ValueError, "weight"),
+    ({"weight": 1e-50}, ValueError, "weight"),
+    ({"weight": -1e300}, ValueError, "weight"),
     ({"weight": torch.ones(3)}, ValueError, "weight"),
     ({"weight": torch.ones(2, 1)}, ValueError, "weight"),
     ({"weight": torch.ones(2, dtype=torch.float64)}, TypeError, "weight"),
@@ -869,11 +876,20 @@ SIGNALS = [
     ({"signals": signal(weight=-0.1)}, ValueError, "signals[0].weight"),
     ({"signals": signal(weight=NAN)}, ValueError, "signals[0].weight"),
     ({"signals": signal(weight=INF)}, ValueError, "signals[0].weight"),
+    ({"signals": signal(weight=1e300)}, ValueError, "signals[0].weight"),
+    ({"signals": signal(weight=1e-50)}, ValueError, "signals[0].weight"),
     ({"signals": signal(weight=0.0) * 2}, ValueError, "signals"),
     ({"signals": signal(temperature="hot")}, TypeError, "signals[0].temperature"),
     ({"signals": signal(temperature=0.0)}, ValueError, "signals[0].temperature"),
     ({"signals": signal(temperature=-1.0)}, ValueError, "signals[0].temperature"),
     ({"signals": signal(temperature=NAN)}, ValueError, "signals[0].temperature"),
+    ({"signals": signal(temperature=1e-50)}, ValueError, "signals[0].temperature"),
+    ({"signals": signal(temperature=1e300)}, ValueError, "signals[0].temperature"),
+    (
+        {"signals": signal(values=torch.full((5,), 1e300, dtype=torch.float64))},
+        ValueError,
+        "signals[0].values",
+    ),
 ]
 LAYOUT = [
     ({"segments": None}, TypeError, "segments"),
@@ -932,6 +948,7 @@ GATHER = [
     ),
     ({"ranks": torch.ones(5, 16, dtype=torch.int32)}, TypeError, "ranks"),
     ({"ranks": torch.ones(5, 15, dtype=torch.int16)}, ValueError, "ranks"),
+    ({"valid_counts": torch.full((5,), -1)}, ValueError, "valid_counts"),
     ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
     ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
 ]
@@ -1000,6 +1017,7 @@ def test_some_of_the_rows():
         ({"crops": 5, "tile_tokens": -1}, 4),
         ({"crops": 5, "thumbnail_tokens": 2**31}, 4),
         ({"crops": 5, "tile_tokens": 2**31}, 4),
+        ({"crops": 1, "grid_width": 2**31}, 4),
         ({"crops": 5, "grid_width": 2, "newline_rows": (0, 9)}, 4),
         ({"crops": 5, "grid_width": 2, "newline_rows": (-1, 8)}, 4),
         ({"crops": 5, "grid_width": 2, "newline_rows": (5, 4)}, 4),
@@ -1016,6 +1034,34 @@ def test_segment_contradicts_itself(fields, side):
 def test_segments_refuse_other_things():
     with pytest.raises(TypeError, match=r"^images\[0\]: expected a Segment, got tuple"):
         Segments(((5, 0, 2),), 4)
-    for side in (0, -1, 4.0, "4", None):
+    for images in (None, 5, (image for image in [Segment(1)])):
+        with pytest.raises(TypeError, match=r"^images: expected a sequence of Segments, got "):
+            Segments(images, 4)
+    for side in (0, -1, 4.0, "4", None, True):
         with pytest.raises((TypeError, ValueError), match=r"^side: expected an integer >= 1, got "):
             Segments((Segment(1),), side)
+
+
+@pytest.mark.parametrize("bad", [1.5, 2.0, "2", None, True, torch.tensor(2)])
+@pytest.mark.parametrize("field", ["crops", "thumbnail", "grid_width", "thumbnail_tokens", "tile_tokens"])
+def test_segments_take_integers_alone(field, bad):
+    with pytest.raises(TypeError, match=rf"^images\[0\]\.{field}: expected an integer, got "):
+        Segments((Segment(2)._replace(**{field: bad}),), 4)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [("newline_rows", 3), ("newline_rows", (0, 1, 2)), ("newline_rows", (0, 1.5)), ("thumbnail_newline", 2)],
+)
+def test_segments_take_newlines(field, bad):
+    with pytest.raises(TypeError, match=rf"^images\[0\]\.{field}: expected .*, got "):
+        Segments((Segment(2)._replace(**{field: bad}),), 4)
+
+
+def test_integers_of_numpy_become_int():
+    fields = (5, 0, 2, 3, 11)
+    image = Segment(*np.array(fields), np.array([0, 8], dtype=np.int32).tolist(), 1)
+    segments = Segments([image], np.int64(4))
+    assert segments == Segments((Segment(*fields, (0, 8), True),), 4)
+    assert all(type(number) is int for number in (*segments.numbers, segments.side))
+    assert hash(segments) == hash(Segments((Segment(*fields, (0, 8), True),), 4))

@@ -26,12 +26,15 @@ from .. import _launch
 from .._env import SWITCHES
 from .cls_attention import check_patches, cls_attention_kernel, row_blocks
 from .common import (
-    LOG2E,
+    TO_UNITS,
+    UNITS,
     alignment,
+    checked_total,
     finish_rows,
     matmul_options,
     power_of_2,
     rows_buffer,
+    scale_arguments,
     weight_arguments,
 )
 
@@ -50,6 +53,7 @@ def attention_with_cls_kernel(
     key_strides,
     value_strides,
     output_strides,
+    power,
     scale,
     patches,
     ALIGN: tl.constexpr,
@@ -78,7 +82,7 @@ def attention_with_cls_kernel(
             heads,
             query_strides,
             key_strides,
-            scale,
+            power * scale,
             patches,
             ALIGN,
             D,
@@ -94,16 +98,17 @@ def attention_with_cls_kernel(
         d = tl.arange(0, D_PAD)
         in_d = d < D
         in_m = m <= patches
-        to_log2 = scale * LOG2E
+        to_units = scale * TO_UNITS
         query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
         key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
         value += tl.multiple_of(t * value_strides[0] + h * value_strides[1], ALIGN)
         output += tl.multiple_of(t * output_strides[0] + h * output_strides[1], ALIGN)
         q = query + m.to(tl.int64)[:, None] * query_strides[2] + d[None, :] * query_strides[3]
         q = tl.load(q, mask=in_m[:, None] & in_d[None, :], other=0.0)
+        q = (q.to(tl.float32) * power).to(q.dtype)
         k_cls = tl.load(key + d * key_strides[3], mask=in_d, other=0.0).to(tl.float32)
         v_cls = tl.load(value + d * value_strides[3], mask=in_d, other=0.0).to(tl.float32)
-        top = tl.sum(q.to(tl.float32) * k_cls[None, :], 1) * to_log2
+        top = tl.sum(q.to(tl.float32) * k_cls[None, :], 1) * to_units
         total = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.zeros([BLOCK_M, D_PAD], tl.float32) + v_cls[None, :]
         for start in tl.range(0, patches, BLOCK_N, num_stages=STAGES):
@@ -118,14 +123,14 @@ def attention_with_cls_kernel(
                 k = tl.load(k, mask=(here < patches)[None, :] & in_d[:, None], other=0.0)
                 v = tl.load(v, mask=(here < patches)[:, None] & in_d[None, :], other=0.0)
             if UPCAST:  # the interpreter's dot would multiply the bit patterns of bfloat16
-                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * to_log2
+                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * to_units
             else:
-                s = tl.dot(q, k, input_precision=PRECISION) * to_log2
+                s = tl.dot(q, k, input_precision=PRECISION) * to_units
             if not EVEN:
                 s = tl.where((here < patches)[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - new_top[:, None])
-            fade = tl.exp2(top - new_top)
+            p = tl.exp2((s - new_top[:, None]) * UNITS)
+            fade = tl.exp2((top - new_top) * UNITS)
             total = total * fade + tl.sum(p, 1)
             p = p.to(v.dtype)
             acc = acc * fade[:, None]
@@ -135,7 +140,7 @@ def attention_with_cls_kernel(
                 acc = tl.dot(p, v, acc, input_precision=PRECISION)
             top = new_top
         place = output + m.to(tl.int64)[:, None] * output_strides[2] + d[None, :]
-        acc = acc / total[:, None]
+        acc = acc / checked_total(total, top)[:, None]
         tl.store(place, acc.to(output.dtype.element_ty), mask=in_m[:, None] & in_d[None, :])
 
 
@@ -162,7 +167,7 @@ def attention_with_cls(query, key, value, scale, weight, out, second_softmax):
         key_strides=key.stride(),
         value_strides=value.stride(),
         output_strides=output.stride(),
-        scale=float(scale),
+        **scale_arguments(scale, key),
         patches=patches,
         ALIGN=alignment(query, key, value, output),
         D=width,

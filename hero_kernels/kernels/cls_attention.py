@@ -20,7 +20,18 @@ import triton
 import triton.language as tl
 
 from .. import _launch
-from .common import LOG2E, alignment, finish_rows, power_of_2, rows_buffer, weight_arguments, weight_of
+from .common import (
+    LOG2E,
+    TO_UNITS,
+    UNITS,
+    alignment,
+    checked_total,
+    finish_rows,
+    power_of_2,
+    rows_buffer,
+    weight_arguments,
+    weight_of,
+)
 
 MAX_PATCHES = 8192
 
@@ -42,8 +53,12 @@ def softmax_row(
     """CLS attention to the patches of one crop and head: ``[BLOCKS, BLOCK]`` fp32, 0 beyond the patches."""
     d = tl.arange(0, D_PAD)
     in_d = d < D
-    q = tl.load(query + d * query_strides[3], mask=in_d, other=0.0).to(tl.float32) * (scale * LOG2E)
-    first = tl.sum(tl.load(key + d * key_strides[3], mask=in_d, other=0.0).to(tl.float32) * q, 0)
+    q = tl.load(query + d * query_strides[3], mask=in_d, other=0.0).to(tl.float32)
+    to_units = scale * TO_UNITS
+    fits = tl.max(tl.abs(q), 0) * tl.abs(to_units) < float("inf")  # else the products are scaled
+    q *= tl.where(fits, to_units, 1.0)
+    factor = tl.where(fits, 1.0, to_units)
+    first = tl.sum(tl.load(key + d * key_strides[3], mask=in_d, other=0.0).to(tl.float32) * q, 0) * factor
     n = tl.arange(0, BLOCK)
     block = tl.arange(0, BLOCKS)
     logits = tl.full([BLOCKS, BLOCK], float("-inf"), tl.float32)
@@ -51,13 +66,13 @@ def softmax_row(
         here = i * BLOCK + n
         rows = key + (here + 1).to(tl.int64)[:, None] * key_strides[2] + d[None, :] * key_strides[3]
         k = tl.load(rows, mask=(here < patches)[:, None] & in_d[None, :], other=0.0)
-        s = tl.sum(k.to(tl.float32) * q[None, :], 1)
+        s = tl.sum(k.to(tl.float32) * q[None, :], 1) * factor
         s = tl.where(here < patches, s, float("-inf"))
         logits = tl.where((block == i)[:, None], s[None, :], logits)
     inside = block[:, None] * BLOCK + n[None, :] < patches
     top = tl.maximum(tl.max(tl.max(logits, 1), 0), first)
-    p = tl.exp2(logits - top)
-    p = p / (tl.sum(tl.sum(p, 1), 0) + tl.exp2(first - top))
+    p = tl.exp2((logits - top) * UNITS)
+    p = p / checked_total(tl.sum(tl.sum(p, 1), 0) + tl.exp2((first - top) * UNITS), top)
     if SECOND:
         top = tl.max(tl.max(p, 1), 0)
         p = tl.where(inside, tl.exp2((p - top) * LOG2E), 0.0)

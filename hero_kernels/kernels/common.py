@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..reference import split_scale
 from ..segments import COLUMNS
 
 # Columns of the segment table, one row per image.
@@ -25,6 +26,13 @@ NEWLINE_END = tl.constexpr(COLUMNS.index("newline_end"))
 THUMBNAIL_NEWLINE = tl.constexpr(COLUMNS.index("thumbnail_newline"))
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Kernels keep logits s in units of 512 · ln 2, with exponential 2^(512 s): a power of two does not change how
+# they are rounded. Sums of products and differences of logits then fit fp32 wherever the logits do.
+UNITS = tl.constexpr(512.0)
+TO_UNITS = tl.constexpr(LOG2E.value / UNITS.value)
+LARGEST_LOGIT = tl.constexpr(
+    torch.finfo(torch.float32).max * TO_UNITS.value * (1 + 2.0**-22)
+)  # with rounding
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
@@ -40,6 +48,12 @@ def order_key(x, ok):
     key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
     key = tl.where(magnitude > INFINITY_BITS, tl.full([], 1, tl.uint32), key)
     return tl.where(ok, key, tl.full([], 0, tl.uint32))
+
+
+@triton.jit
+def checked_total(total, top):
+    """The sum of exponentials; NaN, as in the reference, where the largest logit ``top`` is beyond fp32."""
+    return tl.where(tl.abs(top) <= LARGEST_LOGIT, total, float("nan"))
 
 
 @triton.jit
@@ -85,6 +99,15 @@ def weight_arguments(weight: float | torch.Tensor) -> dict[str, object]:
     return {"weights": None, "weight": float(weight)}
 
 
+def scale_arguments(scale: float, key: torch.Tensor) -> dict[str, float]:
+    """``power`` and ``scale`` of a kernel of matrix products, as the reference splits them.
+
+    Products of fp16 fit fp32 without, and fp16 could not hold small multiples.
+    """
+    power, factor = (1.0, scale) if key.dtype == torch.float16 else split_scale(scale)
+    return {"power": float(power), "scale": float(factor)}
+
+
 def rows_buffer(shape, out, device) -> tuple[torch.Tensor, bool]:
     """The contiguous buffer ``[T, H, n]`` that a kernel writes, or adds to where the flag is set."""
     if out is not None and out.is_contiguous():
@@ -94,6 +117,8 @@ def rows_buffer(shape, out, device) -> tuple[torch.Tensor, bool]:
 
 def finish_rows(rows, out) -> torch.Tensor:
     """The rows, added to ``out`` where it is given and the kernel could not add in place."""
+    if out is rows and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # so that autograd sees that the kernel wrote
     return rows if out is None or out is rows else out.add_(rows)
 
 

@@ -83,7 +83,7 @@ def finalize_scores(rows, valid, rank):
     options = _launch.configuration("finalize", patches, rows.device)
     _launch.launch(
         finalize_scores_kernel,
-        (triton.cdiv(patches, options["SLICE"]) if rank else 1, crops),
+        (max(triton.cdiv(patches, options["SLICE"]), 1) if rank else 1, crops),
         rows=rows,
         valid=as_bytes(valid),
         scores=scores,

@@ -5,11 +5,12 @@
 Shapes: query and key [T, H, N, D] in fp32, fp16 or bf16, any strides; rows [T, H, N] fp32, contiguous.
 
 The softmax runs along rows and the sum along columns, so the keys are read twice and no N × N map is ever in
-memory. ``received_log_sums_kernel``, grid (query blocks, H, T): the log-sum-exp of each query, [T, H, N].
-``received_columns_kernel``, grid (key blocks, H, T): a program owns BLOCK_N columns, loops over all queries
-and sums 2^(s − log_sum). The mean over heads is taken once after the last layer, by :mod:`.finalize_scores`.
+memory. ``received_log_sums_kernel``, grid (query blocks, H, T): the log-sum-exp of each query and what it
+lost to rounding, [T, H, N, 2]. ``received_columns_kernel``, grid (key blocks, H, T): a program owns BLOCK_N
+columns, loops over all queries and sums 2^(512 (s − log_sum)). The mean over heads is taken once after the
+last layer, by :mod:`.finalize_scores`.
 
-Bytes: q and k twice, 4·T·N·H·D of their dtype, and T·H·N·12; FLOPs: 4·T·H·N²·D.
+Bytes: q and k twice, 4·T·N·H·D of their dtype, and T·H·N·20; FLOPs: 4·T·H·N²·D.
 
 Source: the two-pass scheme of FlashAttention-2's backward pass (2307.08691).
 """
@@ -21,12 +22,15 @@ import triton.language as tl
 from .. import _launch
 from .._env import SWITCHES
 from .common import (
-    LOG2E,
+    TO_UNITS,
+    UNITS,
     alignment,
+    checked_total,
     finish_rows,
     matmul_options,
     power_of_2,
     rows_buffer,
+    scale_arguments,
     weight_arguments,
     weight_of,
 )
@@ -42,6 +46,7 @@ def received_log_sums_kernel(
     heads,
     query_strides,
     key_strides,
+    power,
     scale,
     tokens,
     ALIGN: tl.constexpr,
@@ -53,7 +58,7 @@ def received_log_sums_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``log_sums[t, h, m] = log2 Σ_n 2^(s[m, n])``, logits in units of log 2."""
+    """``log_sums[t, h, m] = log2 Σ_n 2^(512 s[m, n]) / 512``, and what it lost, times 512."""
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2).to(tl.int64)
     if weight_of(weights, weight, t) != 0.0:
@@ -61,10 +66,12 @@ def received_log_sums_kernel(
         n = tl.arange(0, BLOCK_N)
         d = tl.arange(0, D_PAD)
         in_d = d < D
+        to_units = scale * TO_UNITS
         query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
         key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
         q = query + m.to(tl.int64)[:, None] * query_strides[2] + d[None, :] * query_strides[3]
         q = tl.load(q, mask=(m < tokens)[:, None] & in_d[None, :], other=0.0)
+        q = (q.to(tl.float32) * power).to(q.dtype)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, tokens, BLOCK_N, num_stages=STAGES):
@@ -72,14 +79,21 @@ def received_log_sums_kernel(
             k = key + here.to(tl.int64)[None, :] * key_strides[2] + d[:, None] * key_strides[3]
             k = tl.load(k, mask=(here < tokens)[None, :] & in_d[:, None], other=0.0)
             if UPCAST:  # the interpreter's dot would multiply the bit patterns of bfloat16
-                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * (scale * LOG2E)
+                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * to_units
             else:
-                s = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)
+                s = tl.dot(q, k, input_precision=PRECISION) * to_units
             s = tl.where((here < tokens)[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
-            total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(s - new_top[:, None]), 1)
+            total = total * tl.exp2((top - new_top) * UNITS)
+            total += tl.sum(tl.exp2((s - new_top[:, None]) * UNITS), 1)
             top = new_top
-        tl.store(log_sums + (t * heads + h) * tokens + m, top + tl.log2(total), mask=m < tokens)
+        log_total = tl.log2(checked_total(total, top)) / UNITS
+        log_sum = top + log_total
+        # Large logits leave few bits for the total. Elsewhere the loss is below the rounding of the logits.
+        lost = tl.where(tl.abs(top) > 4.0, (log_total - (log_sum - top)) * UNITS, 0.0)
+        sums = log_sums + ((t * heads + h) * tokens + m) * 2
+        tl.store(sums, log_sum, mask=m < tokens)
+        tl.store(sums + 1, lost, mask=m < tokens)
 
 
 @triton.jit
@@ -93,6 +107,7 @@ def received_columns_kernel(
     heads,
     query_strides,
     key_strides,
+    power,
     scale,
     tokens,
     ALIGN: tl.constexpr,
@@ -105,7 +120,7 @@ def received_columns_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``rows[t, h, n] (+)= w_t / N · Σ_m 2^(s[m, n] − log_sums[t, h, m])``."""
+    """``rows[t, h, n] (+)= w_t / N · Σ_m 2^(512 (s[m, n] − log_sums[t, h, m]))``."""
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2).to(tl.int64)
     w = weight_of(weights, weight, t)
@@ -115,23 +130,25 @@ def received_columns_kernel(
         m = tl.arange(0, BLOCK_M)
         d = tl.arange(0, D_PAD)
         in_d = d < D
+        to_units = scale * TO_UNITS
         query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
         key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
         k = key + n.to(tl.int64)[None, :] * key_strides[2] + d[:, None] * key_strides[3]
         k = tl.load(k, mask=(n < tokens)[None, :] & in_d[:, None], other=0.0)
+        k = (k.to(tl.float32) * power).to(k.dtype)
         for start in tl.range(0, tokens, BLOCK_M, num_stages=STAGES):
             here = start + m
             q = query + here.to(tl.int64)[:, None] * query_strides[2] + d[None, :] * query_strides[3]
             q = tl.load(q, mask=(here < tokens)[:, None] & in_d[None, :], other=0.0)
             # Beyond the last query the log-sum-exp is infinite, and the probability 0.
-            log_sum = tl.load(
-                log_sums + (t * heads + h) * tokens + here, mask=here < tokens, other=float("inf")
-            )
+            sums = log_sums + ((t * heads + h) * tokens + here) * 2
+            log_sum = tl.load(sums, mask=here < tokens, other=float("inf"))
+            lost = tl.load(sums + 1, mask=here < tokens, other=0.0)
             if UPCAST:
-                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * (scale * LOG2E)
+                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * to_units
             else:
-                s = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)
-            total += tl.sum(tl.exp2(s - log_sum[:, None]), 0)
+                s = tl.dot(q, k, input_precision=PRECISION) * to_units
+            total += tl.sum(tl.exp2((s - log_sum[:, None]) * UNITS - lost[:, None]), 0)
         total = total * (w / tokens)
     place = rows + (t * heads + h) * tokens + n
     if ADD:
@@ -142,7 +159,7 @@ def received_columns_kernel(
 def received_attention(query, key, scale, weight, out):
     name, precision = matmul_options("received_attention", key)
     crops, heads, tokens, width = key.shape
-    log_sums = torch.empty((crops, heads, tokens), dtype=torch.float32, device=key.device)
+    log_sums = torch.empty((crops, heads, tokens, 2), dtype=torch.float32, device=key.device)
     rows, add = rows_buffer((crops, heads, tokens), out, key.device)
     padded = power_of_2(width, 16)
     shared = {
@@ -153,7 +170,7 @@ def received_attention(query, key, scale, weight, out):
         "heads": heads,
         "query_strides": query.stride(),
         "key_strides": key.stride(),
-        "scale": float(scale),
+        **scale_arguments(scale, key),
         "tokens": tokens,
         "ALIGN": alignment(query, key),
         "D": width,

@@ -86,7 +86,7 @@ def segmented_topk_kernel(scores, budgets, valid, keep, patches, P_PAD: tl.const
     inside = patch < patches
     ok = valid_patches(valid, t, patch, inside, patches)
     score = tl.load(scores + t * patches + patch, mask=ok, other=0.0)
-    k = tl.minimum(tl.load(budgets + t), patches).to(tl.int32)
+    k = tl.maximum(tl.minimum(tl.load(budgets + t), patches), 0).to(tl.int32)
     kept = topk_mask(order_key(score, ok), patch, k, WIDE)
     tl.store(keep + t * patches + patch, kept.to(tl.int8), mask=inside)
 

@@ -117,7 +117,8 @@ def segmented_topk_gather_kernel(
         is_thumbnail = inside & (lane == thumbnail)
         is_tile = inside & (lane != thumbnail)
         if valid_counts is not None:
-            cap = tl.load(valid_counts + first + lane, mask=inside, other=0).to(tl.int64)
+            cap = tl.load(valid_counts + first + lane, mask=inside, other=0)
+            cap = tl.minimum(cap, patches).to(tl.int64)
         else:
             cap = tl.where(inside, patches, 0).to(tl.int64)
         budget = tl.load(budgets + first + lane, mask=inside, other=0).to(tl.int64)
@@ -227,7 +228,7 @@ def check_features(features) -> None:
 
 def floor_segments(segments: Segments, budgets, valid_counts) -> Segments:
     """Segments whose lengths are those of the budgets; synchronises with the device to read them."""
-    kept = torch.minimum(budgets.budgets, valid_counts).tolist()
+    kept = torch.minimum(budgets.budgets, valid_counts).clamp(0, segments.patches).tolist()
     images = []
     for first, image in zip(segments.first_crops, segments.images, strict=False):
         counts = kept[first : first + image.crops]
@@ -282,7 +283,7 @@ def segmented_topk_gather(
         width=width,
         LANES=LANES,
         SIDE_PAD=power_of_2(segments.side, 4),
-        BAND=power_of_2(max(image.grid_width for image in segments.images)),
+        BAND=power_of_2(max(min(image.grid_width, image.crops) for image in segments.images)),
         COLUMNS=columns,
         CHUNKS=triton.cdiv(width, columns),
         WIDE=patches > 1023,

@@ -113,6 +113,7 @@ def tile_budgets_kernel(
     budgets,
     shares,
     weights,
+    patches,
     LANES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -126,7 +127,8 @@ def tile_budgets_kernel(
     for s in tl.static_range(len(signals)):
         share += signal_weights[s] * normalised(signals[s], temperatures[s], crop, is_tile)
     weight = fixed_point(share)
-    cap = tl.load(valid_counts + crop, mask=inside, other=0).to(tl.int64)
+    cap = tl.load(valid_counts + crop, mask=inside, other=0)
+    cap = tl.maximum(tl.minimum(cap, patches), 0).to(tl.int64)
     tile_tokens = tl.load(image + TILE_TOKENS).to(tl.int64)
     if EXACT:
         budget = apportion(weight, cap, is_tile, tile_tokens)
@@ -163,9 +165,14 @@ def tile_budgets(signals, valid_counts, segments, allocation):
         table=segments.table(device),
         valid_counts=valid_counts.contiguous(),
         signals=tuple(signal.values.contiguous() for signal in signals),
-        signal_weights=tuple(float(signal.weight / total) for signal in signals),
+        # Triton would pass numbers too small for fp32 as fp64.
+        signal_weights=tuple(
+            part if part >= torch.finfo(torch.float32).tiny else 0.0
+            for part in (float(signal.weight / total) for signal in signals)
+        ),
         temperatures=tuple(None if s.temperature is None else float(s.temperature) for s in signals),
         **result._asdict(),
+        patches=segments.patches,
         LANES=LANES,
         EXACT=allocation == "exact",
         enable_fp_fusion=False,  # shares are rounded as the reference rounds them
