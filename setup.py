@@ -24,7 +24,7 @@ def read_readme() -> str:
 PLOT = ["matplotlib>=3.9"]
 # scikit-learn and scikit-image bring the digits and photographs that bench/mini draws its scenes from.
 BENCH = [*PLOT, "pytest", "pytest-benchmark", "scikit-learn", "scikit-image", "tqdm"]
-TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging"]
+TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging", "accelerate", "peft"]
 DEV = [*TEST, "ruff", "mypy", "build"]
 # hero_llava_next subclasses lmms-eval's llava_hf, which imports decord.
 LMMS = ["lmms-eval[video-legacy]>=0.7.3"]

@@ -21,6 +21,7 @@ __all__ = [
     "Tower",
     "TowerOutput",
     "hidden_states",
+    "parameter",
     "unwrapped",
 ]
 
@@ -180,3 +181,13 @@ def unwrapped(tower: nn.Module) -> nn.Module:
             tower = tower.modules_to_save[names[0]] if names else tower.original_module
         else:
             return tower
+
+
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A parameter as it is now, loaded if accelerate has offloaded it."""
+    value, hook = getattr(module, name), getattr(module, "_hf_hook", None)
+    if value.is_meta and hook is not None:  # generate encodes images outside the module's own call
+        hook.pre_forward(module)
+        value = getattr(module, name)
+        hook.post_forward(module, None)
+    return value

@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..layout import Geometry
 from . import tower_for
-from .base import Adapter, Parts, Patch
+from .base import Adapter, Parts, Patch, parameter
 
 __all__ = ["ADAPTER"]
 
@@ -69,7 +69,7 @@ class LlavaNextAdapter(Adapter):
         return Parts(
             vision_tower=model.model.vision_tower,
             projector=model.model.multi_modal_projector,
-            image_newline=functools.partial(getattr, model.model, "image_newline"),
+            image_newline=functools.partial(parameter, model.model, "image_newline"),
             geometry=Geometry(crop_size, patch_size, _pairs(config.image_grid_pinpoints)),
             feature_layer=layer if isinstance(layer, int) else tuple(layer),
             image_token_id=config.image_token_id,
