@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..layout import Geometry
@@ -53,6 +54,17 @@ def get_number_of_features(self, original, orig_height, orig_width, height, widt
     return self._hero.tokens((orig_height, orig_width)) + self.num_additional_image_tokens
 
 
+def _newline(inner: nn.Module) -> Tensor:
+    """The model's newline, loaded where it is offloaded and read outside of a call of its module."""
+    newline, hook = inner.image_newline, getattr(inner, "_hf_hook", None)
+    if not newline.is_meta or hook is None:
+        return newline
+    hook.pre_forward(inner)
+    newline = inner.image_newline
+    hook.post_forward(inner, None)
+    return newline
+
+
 def _check_strategy(strategy: str) -> None:
     if strategy != "default":
         raise ValueError(
@@ -69,7 +81,7 @@ class LlavaNextAdapter(Adapter):
         return Parts(
             vision_tower=model.model.vision_tower,
             projector=model.model.multi_modal_projector,
-            image_newline=functools.partial(getattr, model.model, "image_newline"),
+            image_newline=functools.partial(_newline, model.model),
             geometry=Geometry(crop_size, patch_size, _pairs(config.image_grid_pinpoints)),
             feature_layer=layer if isinstance(layer, int) else tuple(layer),
             image_token_id=config.image_token_id,
