@@ -11,6 +11,7 @@ import contextvars
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -30,11 +31,13 @@ _HELD = "_hero_images"
 
 @dataclass(frozen=True)
 class Held:
-    """An image in a key-value cache: its layout, its number of tokens, and what decided on them."""
+    """An image in a key-value cache: its layout, number of tokens, what decided on them, and where it is."""
 
     layout: ImageLayout
     length: int
     config: HeroConfig
+    row: int = 0
+    start: int = 0  # length of the cache before the turn of the image
 
 
 @dataclass(frozen=True)
@@ -167,19 +170,22 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     if features is not None:
         lengths = tuple(map(len, features.pooler_output))
     before = [one.length for one in _check_held(handle, held, None, inputs)]
+    every = (*(one.layout for one in held), *layouts)
     kept = [*before, *lengths]
-    full = [layout.full_tokens for layout in (*(one.layout for one in held), *layouts)]
-    if total not in (sum(kept), sum(full)):
+    written = [layout.kept_tokens(config) for layout in every]  # "floor" keeps fewer
+    full = [layout.full_tokens for layout in every]
+    now = next((counts for counts in (kept, written, full) if sum(counts) == total), None)
+    if now is None:
         raise ValueError(
-            f"input_ids: expected {sum(kept)} image placeholders for the images (processor attached), "
+            f"input_ids: expected {sum(written)} image placeholders for the images (processor attached), "
             f"or {sum(full)} (stock processor), got {total}"
         )
-    now = kept if total == sum(kept) else full
-    call = None
+    call, rows = None, []
     if is_new:
         text = None
         is_image = ids == handle.image_token_id
-        rows = images_of_rows(is_image, now)[len(held) :]
+        places = [(one.row, count) for one, count in zip(held, now, strict=False)]
+        rows = images_of_rows(is_image, now[len(held) :], places)
         if encoder.needs_text:
             text = questions(ids, inputs.get("attention_mask"), handle.image_token_id, rows, handle.tokenizer)
         call = Call(handle, text, tuple(rows), layouts, lengths, held)
@@ -193,11 +199,18 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         adapter = handle.adapter
         runs = [
             pair
-            for layout, *counts in zip((*(one.layout for one in held), *layouts), now, kept, strict=True)
+            for _, layout, *counts in sorted(
+                zip([*(one.row for one in held), *rows], every, now, kept, strict=True), key=itemgetter(0)
+            )
             for pair in zip(*(adapter.runs(layout, count) for count in counts), strict=True)
         ]
         pad = handle.model.generation_config.pad_token_id
-        inputs = shrink(inputs, handle.image_token_id, runs, pad_token_id=0 if pad is None else pad)
+        cache = _cache_of(inputs) if whole else None
+        starts = {one.start for one in held} | {0 if cache is None else int(cache.get_seq_length())}
+        cached = sorted(starts - {0})
+        inputs = shrink(
+            inputs, handle.image_token_id, runs, pad_token_id=0 if pad is None else pad, cached=cached
+        )
     return inputs, call
 
 
@@ -207,14 +220,17 @@ def _of_embeddings(handle: Handle, inputs: dict, layouts: tuple[ImageLayout, ...
     lengths = tuple(layout.kept_tokens(handle.config) for layout in layouts)
     if handle.encoder.needs_text:
         raise ValueError("inputs_embeds: expected input_ids, from which relevance reads the question")
+    rows = list(range(len(layouts)))
     if embeddings is not None and handle.config.allocation == "exact":
-        total = int((embeddings == weight[handle.image_token_id]).all(-1).sum())
+        is_image = (embeddings == weight[handle.image_token_id]).all(-1)
+        total = int(is_image.sum())
         if total != sum(lengths):
             raise ValueError(
                 f"inputs_embeds: expected those of {sum(lengths)} image placeholders, as many as tokens are "
                 f"kept, or input_ids, which are shortened, got {total} placeholders"
             )
-    return Call(handle, None, tuple(range(len(layouts))), layouts, lengths)
+        rows = images_of_rows(is_image, lengths)
+    return Call(handle, None, tuple(rows), layouts, lengths)
 
 
 def _mask_of_padding(model: nn.Module, ids: Tensor, kwargs: dict) -> Tensor | None:
@@ -284,8 +300,14 @@ def _record(handle: Handle, call: Call, inputs: Mapping[str, Any], output: objec
     )
     if cache is None:
         return
-    new = tuple(map(Held, call.layouts, call.lengths, [handle.config] * len(call.layouts)))
-    setattr(cache, _HELD, (*(call.held or _held_before(cache, given, inputs)), *new))
+    ids = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+    start = int(cache.get_seq_length()) - ids.shape[1]
+    new = (
+        Held(layout, length, handle.config, row, start)
+        for layout, length, row in zip(call.layouts, call.lengths, call.rows, strict=True)
+    )
+    held = (*(call.held or _held_before(cache, given, inputs)), *new)
+    setattr(cache, _HELD, tuple(sorted(held, key=attrgetter("row"))))
 
 
 def _held_before(cache: Any, given: Any, inputs: Mapping[str, Any]) -> tuple[Held, ...]:

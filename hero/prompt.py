@@ -22,17 +22,23 @@ _ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 _KNOWN = {*_ALIGNED, "input_ids", "attention_mask", "position_ids", "shift_labels", "pixel_values"}
 
 
-def images_of_rows(is_image: Tensor, lengths: Sequence[int]) -> list[int]:
+def images_of_rows(
+    is_image: Tensor, lengths: Sequence[int], before: Sequence[tuple[int, int]] = ()
+) -> list[int]:
     """The row of each image, from its number of placeholders.
 
     Args:
         is_image: ``[B, L]`` bool.
         lengths: placeholders of each image, in order.
+        before: (row, placeholders) of other images, which stand before these in their rows.
 
     Raises:
         ValueError: an image's placeholders do not lie in one row.
     """
-    ends = list(accumulate(is_image.sum(1).tolist()))
+    counts = is_image.sum(1).tolist()
+    for row, length in before:
+        counts[row] -= length
+    ends = list(accumulate(counts))
     rows, row = [], 0
     for number, end in enumerate(accumulate(lengths)):
         while end > ends[row]:
@@ -73,10 +79,12 @@ def shrink(
     runs: Sequence[tuple[int, int]],
     *,
     pad_token_id: int,
+    cached: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Shorten runs of placeholders in a batch of prompts.
 
-    Rows are padded again to the longest of them, on the side they were padded on, or on the left.
+    Rows are padded again to the longest of them, on the side they were padded on, or on the left; where they
+    begin with what a cache holds, on the left of what is new.
 
     Args:
         inputs: keyword arguments of the model with ``input_ids`` ``[B, L]``. What refers to positions
@@ -85,6 +93,7 @@ def shrink(
         image_token_id: the placeholder.
         runs: (length now, length wanted) of each run of placeholders, in order.
         pad_token_id: fills ``input_ids``.
+        cached: lengths of the cache that holds the beginning of the prompts, before each turn and now.
 
     Returns:
         a copy of ``inputs`` with the shortened tensors.
@@ -120,16 +129,30 @@ def shrink(
     column = torch.arange(length, device=ids.device)
     outside = column < padding[:, None] if left else column >= length - padding[:, None]
     keep &= ~outside
-    new_length = int(keep.sum(1).max()) + common
+    # What a cache holds stays at its places: it was padded anew at the beginning of each turn.
+    parts: list[tuple[int, int, int]] = []  # columns from, to, and how many they become
+    begin, padded = 0, common
+    for place in cached if left else ():
+        at = sum(width for _, _, width in parts)
+        found = (keep[:, begin:].long().cumsum(1).amax(0) + padded == place - at).nonzero()
+        if len(found):
+            end = begin + int(found[0]) + 1
+            parts.append((begin, end, place - at))
+            begin, padded = end, 0
+    parts.append((begin, length, int(keep[:, begin:].sum(1).max()) + padded))
+    new_length = sum(width for _, _, width in parts)
 
     def repack(values: Tensor, fill: int) -> Tensor:
         packed = values.new_full((values.shape[0], new_length), fill)
         for row, (kept, old) in enumerate(zip(keep, values, strict=True)):
-            kept_values = old[kept]
-            if left:
-                packed[row, new_length - len(kept_values) :] = kept_values
-            else:
-                packed[row, : len(kept_values)] = kept_values
+            at = 0
+            for begin, end, width in parts:
+                at += width
+                kept_values = old[begin:end][kept[begin:end]]
+                if left:
+                    packed[row, at - len(kept_values) : at] = kept_values
+                else:
+                    packed[row, : len(kept_values)] = kept_values
         return packed
 
     shortened = dict(inputs)

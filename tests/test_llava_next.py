@@ -321,6 +321,61 @@ def test_second_turn_with_cache(model, which):
 
 
 @pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("rule", ["exact 0.2", "floor 0.5"])
+def test_turns_of_several_prompts(model, rule, which):
+    """Each prompt goes on with an image of its own, then with text: as fresh calls with the conversation."""
+    handle, processor = attached(model, which, config_of(RULES[rule]))
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [1, 4]}
+    ids = mask = torch.zeros(2, 0, dtype=torch.long)
+    cache, images = DynamicCache(), ([], [])
+    with handle:
+        for turn in ([(60, 170), (100, 110)], [(50, 50), (120, 90)], []):
+            new = [tiny_image(*size) for size in turn]
+            for row, image in zip(images, new, strict=bool(new)):
+                row.append(image)
+            texts = (
+                [ONE, TWO] if new else ["USER : describe ASSISTANT :", "USER : what is this ? ASSISTANT :"]
+            )
+            inputs = processor(images=new or None, text=texts, padding=True, return_tensors="pt")
+            inputs["input_ids"] = torch.cat([ids, inputs["input_ids"]], dim=1)
+            inputs["attention_mask"] = torch.cat([mask, inputs["attention_mask"]], dim=1)
+            every = processor.image_processor([*images[0], *images[1]], return_tensors="pt")
+            fresh = model.generate(**{**inputs, **every}, **options)
+            ids = model.generate(**inputs, past_key_values=cache, **options)
+            assert torch.equal(ids, fresh)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, -3:])], dim=1)
+
+
+def test_questions_of_later_images(model):
+    """The question of a prompt's second image is its own, where the first ones are in the cache."""
+    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
+    handle, processor = attached(model, "patched", config_of({"keep_ratio": 0.2}), relevance=relevance)
+    asked, image, cache = [], tiny_image(60, 170), DynamicCache()
+    ids = torch.zeros(2, 0, dtype=torch.long)
+    with handle:
+        start = relevance.start
+        relevance.start = lambda questions: asked.append(list(questions)) or start(questions)
+        for first, second in (("w1", "w2"), ("w3", "w4")):
+            texts = [f"USER : <image> {word} ASSISTANT :" for word in (first, second)]
+            inputs = processor(images=[image, image], text=texts, return_tensors="pt")
+            inputs["input_ids"] = torch.cat([ids, inputs["input_ids"]], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=2, suppress_tokens=[1, 4])
+    assert asked == [["w1", "w2"], ["w3", "w4"]]
+
+
+@pytest.mark.parametrize("rule", ["exact 0.2", "floor 0.5"])
+def test_offloaded(reference, rule):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    handle, processor = attached(model, "patched", config_of(RULES[rule]))
+    with handle, torch.no_grad():
+        logits = expected("one image", rule, reference)[1]
+        assert_rows_equal(model(**batch(processor, "one image")).logits, logits, 1e-5)
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rule", ["exact 0.2", "floor 0.5", "exact 0.9"])
 @pytest.mark.parametrize("case", ["one image", "two sizes", "adjacent images"])

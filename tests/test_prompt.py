@@ -167,3 +167,15 @@ def test_shrink_refuses_other_masks():
     mask = torch.ones(1, 1, 4, 4)
     with pytest.raises(ValueError, match=r"attention_mask: expected \[B, L\], got shape \(1, 1, 4, 4\)"):
         shrink({"input_ids": ids, "attention_mask": mask}, IMAGE, [(2, 1)], pad_token_id=8)
+
+
+def test_what_a_cache_holds_stays_at_its_places():
+    """Each turn is padded anew: the first fills 2 columns of the cache, the second is shortened unevenly."""
+    ids = torch.tensor([[1, IMAGE, IMAGE, 2, IMAGE, IMAGE, IMAGE, 3], [1, IMAGE, IMAGE, 2, 0, 0, IMAGE, 3]])
+    mask = (ids > 0).long()
+    rows = images_of_rows(ids == IMAGE, [3, 1], [(0, 2), (1, 2)])
+    assert rows == [0, 1]
+    runs = [(2, 1), (3, 2), (2, 1), (1, 1)]
+    short = shrink({"input_ids": ids, "attention_mask": mask}, IMAGE, runs, pad_token_id=0, cached=[2])
+    assert short["input_ids"].tolist() == [[1, IMAGE, 0, 2, IMAGE, IMAGE, 3], [1, IMAGE, 2, 0, 0, IMAGE, 3]]
+    assert short["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1]]
