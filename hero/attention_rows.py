@@ -253,7 +253,7 @@ def install(
     """
     if any(installed(module) for module in modules.values()):
         raise ValueError(
-            "vision_tower: expected an encoder without hero attached, got one with; remove() first"
+            "vision_tower: expected an encoder without hero attached, got one with: call hero.detach first"
         )
     if NAME not in _interface():
         type(_interface()).register(NAME, _attention)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ._checks import error
 from .config import HeroConfig
 from .layout import ImageLayout
 from .prompt import images_of_rows, questions, shrink
@@ -90,7 +91,7 @@ def forward(self: nn.Module, original: Callable, *args, **kwargs):
     try:
         output = original(**inputs)
     except ValueError as error:
-        if "image tokens do not match" not in str(error):
+        if "image tokens do not match" not in str(error) or "hero is attached" in str(error):
             raise
         raise ValueError(f"{error}. hero is attached: prompts need the number of kept tokens") from error
     finally:
@@ -156,6 +157,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     encoder, config, sizes = handle.encoder, handle.config, inputs.get("image_sizes")
     is_new = pixels is not None or features is not None
     held = _held(inputs) if whole else ()
+    if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
+        raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
     if is_new and sizes is None:
         raise ValueError("image_sizes: expected (height, width) of each image, got None")
     layouts = encoder.geometry.layouts(sizes) if sizes is not None and len(sizes) else ()
@@ -179,6 +182,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         raise ValueError(
             f"input_ids: expected {sum(written)} image placeholders for the images (processor attached), "
             f"or {sum(full)} (stock processor), got {total}"
+            + (f"; the cache holds {len(held)} images" if whole and _cache_of(inputs) is not None else "")
         )
     call, rows = None, []
     if is_new:

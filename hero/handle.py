@@ -116,6 +116,8 @@ class Handle:
         text = None
         if call is not None:
             text = call.text
+            if text is not None:  # likewise repeated
+                text = [one for one in text for _ in range(len(image_sizes) // len(text))]
             if len(call.layouts) == len(image_sizes):
                 image_sizes = [layout.image_size for layout in call.layouts]
         elif self.encoder.cuda_graphs is None:
@@ -225,15 +227,17 @@ def attach(
 def detach(model_or_processor) -> None:
     """Restore a model or a processor exactly, without the handle. Without hero attached, nothing changes.
 
-    A model's processor is restored too, where it was attached with it.
+    A model's processor is restored too, where it was attached with it. A vision tower is restored whose
+    :class:`hero.HeroVisionEncoder` was lost.
 
     Raises:
         ValueError: an unsupported model or processor.
     """
-    attached = model_or_processor.__dict__.get("_hero")
+    target = model_or_processor
+    attached = getattr(target, "__dict__", {}).get("_hero")
     if isinstance(attached, Handle):
         attached.remove()
-    elif attached is not None:
-        restore(model_or_processor)
-    elif not hasattr(model_or_processor, "image_processor"):
-        adapter_for(model_or_processor)
+    elif attached is None and not hasattr(target, "image_processor") and not hasattr(target, "encoder"):
+        adapter_for(target)
+    for owner in target.modules() if isinstance(target, nn.Module) else [target]:
+        restore(owner)

@@ -297,6 +297,8 @@ def test_what_cannot_be_shortened_is_refused(model):
             model(**inputs, position_ids=torch.arange(length)[None] * 2)
         with pytest.raises(ValueError, match=r"^something: expected input_ids with as many"):
             model(**inputs, something=torch.zeros(1, length))
+        with pytest.raises(ValueError, match=r"^input_ids: expected a tensor \[B, L\]"):
+            model(**{**inputs, "input_ids": inputs["input_ids"][0]})
         with pytest.raises(ValueError, match=r"^image_sizes: expected"):
             model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"])
 
@@ -482,8 +484,14 @@ def test_detach(model):
         hero.detach(model)
     assert torch.equal(logits(model, batch()), plain)
     assert [set(vars(one)) for one in (model, model.model, processor)] == before
-    with pytest.raises(ValueError, match=r"^model: expected a supported model"):
-        hero.detach(nn.Linear(1, 1))
+    hero.HeroVisionEncoder(model.model.vision_tower)  # lost, as by a cell that is run twice
+    with pytest.raises(ValueError, match=r"vision_tower: expected an encoder without hero attached"):
+        hero.HeroVisionEncoder(model.model.vision_tower)
+    hero.detach(model.model.vision_tower)
+    hero.attach(model).remove()
+    for other in (nn.Linear(1, 1), None):
+        with pytest.raises(ValueError, match=r"^model: expected a supported model"):
+            hero.detach(other)
 
 
 def test_a_wrapper_on_generate_is_called(model):

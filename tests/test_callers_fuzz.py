@@ -17,7 +17,7 @@ import pytest
 import torch
 from independent import Independent, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from independent_policies import IndependentPeers, PeerRule
-from test_llava_next import LAYERS, _old_transformers, embeddings, rule_of, snapshot
+from test_llava_next import CACHE, LAYERS, _old_transformers, embeddings, rule_of, snapshot
 from transformers.cache_utils import DynamicCache
 
 import hero
@@ -218,7 +218,7 @@ class Caller:
     def converse(self, turns: list[Turn]) -> None:
         draw, answers = self.draw, []
         ids = mask = held = None
-        options = {"past_key_values": DynamicCache()} if draw.cache else {}
+        options = {CACHE: DynamicCache()} if draw.cache else {}
         for number, turn in enumerate(turns):
             inputs = turn.processed(self.processor, draw, pad_to_multiple_of=draw.multiple)
             wanted = self.wanted(turns[: number + 1], answers)
@@ -240,7 +240,7 @@ class Caller:
                 answers.append(answer.tolist())
                 ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, torch.ones_like(answer)], 1)
             elif draw.cache and len(ids) == 1:  # as many as were kept
-                mask = mask.new_ones(1, options["past_key_values"].get_seq_length())
+                mask = mask.new_ones(1, options[CACHE].get_seq_length())
 
     def wanted(self, turns: list[Turn], answers: list[list[list[int]]]) -> dict:
         """What the reference keeps of the whole conversation; ``answers`` to each row, turn by turn."""
@@ -319,6 +319,8 @@ class Caller:
     def check_selection(self, wanted: dict, held: list[int] | None) -> None:
         """In half precision a few patches may differ, and then logits do."""
         kept = self.handle.last.index.tolist()
+        if _old_transformers() and {"num_beams", "num_return_sequences"} & set(DECODINGS[self.draw.decoding]):
+            return  # which encodes images once for each of them
         if held is not None:
             self.same &= self.exact or self.draw.turn == "text"
             return

@@ -364,6 +364,18 @@ def test_questions_of_later_images(model):
     assert asked == [["w1", "w2"], ["w3", "w4"]]
 
 
+def test_relevance_with_beams(model):
+    """Older transformers repeats images for each beam before they are encoded: questions too."""
+    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    handle, processor = attached(model, "patched", config_of({"keep_ratio": 0.2}), relevance=relevance)
+    with handle:
+        both = model.generate(**batch(processor, "two sizes"), num_beams=2, **options)
+        inputs = processor(images=[tiny_image(100, 110, 1)], text=[TWO], return_tensors="pt")
+        alone = model.generate(**inputs, num_beams=2, **options)
+    assert torch.equal(both[1, -3:], alone[0, -3:])
+
+
 @pytest.mark.parametrize("rule", ["exact 0.2", "floor 0.5"])
 def test_offloaded(reference, rule):
     accelerate = pytest.importorskip("accelerate")

@@ -184,10 +184,13 @@ def unwrapped(tower: nn.Module) -> nn.Module:
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
-    """A parameter as it is now, loaded if accelerate has offloaded it."""
-    value, hook = getattr(module, name), getattr(module, "_hf_hook", None)
-    if value.is_meta and hook is not None:  # generate encodes images outside the module's own call
-        hook.pre_forward(module)
-        value = getattr(module, name)
-        hook.post_forward(module, None)
-    return value
+    """A parameter as it is now, loaded if accelerate has offloaded it.
+
+    ``generate`` encodes images outside the call of the module within which accelerate loads its parameters.
+    """
+    if not getattr(module, name).is_meta or not hasattr(module, "_hf_hook"):
+        return getattr(module, name)
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return getattr(module, name)

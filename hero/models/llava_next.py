@@ -29,14 +29,14 @@ def get_image_features(
     """
     strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
     if len(image_sizes) == 0:
-        return original(pixel_values, image_sizes, vision_feature_layer, strategy, **kwargs)
+        kwargs |= {"vision_feature_layer": vision_feature_layer, "vision_feature_select_strategy": strategy}
+        return original(pixel_values, image_sizes, **kwargs)
     _check_strategy(strategy)
     layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
     return_dict = kwargs.pop("return_dict", None)
     if return_dict is None:
         return_dict = self.config.return_dict
-    hidden = kwargs.setdefault("output_hidden_states", self.config.output_hidden_states) or None
-    kwargs["output_hidden_states"] = hidden
+    kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or None
     tokens, output = self._hero.image_tokens(pixel_values, image_sizes, feature_layer=layer, **kwargs)
     output = BaseModelOutputWithPooling() if output is None else output
     output.pooler_output = tokens
