@@ -81,7 +81,7 @@ def overview(records: Sequence[Mapping]) -> list[str]:
     if not records[0]["gpu"]:
         rows.append(["GPU", *["not measured"] * 4])
     head = ["time to the stock model's", "vision stage", "with CUDA graphs", "first token"]
-    return [*table([*head, "released method, rewritten"], rows), "", " ".join(names)]
+    return [*table([*head, "the paper's code, reimplemented"], rows), "", " ".join(names)]
 
 
 def end_to_end(record: Mapping) -> list[str]:

@@ -367,9 +367,11 @@ def _as_called(model: nn.Module, kwargs: dict, prompt: Tensor) -> None:
         if kwargs.get(name):
             kwargs[name] = type(kwargs[name])([kind(one, prompt, length) for one in kwargs[name]])
     if kwargs.get("prefix_allowed_tokens_fn") is not None:
-        allowed = kwargs["prefix_allowed_tokens_fn"]
+        allowed, rows = kwargs["prefix_allowed_tokens_fn"], 1
+        if (_setting(model, kwargs, "num_beams") or 1) == 1:  # then every sequence of a prompt has a number
+            rows = _setting(model, kwargs, "num_return_sequences") or 1
         kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-            row, torch.cat([prompt[row].to(ids), ids[length:]])
+            row, torch.cat([prompt[row // rows].to(ids), ids[length:]])
         )
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _Streamer(kwargs["streamer"], prompt)

@@ -339,20 +339,20 @@ class Recorder(StoppingCriteria, LogitsProcessor, TextStreamer):
         pass
 
 
-@pytest.mark.parametrize(
-    "name", ["stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn", "streamer"]
-)
-@pytest.mark.parametrize("beams", [1, 2])
-def test_criteria_processors_and_streamers_see_the_callers_prompt(model, name, beams):
-    if name == "streamer" and beams == 2:
-        pytest.skip("transformers streams no beams")
+SHOWN = ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn")
+SEVERAL = [(name, sequences) for name in SHOWN for sequences in (1, "beams", "samples")]
+
+
+@pytest.mark.parametrize(("name", "sequences"), [*SEVERAL, ("streamer", 1)])
+def test_criteria_processors_and_streamers_see_the_callers_prompt(model, name, sequences):
+    many = {"beams": {"num_beams": 2}, "samples": {"do_sample": True, "num_return_sequences": 2}}
     inputs, recorder = batch(), Recorder()
     recorder.processes = name == "logits_processor"
     given = recorder if name == "streamer" else [recorder]
     if name == "prefix_allowed_tokens_fn":
         given = lambda row, ids: recorder.seen.append(ids[None]) or list(range(20))  # noqa: E731
     with stock_prompts(model):
-        model.generate(**inputs, **GREEDY, num_beams=beams, **{name: given})
+        model.generate(**inputs, **{**GREEDY, **many.get(sequences, {}), name: given})
     prompt = inputs["input_ids"]
     assert recorder.seen
     for ids in recorder.seen[:1] if name == "streamer" else recorder.seen:
