@@ -341,7 +341,7 @@ def test_turns_of_several_prompts(model, rule, which):
             inputs["attention_mask"] = torch.cat([mask, inputs["attention_mask"]], dim=1)
             every = processor.image_processor([*images[0], *images[1]], return_tensors="pt")
             fresh = model.generate(**{**inputs, **every}, **options)
-            ids = model.generate(**inputs, past_key_values=cache, **options)
+            ids = model.generate(**inputs, **{CACHE: cache}, **options)
             assert torch.equal(ids, fresh)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, -3:])], dim=1)
 
@@ -360,7 +360,7 @@ def test_questions_of_later_images(model):
             inputs = processor(images=[image, image], text=texts, return_tensors="pt")
             inputs["input_ids"] = torch.cat([ids, inputs["input_ids"]], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=2, suppress_tokens=[1, 4])
+            ids = model.generate(**inputs, **{CACHE: cache}, max_new_tokens=2, suppress_tokens=[1, 4])
     assert asked == [["w1", "w2"], ["w3", "w4"]]
 
 
