@@ -51,9 +51,9 @@ class Call:
     layouts: tuple[ImageLayout, ...] = ()  # of each image: sizes are read once per call
     lengths: tuple[int, ...] = ()  # its kept tokens
     held: tuple[Held, ...] = ()  # images that the cache holds already
+    start: int = 0  # length of the cache
     # Images encoded ahead, if the number of kept tokens depends on the data.
     encoded: tuple[Selection, object] | None = None
-    in_forward: bool = False
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hero_call", default=None)
@@ -84,20 +84,20 @@ def forward(self: nn.Module, original: Callable, *args, **kwargs):
     if inputs.get("pixel_values") is None and features_of(inputs) is None:
         return original(**inputs)
     handle = self._hero
-    outer = call = current_call(handle)
-    if call is None:  # neither generate nor an enclosing forward has shortened the prompt
+    call = outer = current_call(handle)
+    if outer is None:  # neither generate nor an enclosing forward has shortened the prompt
         inputs, call = fit_prompt(handle, inputs, whole=False)
-    token = _call.set(replace(call, in_forward=True) if call is not None else Call(handle))
+    token = _call.set(call or Call(handle))
     try:
         output = original(**inputs)
-    except ValueError as error:
-        if "image tokens do not match" not in str(error) or "hero is attached" in str(error):
+    except ValueError as problem:
+        if "image tokens do not match" not in str(problem) or "hero is attached" in str(problem):
             raise
-        raise ValueError(f"{error}. hero is attached: prompts need the number of kept tokens") from error
+        raise ValueError(f"{problem}. hero is attached: prompts need the number of kept tokens") from problem
     finally:
         _call.reset(token)
-    if call is not None and (outer is None or not outer.in_forward):
-        _record(handle, call, inputs, output)
+    if outer is None and call is not None:
+        _record(call, inputs, output)
     return output
 
 
@@ -120,11 +120,13 @@ def generate(self: nn.Module, original: Callable, *args, **kwargs):
     shrunk = prompt is not None and kwargs["input_ids"] is not prompt
     if shrunk:
         _as_called(self, kwargs, prompt)
-    token = _call.set(call)
+    token, output = _call.set(call), None
     try:
         output = original(**kwargs)
     finally:
         _call.reset(token)
+        if call is not None:
+            _record(call, kwargs, output)  # an interrupted call has filled the cache too
     if not shrunk:
         return output
     sequences = output if isinstance(output, Tensor) else output.sequences
@@ -156,23 +158,28 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     ids, pixels, features = inputs.get("input_ids"), inputs.get("pixel_values"), features_of(inputs)
     encoder, config, sizes = handle.encoder, handle.config, inputs.get("image_sizes")
     is_new = pixels is not None or features is not None
-    held = _held(inputs) if whole else ()
+    cache = _cache_of(inputs)
+    in_cache = getattr(cache, _HELD, ())
+    start = int(cache.get_seq_length()) if cache is not None and (is_new or in_cache) else 0
+    in_cache = in_cache if start else ()
+    held = in_cache if whole else ()
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
     if is_new and sizes is None:
         raise ValueError("image_sizes: expected (height, width) of each image, got None")
     layouts = encoder.geometry.layouts(sizes) if sizes is not None and len(sizes) else ()
     if ids is None and is_new and layouts:
-        return inputs, _of_embeddings(handle, inputs, layouts)
+        return inputs, replace(_of_embeddings(handle, inputs, layouts), held=in_cache, start=start)
     total = 0 if ids is None else int((ids == handle.image_token_id).sum()) if layouts or held else 0
     if total == 0 and not (is_new and layouts):
         return inputs, None
     if not is_new:  # all images are in the cache
-        held, layouts = _check_held(handle, held, layouts, inputs), ()
+        held, layouts = _held_of_sizes(handle, held, layouts), ()
+    _check_held(handle, held)
     lengths = tuple(layout.kept_tokens(config) for layout in layouts)
     if features is not None:
         lengths = tuple(map(len, features.pooler_output))
-    before = [one.length for one in _check_held(handle, held, None, inputs)]
+    before = [one.length for one in held]
     every = (*(one.layout for one in held), *layouts)
     kept = [*before, *lengths]
     written = [layout.kept_tokens(config) for layout in every]  # "floor" keeps fewer
@@ -182,7 +189,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         raise ValueError(
             f"input_ids: expected {sum(written)} image placeholders for the images (processor attached), "
             f"or {sum(full)} (stock processor), got {total}"
-            + (f"; the cache holds {len(held)} images" if whole and _cache_of(inputs) is not None else "")
+            + (f"; the cache holds {len(held)} images" if whole and cache is not None else "")
         )
     call, rows = None, []
     if is_new:
@@ -192,7 +199,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         rows = images_of_rows(is_image, now[len(held) :], places)
         if encoder.needs_text:
             text = questions(ids, inputs.get("attention_mask"), handle.image_token_id, rows, handle.tokenizer)
-        call = Call(handle, text, tuple(rows), layouts, lengths, held)
+        call = Call(handle, text, tuple(rows), layouts, lengths, in_cache, start)
         if config.allocation == "floor" and features is None:
             # The number of kept tokens depends on the data: encode the images first.
             layer, images = inputs.get("vision_feature_layer"), [one.image_size for one in layouts]
@@ -209,9 +216,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             for pair in zip(*(adapter.runs(layout, count) for count in counts), strict=True)
         ]
         pad = handle.model.generation_config.pad_token_id
-        cache = _cache_of(inputs) if whole else None
-        starts = {one.start for one in held} | {0 if cache is None else int(cache.get_seq_length())}
-        cached = sorted(starts - {0})
+        cached = sorted({*(one.start for one in held), start if whole else 0} - {0})
         inputs = shrink(
             inputs, handle.image_token_id, runs, pad_token_id=0 if pad is None else pad, cached=cached
         )
@@ -253,37 +258,32 @@ def _cache_of(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
 
 
-def _held(inputs: Mapping[str, Any]) -> tuple[Held, ...]:
-    """The images in the cache that a call was given."""
-    cache = _cache_of(inputs)
-    images = getattr(cache, _HELD, ())
-    return images if images and int(cache.get_seq_length()) else ()
-
-
-def _check_held(
-    handle: Handle, held: tuple[Held, ...], layouts: Sequence[ImageLayout] | None, inputs: dict
+def _held_of_sizes(
+    handle: Handle, held: tuple[Held, ...], layouts: Sequence[ImageLayout]
 ) -> tuple[Held, ...]:
-    """The images in the cache, if it was filled as this configuration fills it.
-
-    Args:
-        layouts: the images as the caller gives their sizes, ``None`` if that was checked.
+    """The images in the cache, where the caller gives their sizes again or not at all.
 
     Raises:
-        ValueError: it was not, or it holds other images.
+        ValueError: other images than the cache holds, or a cache that was filled without hero, or none.
     """
-    config = handle.config
-    if layouts and not held:  # filled without hero, or not at all
-        if any(layout.kept_tokens(config) != layout.full_tokens for layout in layouts):
+    if layouts and not held:
+        if any(layout.kept_tokens(handle.config) != layout.full_tokens for layout in layouts):
             raise ValueError(
                 "pixel_values: expected the images, or a cache that was filled with hero attached and holds "
                 "them, got neither"
             )
-        return tuple(Held(layout, layout.full_tokens, config) for layout in layouts)
+        return tuple(Held(layout, layout.full_tokens, handle.config) for layout in layouts)
     if layouts and tuple(one.layout for one in held) != tuple(layouts):
         sizes = [one.layout.image_size for one in held], [one.image_size for one in layouts]
         raise ValueError(
             f"image_sizes: expected those of the images in the cache, {sizes[0]}, got {sizes[1]}"
         )
+    return held
+
+
+def _check_held(handle: Handle, held: Sequence[Held]) -> None:
+    """Raise ``ValueError`` if the cache was filled by another configuration than the handle's."""
+    config = handle.config
     for one in held:
         exact = config.allocation == one.config.allocation == "exact"
         if one.length != one.layout.kept_tokens(config) if exact else one.config != config:
@@ -291,34 +291,20 @@ def _check_held(
                 f"past_key_values: expected a cache filled with {config}, got one filled with {one.config}, "
                 f"{one.length} tokens of an image of {one.layout.image_size}: start a new cache"
             )
-    return held
 
 
-def _record(handle: Handle, call: Call, inputs: Mapping[str, Any], output: object) -> None:
-    """Note on the cache which images it holds now."""
-    given = _cache_of(inputs)
-    cache = (
-        given
-        if given is not None
-        else next((found for name in _CACHES if (found := getattr(output, name, None)) is not None), None)
-    )
+def _record(call: Call, inputs: Mapping[str, Any], output: object) -> None:
+    """Note on the cache which images it holds after a call."""
+    cache = _cache_of(inputs)
     if cache is None:
+        cache = _cache_of({name: getattr(output, name, None) for name in _CACHES})
+    if cache is None or int(cache.get_seq_length()) <= call.start:
         return
-    ids = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
-    start = int(cache.get_seq_length()) - ids.shape[1]
     new = (
-        Held(layout, length, handle.config, row, start)
+        Held(layout, length, call.handle.config, row, call.start)
         for layout, length, row in zip(call.layouts, call.lengths, call.rows, strict=True)
     )
-    held = (*(call.held or _held_before(cache, given, inputs)), *new)
-    setattr(cache, _HELD, tuple(sorted(held, key=attrgetter("row"))))
-
-
-def _held_before(cache: Any, given: Any, inputs: Mapping[str, Any]) -> tuple[Held, ...]:
-    """Images that a cache held before a direct call of ``forward``, whose ids are new ones alone."""
-    images = getattr(cache, _HELD, ())
-    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    return images if images and given is not None and int(cache.get_seq_length()) > ids.shape[1] else ()
+    setattr(cache, _HELD, tuple(sorted((*call.held, *new), key=attrgetter("row"))))
 
 
 # --- what generate is given ------------------------------------------------------------------------------

@@ -214,9 +214,8 @@ def _ask(
         f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
     )
     print("  stages        " + ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items()))
-    save_image(
-        visualize(image, selection, title=f"{question} → {kept.text}"), save
-    )  # the answer is out already
+    # Last, so that the answer is out if the picture cannot be written.
+    save_image(visualize(image, selection, title=f"{question} → {kept.text}"), save)
     print(f"  picture       {save}\n")
 
 

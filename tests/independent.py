@@ -16,6 +16,7 @@ batch, without the crops that only pad the batch.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -890,6 +891,8 @@ def tiny_image(h: int, w: int, seed: int = 0) -> Image.Image:
 # self-check
 
 
+FORWARD = inspect.signature(LlavaNextForConditionalGeneration.forward).parameters
+CACHE = "past_key_values" if "past_key_values" in FORWARD else "cache"  # since transformers 5.24
 ONE = "USER : <image> what is in this picture ? ASSISTANT :"
 TWO = "USER : <image> describe ASSISTANT :"
 PAIR = "USER : <image> and <image> describe the two pictures ASSISTANT :"

@@ -9,16 +9,14 @@ import accelerate
 import peft
 import pytest
 import torch
-from independent import ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
+from independent import CACHE, FORWARD, ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, LlavaNextForConditionalGeneration
+from transformers import DynamicCache, GenerationMixin
 from transformers.generation import LogitsProcessor, StoppingCriteria, TextStreamer
 
 import hero
 from hero import calls
 
-FORWARD = inspect.signature(LlavaNextForConditionalGeneration.forward).parameters
-CACHE = "past_key_values" if "past_key_values" in FORWARD else "cache"
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
@@ -386,14 +384,18 @@ def turns(first, *more):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+CHUNKS = [{}, {"prefill_chunk_size": 8}] if "mm_encoder_outputs" in FORWARD else [{}]
+
+
+@pytest.mark.parametrize("chunks", CHUNKS, ids=["whole", "chunks"][: len(CHUNKS)])
 @pytest.mark.parametrize("which", ["patched", "stock"])
-def test_a_second_turn(model, which):
-    """With the cache, a new image or none, as without it."""
+def test_a_second_turn(model, which, chunks):
+    """With the cache, however it was filled, a new image or none, as without it."""
     processor = tiny_processor()
     with hero.attach(model, processor if which == "patched" else None, keep_ratio=0.2):
         one, two = batch(processor), batch(processor, size=(60, 170), seed=1)
         cache = DynamicCache()
-        first = model.generate(**one, **GREEDY, **{CACHE: cache})
+        first = model.generate(**one, **GREEDY, **chunks, **{CACHE: cache})
         words = tiny_tokenizer()("and that one ?", return_tensors="pt")
         images = {name: torch.cat([one[name], two[name]]) for name in ("image_sizes",)}
         most = max(one["pixel_values"].shape[1], two["pixel_values"].shape[1])
@@ -411,6 +413,22 @@ def test_a_second_turn(model, which):
             fresh = model.generate(**whole, **all_, **GREEDY)
             again = model.generate(**whole, **new, **GREEDY, **{CACHE: copy.deepcopy(cache)})
             assert torch.equal(again, fresh)
+
+
+def test_an_interrupted_call_is_noted_too(model):
+    class Interrupt(StoppingCriteria):
+        def __call__(self, ids, scores):
+            raise KeyboardInterrupt
+
+    inputs, cache = batch(), DynamicCache()
+    words = tiny_tokenizer()("and that one ?", return_tensors="pt")
+    with stock_prompts(model):
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**inputs, **GREEDY, stopping_criteria=[Interrupt()], **{CACHE: cache})
+        whole = turns(inputs["input_ids"], words)
+        again = model.generate(**whole, **GREEDY, **{CACHE: cache})
+        images = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+        assert torch.equal(again, model.generate(**whole, **images, **GREEDY))
 
 
 def test_a_cache_of_another_selection_is_refused(model):

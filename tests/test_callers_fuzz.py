@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from independent import Independent, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
+from independent import CACHE, Independent, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from independent_policies import IndependentPeers, PeerRule
-from test_llava_next import CACHE, LAYERS, _old_transformers, embeddings, rule_of, snapshot
+from test_llava_next import LAYERS, _old_transformers, embeddings, rule_of, snapshot
 from transformers.cache_utils import DynamicCache
 
 import hero

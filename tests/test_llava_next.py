@@ -11,6 +11,7 @@ import pytest
 import torch
 from independent import (
     ADJACENT,
+    CACHE,
     CASES,
     NEWLINE,
     ONE,
@@ -24,7 +25,7 @@ from independent import (
     tiny_processor,
     tiny_tokenizer,
 )
-from transformers import BatchFeature, LlavaNextForConditionalGeneration, TextStreamer, pipeline
+from transformers import BatchFeature, TextStreamer, pipeline
 from transformers.cache_utils import DynamicCache
 
 import hero
@@ -41,9 +42,6 @@ RULES = {
     "entropy": {"keep_ratio": 0.2, "weights": {"density": 0.2, "saliency": 0.3, "entropy": 0.5}},
 }
 PROCESSORS = ("patched", "stock")
-# The name of the argument before transformers 5.24, and since.
-FORWARD = inspect.signature(LlavaNextForConditionalGeneration.forward).parameters
-CACHE = "past_key_values" if "past_key_values" in FORWARD else "cache"
 
 
 @pytest.fixture(scope="module")

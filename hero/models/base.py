@@ -44,13 +44,15 @@ class TowerOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What an adapter finds in a model."""
+    """What an adapter finds in a model.
+
+    Attributes:
+        image_newline: returns the newline; called at each use, as modules may load their parameters for it.
+    """
 
     vision_tower: nn.Module
     projector: nn.Module
-    image_newline: (
-        Callable[[], Tensor] | None
-    )  # read at each call, within which modules load their parameters
+    image_newline: Callable[[], Tensor] | None
     geometry: Geometry
     feature_layer: int | tuple[int, ...]
     image_token_id: int

@@ -30,9 +30,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # they are rounded. Sums of products and differences of logits then fit fp32 wherever the logits do.
 UNITS = tl.constexpr(512.0)
 TO_UNITS = tl.constexpr(LOG2E.value / UNITS.value)
-LARGEST_LOGIT = tl.constexpr(
-    torch.finfo(torch.float32).max * TO_UNITS.value * (1 + 2.0**-22)
-)  # with rounding
+LARGEST_LOGIT = tl.constexpr(torch.finfo(torch.float32).max * TO_UNITS.value * (1 + 2.0**-22))  # rounded up
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
