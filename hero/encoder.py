@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 import hero_kernels as hk
 from hero_kernels.segments import to_device
 
-from . import attention_rows
+from . import attention_rows, compiled
 from ._checks import check_flag, error
 from .config import HeroConfig
 from .cuda_graphs import CudaGraphs
 from .layout import Geometry, grid_pinpoints
 from .models import hidden_states, tower_for
-from .plan import Plan, Plans, constant_sizes, with_image
+from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, with_image
 from .policies import Observed, Scored, check_supported
 from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
@@ -92,11 +91,11 @@ class HeroVisionEncoder(nn.Module):
         self._states = hidden_states(feature_layer, self.depth)
         self._last_layer = max(max(self._states) - 1, 0)  # of the features; the first if they are embeddings
         policy = config.policy
-        self._rows = policy.rows(self.depth, self._last_layer)
+        self.rows = policy.rows(self.depth, self._last_layer)
         self._needs = needs = policy.needs(relevance is not None)
         self.config = config
         self.geometry = dataclasses.replace(geometry, newlines=image_newline is not None)
-        check_supported(policy, self._rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
+        check_supported(policy, self.rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
         if config.attention == "fused" and not self._tower.has_cls:
             raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
@@ -115,10 +114,10 @@ class HeroVisionEncoder(nn.Module):
             self.register_buffer("image_newline", image_newline, persistent=False)
         self.relevance = relevance
         keys = [self._last_layer] if needs.keys else []
-        layers = {layer for rows in self._rows.values() for layer in rows.layers}
+        layers = {layer for rows in self.rows.values() for layer in rows.layers}
         self._scored_layers = tuple(sorted({*layers, *keys}))
         self._plans = Plans()
-        self._compiled_plans = SimpleNamespace()
+        self._name = compiled.register(self)
         modules = self._tower.attention_modules(vision_tower)
         self._observed = {layer: modules[layer] for layer in self._scored_layers}
         attention_rows.install(
@@ -144,18 +143,15 @@ class HeroVisionEncoder(nn.Module):
         if self.cuda_graphs is not None:
             self.cuda_graphs.clear()
         self._plans.clear()
-        self._compiled_plans = SimpleNamespace()
         attention_rows.remove(self._observed)
 
-    def _plan(self, image_sizes, device: torch.device) -> Plan:
-        return self._plans.get(self.geometry.layouts(image_sizes), self.config, self._rows, device)
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._name = compiled.register(self)  # a copy is another encoder
 
-    @torch.compiler.assume_constant_result
-    def _compiled_plan(self, image_sizes: tuple[tuple[int, int], ...], device: torch.device) -> str:
-        """Where the plan of compiled code is: a name can be a constant of the graph, a plan cannot."""
-        name = f"plan_{device}_{image_sizes}"
-        setattr(self._compiled_plans, name, self._plan(image_sizes, device))
-        return name
+    def plan(self, image_sizes, device: torch.device) -> Plan:
+        """The plan of a batch of images (see :meth:`prepare`), computed when the sizes are first seen."""
+        return self._plans.get(self.geometry.layouts(image_sizes), self.config, self.rows, device)
 
     def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, Plan]:
         """Check the input and plan the batch.
@@ -164,7 +160,7 @@ class HeroVisionEncoder(nn.Module):
             pixel_values: ``[B, crops, 3, S, S]``, padded to the largest number of crops, or ``[T, 3, S, S]``,
                 all crops one after another; floating.
             image_sizes: ``[B, 2]`` (height, width) in pixels: pairs of integers or a tensor. Reading a tensor
-                on a GPU synchronises with it. Compiled code needs pairs of integers.
+                on a GPU synchronises with it.
 
         Returns:
             crops ``[T, 3, S, S]`` and the plan, which the other stages take.
@@ -172,42 +168,19 @@ class HeroVisionEncoder(nn.Module):
         Raises:
             TypeError, ValueError: another type, rank, dtype or size, by name.
         """
-        expected = "[B, crops, 3, S, S] or [T, 3, S, S]"
-        if not isinstance(pixel_values, Tensor):
-            raise TypeError(f"pixel_values: expected a tensor {expected}, got {type(pixel_values).__name__}")
-        shape = tuple(pixel_values.shape)
-        if not pixel_values.is_floating_point():
-            raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
-        if len(shape) not in (4, 5):
-            raise ValueError(f"pixel_values: expected {expected}, got shape {shape}")
-        size = self.geometry.crop_size
-        if shape[-3:] != (3, size, size):
-            raise ValueError(f"pixel_values: expected crops of 3 × {size} × {size}, got shape {shape}")
-        if torch.compiler.is_compiling():
-            name = self._compiled_plan(constant_sizes(image_sizes), pixel_values.device)
-            plan = getattr(self._compiled_plans, name)
-        else:
-            plan = self._plan(image_sizes, pixel_values.device)
-        counts = [layout.crops for layout in plan.layouts]
-        if len(shape) == 4:
-            if shape[0] != sum(counts):
-                raise ValueError(
-                    f"image_sizes: expected the sizes of {shape[0]} crops, got those of {sum(counts)}"
-                )
+        check_pixels(pixel_values, self.geometry.crop_size)
+        plan = self.plan(image_sizes, pixel_values.device)
+        check_crops(pixel_values.shape, plan.layouts)
+        if pixel_values.ndim == 4:
             return pixel_values, plan
-        if shape[0] != len(counts) or shape[1] < max(counts):
-            raise ValueError(
-                f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
-                f"got {len(counts)} images of {counts} crops"
-            )
-        places, ragged = plan.places, min(counts) < shape[1]
-        crops = pixel_values[places.images, places.crops] if ragged else pixel_values.flatten(0, 1)
-        return crops, plan
+        if len(plan.places.images) == len(pixel_values) * pixel_values.shape[1]:
+            return pixel_values.flatten(0, 1), plan
+        return pixel_values[plan.places.images, plan.places.crops], plan
 
     def encode(
         self,
         pixel_values: Tensor,
-        plan: Plan,
+        plan: CropPlan,
         *,
         feature_layer: int | Sequence[int] | None = None,
         whole: bool = False,
@@ -346,13 +319,14 @@ class HeroVisionEncoder(nn.Module):
         tokens = torch.where((slot >= 0)[:, None], values, gathered.tokens)
         return gathered._replace(tokens=tokens)
 
-    def project(self, gathered: hk.Gathered) -> Tensor:
-        """Tokens ``[total, D]`` in the language model's width, with newlines."""
-        tokens = gathered.tokens if self.projector is None else self.projector(gathered.tokens)
+    def project(self, tokens: Tensor, index: Tensor) -> Tensor:
+        """Tokens ``[total, D]`` in the language model's width, with newlines where the index is negative."""
+        if self.projector is not None:
+            tokens = self.projector(tokens)
         newline = self._newline()
         if newline is None:
             return tokens
-        is_newline = (gathered.index < 0).to(tokens.device)[:, None]
+        is_newline = (index < 0).to(tokens.device)[:, None]
         return torch.where(is_newline, newline.to(tokens.device, tokens.dtype), tokens)
 
     def _newline(self) -> Tensor | None:
@@ -376,44 +350,72 @@ class HeroVisionEncoder(nn.Module):
         self, pixel_values: Tensor, image_sizes, text: Text = None, **kwargs
     ) -> tuple[Selection, object | None]:
         """:meth:`forward`, and what the tower returned; keyword arguments go to :meth:`encode`."""
+        if torch.compiler.is_compiling():
+            return self._run_compiled(pixel_values, image_sizes, text, **kwargs)
         crops, plan = self.prepare(pixel_values, image_sizes)
         question = self.text_embeddings(plan, text)
         output, lengths = None, plan.segments.lengths
         if self.cuda_graphs is not None:
-            tensors = tuple(self._replay(self.cuda_graphs, crops, plan, question, **kwargs))
+            tensors = self._replay(self.cuda_graphs, crops, plan, question, **kwargs)
         else:
             try:
                 encoded = self.encode(crops, plan, **kwargs)
-                tensors, lengths = self._choose(encoded, plan, question)
+                tensors, lengths = self.choose(encoded, plan, question)
             except ValueError as problem:
                 raise with_image(problem, crops, plan) from problem
-            output = encoded.output
-        tokens, index, budgets, shares, scores = tensors
-        cu_seqlens = plan.to(index.device).cu_seqlens
+            tensors, output = self._projected(*tensors), encoded.output
+        device = tensors[1].device
+        counts: Sequence[int] | None = None
+        cu_seqlens = plan.to(device).cu_seqlens
         if lengths != plan.segments.lengths:  # "floor": the data decides
-            cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), index.device)
+            counts = lengths
+            cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
+        sizes = [layout.image_size for layout in plan.layouts]
+        return self._selection(sizes, (*tensors, cu_seqlens), counts), output
+
+    def _run_compiled(
+        self, pixel_values: Tensor, image_sizes, text, **kwargs
+    ) -> tuple[Selection, object | None]:
+        check_pixels(pixel_values, self.geometry.crop_size)
+        given = pixel_values, image_sizes, text
+        tensors, sizes, output = compiled.run(self, self._name, *given, **kwargs)
+        return self._selection(sizes, self._projected(*tensors)), output
+
+    def choose(
+        self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """:meth:`score`, :meth:`budget` and :meth:`select`.
+
+        Returns:
+            tokens before the projector, index, budgets, shares and scores of a :class:`hero.Selection`, and
+            the rows of each image.
+        """
+        plan = plan.to(encoded.features.device)
+        scored = self.score(encoded, plan, question)
+        budgets = self.budget(scored, plan)
+        gathered = self.select(encoded, scored, budgets, plan)
+        tensors = gathered.tokens, gathered.index, budgets.budgets, budgets.shares, scored.scores
+        return tensors, gathered.lengths
+
+    def _projected(self, tokens: Tensor, index: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return self.project(tokens, index), index, *others
+
+    def _selection(
+        self, sizes: Any, tensors: Sequence[Tensor], counts: Sequence[int] | None = None
+    ) -> Selection:
+        tokens, index, budgets, shares, scores, cu_seqlens = tensors
         return Selection(
             tokens=tokens,
-            lengths=list(lengths),
             cu_seqlens=cu_seqlens,
             index=index,
             budgets=budgets,
             shares=shares,
             scores=scores,
-            layout=plan.layouts,
-            policy=self.config.policy.name,
-        ), output
-
-    def _choose(
-        self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """All stages after :meth:`encode`: the tensors of a selection, and the images' lengths."""
-        plan = plan.to(encoded.features.device)
-        scored = self.score(encoded, plan, question)
-        budgets = self.budget(scored, plan)
-        gathered = self.select(encoded, scored, budgets, plan)
-        tensors = (self.project(gathered), gathered.index, budgets.budgets, budgets.shares, scored.scores)
-        return tensors, gathered.lengths
+            image_sizes=sizes,
+            geometry=self.geometry,
+            config=self.config,
+            counts=counts,
+        )
 
     def _replay(
         self,
@@ -423,7 +425,7 @@ class HeroVisionEncoder(nn.Module):
         question: Callable[[], Tensor] | None,
         feature_layer: int | Sequence[int] | None = None,
         **kwargs,
-    ) -> list[Tensor]:
+    ) -> tuple[Tensor, ...]:
         """The tensors of a selection from graphs: one, or two with the question embedded between them."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         if given:
@@ -434,15 +436,15 @@ class HeroVisionEncoder(nn.Module):
             return self.encode(crops, plan, feature_layer=states)
 
         def choose(encoded: Encoded, embeddings: Tensor) -> tuple[Tensor, ...]:
-            return self._choose(encoded, plan, lambda: embeddings)[0]
+            return self._projected(*self.choose(encoded, plan, lambda: embeddings)[0])
 
         steps, inputs = [encode, choose], [lambda: crops]
         if question is None:
-            steps = [lambda _, crops: self._choose(encode(None, crops), plan, None)[0]]
+            steps = [lambda _, crops: self._projected(*self.choose(encode(None, crops), plan, None)[0])]
         else:
             inputs.append(lambda: question().to(crops.device))
         newline = self._newline()
         attention = self.vision_tower.config._attn_implementation
         key = (plan.layouts, states, question is None, attention, id(newline))
         modules = [self] if self.relevance is None else [self, self.relevance.clip_model]
-        return graphs.run(key, steps, inputs, modules, (plan, newline))
+        return tuple(graphs.run(key, steps, inputs, modules, (plan, newline)))

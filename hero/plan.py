@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -26,38 +26,54 @@ from .layout import ImageLayout
 from .policies import Rows
 from .signals import Places, places_of
 
-__all__ = ["Plan", "Plans", "constant_sizes", "make_plan", "with_image"]
+__all__ = ["CropPlan", "Plan", "Plans", "check_crops", "check_pixels", "make_plan", "with_image"]
 
 LIMIT = 256  # plans that an encoder keeps
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What follows from the image sizes of a batch and a configuration, on one device; T crops of P patches.
+class CropPlan:
+    """What the tower and its attention rows need to know of each crop; T crops of P patches.
+
+    Attributes:
+        valid: ``[T, P]`` bool, patches that are not padding.
+        weights: ``{rows: {layer: [T] fp32}}``, the weight of a layer in the policy's attention rows.
+        ranked: names of the rows whose patches are ranked.
+        device: where the tensors are.
+    """
+
+    valid: Tensor
+    weights: Mapping[str, Mapping[int, Tensor]]
+    ranked: frozenset[str]
+    device: torch.device
+
+    def to(self, device: torch.device) -> CropPlan:
+        """The same on another device."""
+        if device == self.device:
+            return self
+        weights = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.weights)
+        return CropPlan(self.valid.to(device), weights, self.ranked, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(CropPlan):
+    """What follows from the image sizes of a batch and a configuration, on one device.
 
     Attributes:
         layouts: the images.
         segments: the same for :mod:`hero_kernels`.
-        valid: ``[T, P]`` bool, patches that are not padding.
-        valid_counts: ``[T]`` int32, their number in each crop.
+        valid_counts: ``[T]`` int32, the number of valid patches in each crop.
         cu_seqlens: ``[B + 1]`` int32, where the kept tokens of each image begin, with ``allocation="exact"``.
         places: the image of each crop, its thumbnail and tiles.
-        weights: ``{rows: {layer: [T] fp32}}``, the weight of a layer in the policy's attention rows.
-        ranked: names of the rows whose patches are ranked.
         constants: what :meth:`hero.policies.Policy.constants` returned.
-        device: where the tensors are.
     """
 
     layouts: tuple[ImageLayout, ...]
     segments: hk.Segments
-    valid: Tensor
     valid_counts: Tensor
     cu_seqlens: Tensor
     places: Places
-    weights: Mapping[str, Mapping[int, Tensor]]
-    ranked: frozenset[str]
     constants: Mapping[str, Any]
-    device: torch.device
     _moved: dict[torch.device, Plan] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> Plan:
@@ -191,11 +207,30 @@ def with_image(problem: ValueError, crops: Tensor, plan: Plan) -> ValueError:
     return ValueError(f"{problem}: pixel_values of image {image} are not finite")
 
 
-def constant_sizes(image_sizes) -> tuple[tuple[int, int], ...]:
-    """Sizes as constants of the code that is being compiled, which may have made them dynamic.
+def check_pixels(pixel_values: Tensor, size: int) -> None:
+    """Check type, dtype and shape of crops of ``size`` pixels, for :meth:`hero.HeroVisionEncoder.prepare`."""
+    expected = "[B, crops, 3, S, S] or [T, 3, S, S]"
+    if not isinstance(pixel_values, Tensor):
+        raise TypeError(f"pixel_values: expected a tensor {expected}, got {type(pixel_values).__name__}")
+    shape = tuple(pixel_values.shape)
+    if not pixel_values.is_floating_point():
+        raise TypeError(f"pixel_values: expected a floating dtype, got {pixel_values.dtype}")
+    if len(shape) not in (4, 5):
+        raise ValueError(f"pixel_values: expected {expected}, got shape {shape}")
+    if shape[-3:] != (3, size, size):
+        raise ValueError(f"pixel_values: expected crops of 3 × {size} × {size}, got shape {shape}")
 
-    The key of a dictionary must be a constant.
-    """
-    if isinstance(image_sizes, Tensor):
-        raise TypeError("image_sizes: expected pairs of integers in compiled code, got a tensor")
-    return tuple((next(iter({height: 0})), next(iter({width: 0}))) for height, width in image_sizes)
+
+def check_crops(shape: Sequence[int], layouts: Sequence[ImageLayout]) -> None:
+    """Check that pixels of this shape hold the crops of the images."""
+    counts = [layout.crops for layout in layouts]
+    if len(shape) == 4:
+        if shape[0] != sum(counts):
+            raise ValueError(
+                f"image_sizes: expected the sizes of {shape[0]} crops, got those of {sum(counts)}"
+            )
+    elif shape[0] != len(counts) or shape[1] < max(counts):
+        raise ValueError(
+            f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
+            f"got {len(counts)} images of {counts} crops"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hero_kernels import Finalized
 
-from .layout import ImageLayout
+from .config import HeroConfig
+from .layout import Geometry, ImageLayout
 
 __all__ = ["Encoded", "Selection"]
 
@@ -49,25 +50,46 @@ class Selection:
     Attributes:
         tokens: ``[total, D]`` projected features and newlines, image after image; ``None`` in
             ``handle.last``, which keeps no features in memory.
-        lengths: rows of each image.
         cu_seqlens: ``[B + 1]`` int32, where each image begins.
         index: ``[total]`` int32, ``crop · P + patch`` of each row, −1 for a newline.
         budgets: ``[T]`` int32, patches kept of each crop.
         shares: ``[T]`` fp32, each tile's share of its image's tile tokens before caps; 0 for thumbnails.
         scores: ``[T, P]`` fp32, the patch scores.
-        layout: the images of the batch.
-        policy: the name of the policy.
+        image_sizes: (height, width) of each image in pixels.
+        geometry: how the images were cut.
+        config: what was kept.
+        counts: rows of each image where they follow from the data (``allocation="floor"``).
     """
 
     tokens: Tensor | None
-    lengths: list[int]
     cu_seqlens: Tensor
     index: Tensor
     budgets: Tensor
     shares: Tensor
     scores: Tensor
-    layout: tuple[ImageLayout, ...]
-    policy: str = "hero"
+    image_sizes: Sequence[tuple[int, int]]
+    geometry: Geometry
+    config: HeroConfig
+    counts: Sequence[int] | None = None
+
+    # Computed when they are read: under torch.compile the sizes are symbols of the graph.
+
+    @property
+    def layout(self) -> tuple[ImageLayout, ...]:
+        """The images of the batch."""
+        return self.geometry.layouts(self.image_sizes)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each image."""
+        if self.counts is not None:
+            return list(self.counts)
+        return [layout.kept_tokens(self.config) for layout in self.layout]
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy."""
+        return self.config.policy.name
 
     def per_image(self) -> list[Tensor]:
         """The tokens of each image, ``[n_i, D]``.

@@ -76,7 +76,7 @@ def test_stages_are_the_whole(encoder, inputs):
         scored = encoder.score(encoded, plan)
         budgets = encoder.budget(scored, plan)
         gathered = encoder.select(encoded, scored, budgets, plan)
-        tokens = encoder.project(gathered)
+        tokens = encoder.project(gathered.tokens, gathered.index)
         fused = hk.segmented_topk_gather(
             encoded.features,
             scored.scores,

@@ -4,6 +4,9 @@ The ``meta`` device stands in for one: a value cannot be read there, and what is
 is seen. What a GPU has to add, its own count of launches and ``set_sync_debug_mode``, is marked gpu.
 """
 
+import copy
+import random
+
 import pytest
 import torch
 from independent import tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
@@ -201,26 +204,94 @@ SMALL_BATCHES = {"one image": ONE, "another": [(112, 168)], "ragged": BATCHES["r
     "case", ["hero", "visionzip", *(pytest.param(case, marks=pytest.mark.slow) for case in ALL_BUT_TWO)]
 )
 def test_the_encoder_compiles_whole(case):
-    """One graph a layout, ``fullgraph=True``, and the same results."""
+    """In one graph, ``fullgraph=True``, and with the same results."""
     torch._dynamo.reset()
     encoder = encoder_of(**ALL[case])
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    for sizes in (*SMALL_BATCHES.values(), ONE):
+        images = pixels(encoder, sizes)
+        with torch.no_grad():
+            same_selections(encoder(images, sizes), compiled(images, sizes))
+
+
+def same_selections(plain, same):
+    for name in ("tokens", "index", "budgets", "shares", "scores", "cu_seqlens"):
+        assert torch.equal(getattr(plain, name), getattr(same, name)), name
+    assert (same.lengths, same.layout, same.policy) == (plain.lengths, plain.layout, plain.policy)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_compiled_code_serves_all_sizes(form, padded):
+    """The number of compilations does not grow with the number of sizes, and a copy finds its own encoder."""
+    torch._dynamo.reset()
     graphs = []
 
     def backend(module, inputs):
         graphs.append(module)
         return module
 
+    encoder = encoder_of()
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)
-    for sizes in (*SMALL_BATCHES.values(), ONE):
+    draw = random.Random(0)
+    for number in range(24):
+        sizes = [(draw.randrange(20, 300), draw.randrange(20, 300)) for _ in range(draw.choice((1, 1, 2, 3)))]
         images = pixels(encoder, sizes)
+        if padded:
+            counts = [layout.crops for layout in encoder.geometry.layouts(sizes)]
+            images = nn.utils.rnn.pad_sequence(
+                images.split(counts), batch_first=True, padding_value=torch.nan
+            )
         with torch.no_grad():
-            plain, same = encoder(images, sizes), compiled(images, sizes)
-        for name in ("tokens", "index", "budgets", "shares", "scores", "cu_seqlens"):
-            assert torch.equal(getattr(plain, name), getattr(same, name)), name
-        assert (same.lengths, same.layout, same.policy) == (plain.lengths, plain.layout, plain.policy)
-    assert len(graphs) == len(SMALL_BATCHES)
-    with pytest.raises((TypeError, torch._dynamo.exc.Unsupported), match="expected pairs of integers"):
+            same_selections(encoder(images, sizes), compiled(images, form(sizes)))
+        assert len(graphs) <= 6, number
+    other = copy.deepcopy(encoder)
+    other.config = hero.HeroConfig(keep_ratio=0.6, policy="uniform")
+    with torch.no_grad():
+        same_selections(
+            other(images, sizes), torch.compile(other, fullgraph=True, backend=backend)(images, sizes)
+        )
+
+
+def test_gradients_of_compiled_code():
+    torch._dynamo.reset()
+    encoder = encoder_of()
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    for sizes in SMALL_BATCHES.values():
+        images = pixels(encoder, sizes).requires_grad_()
+        wanted, got = (
+            torch.autograd.grad(run(images, sizes).tokens.square().sum(), images)
+            for run in (encoder, compiled)
+        )
+        assert torch.equal(*wanted, *got)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        ({}, "a question", "text: expected embeddings"),
+        ({"allocation": "floor"}, None, "allocation: expected 'exact'"),
+        ({"policy": "visionzip"}, None, "policy 'visionzip': expected eager code or torch.no_grad"),
+    ],
+)
+def test_what_compiled_code_cannot_do(options, text, message):
+    torch._dynamo.reset()
+    encoder = encoder_of(**options)
+    images = pixels(encoder, ONE).requires_grad_()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    with pytest.raises((TypeError, ValueError, torch._dynamo.exc.Unsupported), match=message):
+        compiled(images, ONE, text)
+
+
+def test_compiled_code_checks_the_sizes_of_each_call():
+    torch._dynamo.reset()
+    encoder = encoder_of()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    images = pixels(encoder, ONE)
+    with torch.no_grad():
         compiled(images, torch.tensor(ONE))
+        with pytest.raises(ValueError, match="expected the sizes of 5 crops, got those of 4"):
+            compiled(images, torch.tensor([(20, 150)]))
 
 
 def test_the_encoder_compiles_with_embedded_questions():

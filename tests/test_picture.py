@@ -32,6 +32,7 @@ GEOMETRIES = {
     "tall, no thumbnail": Geometry(**SMALL, pinpoints=((256, 32),), thumbnail="none"),
     "7 x 9": Geometry(**SMALL, pinpoints=((7 * 32, 9 * 32),)),
     "1 x 63": Geometry(**SMALL, pinpoints=((32, 63 * 32),)),
+    "36 patches": Geometry(48, 8, ((144, 144),)),
     "63 x 1": Geometry(**SMALL, pinpoints=((63 * 32, 32),)),
 }
 SIZES = [(60, 60), (400, 50), (50, 400), (1, 300)]
@@ -65,15 +66,19 @@ def select(*layouts, keep=0.2, scores=None):
         lengths.append(length)
         crop += layout.crops
     parts = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    sizes = [layout.image_size for layout in layouts]
+    geometry = next(one for one in GEOMETRIES.values() if one.layouts(sizes) == layouts)
     return Selection(
         tokens=None,
-        lengths=lengths,
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
         index=parts["index"].int(),
         budgets=parts["budgets"].int(),
         shares=parts["shares"],
         scores=parts["scores"],
-        layout=layouts,
+        image_sizes=sizes,
+        geometry=geometry,
+        config=hero.HeroConfig(),
+        counts=lengths,
     )
 
 
@@ -174,7 +179,7 @@ def test_kept_patches_stand_out_and_only_they():
 
     # The third tile of four: the lower left quarter of the panel.
     index = torch.arange(2 * 16, 3 * 16, dtype=torch.int32)
-    third = Selection(**{**vars(everything), "index": index, "lengths": [16]})
+    third = Selection(**{**vars(everything), "index": index, "counts": [16]})
     kept = np.argwhere((np.asarray(hero.visualize(solid, third)) == RED).all(-1))
     panel = np.argwhere((np.asarray(drawn) == RED).all(-1))
     middle = (panel.min(0) + panel.max(0)) / 2
@@ -226,13 +231,15 @@ def test_second_image_of_a_batch_is_drawn_as_if_alone():
     index = batch.index[end:]
     alone = Selection(
         tokens=None,
-        lengths=batch.lengths[1:],
         cu_seqlens=batch.cu_seqlens[1:] - end,
         index=torch.where(index < 0, index, index - patches),
         budgets=batch.budgets[first.crops :],
         shares=batch.shares[first.crops :],
         scores=batch.scores[first.crops :],
-        layout=(second,),
+        image_sizes=[second.image_size],
+        geometry=geometry,
+        config=batch.config,
+        counts=batch.lengths[1:],
     )
     image = photograph((80, 60))
     drawn = hero.visualize(image, batch, image_index=1)
@@ -251,8 +258,7 @@ def test_same_bytes_every_time():
 
 
 def test_header_counts():
-    layout = Geometry(48, 8, ((144, 144),)).layout((144, 144))
-    kept = picture._Kept(select(layout, keep=0.2), 0)
+    kept = picture._Kept(select(GEOMETRIES["36 patches"].layout((144, 144)), keep=0.2), 0)
     assert (
         kept.summary()
         == "88 of 378 tokens kept (23 %): 7 of 36 thumbnail, 63 of 324 tile patches, 18 newlines"

@@ -45,7 +45,8 @@ def encode(encoder: hero.HeroVisionEncoder, pixel_values: Tensor, sizes: Tensor)
     scored = encoder.score(encoded, plan, "what is it")
     budgets = encoder.budget(scored, plan)
     assert_type(budgets, hk.TileBudgets)
-    assert_type(encoder.project(encoder.select(encoded, scored, budgets, plan)), Tensor)
+    gathered = encoder.select(encoded, scored, budgets, plan)
+    assert_type(encoder.project(gathered.tokens, gathered.index), Tensor)
     return encoder.run(pixel_values, sizes)[0].per_image()
 
 
