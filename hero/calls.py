@@ -161,7 +161,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     cache = _cache_of(inputs)
     in_cache = getattr(cache, _HELD, ())
     start = int(cache.get_seq_length()) if cache is not None and (is_new or in_cache) else 0
-    in_cache = in_cache if start else ()
+    in_cache = _kept_of_cropped(in_cache, start)
     held = in_cache if whole else ()
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
@@ -258,6 +258,21 @@ def _cache_of(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
 
 
+def _kept_of_cropped(held: Sequence[Held], length: int) -> tuple[Held, ...]:
+    """The images that a cache of this length still holds: it may have been cropped since.
+
+    Raises:
+        ValueError: it was cropped within an image.
+    """
+    for one in held:
+        if one.start < length < one.start + one.length:
+            raise ValueError(
+                f"past_key_values: expected a cache that holds an image of {one.layout.image_size}, or was "
+                f"cropped to {one.start} positions, before its turn, got one cropped to {length}"
+            )
+    return tuple(one for one in held if one.start < length)
+
+
 def _held_of_sizes(
     handle: Handle, held: tuple[Held, ...], layouts: Sequence[ImageLayout]
 ) -> tuple[Held, ...]:
@@ -287,9 +302,13 @@ def _check_held(handle: Handle, held: Sequence[Held]) -> None:
     for one in held:
         exact = config.allocation == one.config.allocation == "exact"
         if one.length != one.layout.kept_tokens(config) if exact else one.config != config:
+            now, then = config.to_dict(), one.config.to_dict()
+            changed = {name for name in {*now, *then} if now.get(name) != then.get(name)}
+            now, then = ({name: one[name] for name in sorted(changed & set(one))} for one in (now, then))
+            count = one.layout.kept_tokens(config)
             raise ValueError(
-                f"past_key_values: expected a cache filled with {config}, got one filled with {one.config}, "
-                f"{one.length} tokens of an image of {one.layout.image_size}: start a new cache"
+                f"past_key_values: expected {count} tokens of an image of {one.layout.image_size} {now}, got "
+                f"{one.length} {then}: start a new cache"
             )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ._checks import error
+
 __all__ = ["Loaded", "load"]
 
 
@@ -17,7 +19,14 @@ class Loaded(NamedTuple):
     is_mini: bool
 
     def prompt(self, question: str) -> str:
-        """The prompt for a question, by the processor's chat template if it has one."""
+        """The prompt for a question, by the processor's chat template if it has one.
+
+        Raises:
+            ValueError: a question with an image placeholder.
+        """
+        if self.processor.image_token in question:
+            expected = f"text without {self.processor.image_token}, which stands for an image"
+            raise error(ValueError, "question", expected, question)
         if self.is_mini:
             # Its vocabulary is small: lower-case words without punctuation.
             return "<image> " + " ".join(
@@ -61,11 +70,11 @@ def load(name: str | None, clip: str | None = None, *, second_pass: bool = False
         return Loaded(*mini.load(), is_mini=True)
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
-    from .models import _ADAPTERS
+    from .models import supported_types
     from .relevance import ClipRelevance
 
-    # Types first, since reading weights takes long. An adapter's module has the name of its type.
-    _check_type("--model", name, list(_ADAPTERS.values()))
+    # Types first, since reading weights takes long.
+    _check_type("--model", name, supported_types())
     if clip is not None:
         _check_type("--clip", clip, ["clip"])
     model = _model("--model", AutoModelForImageTextToText, name, dtype="auto")

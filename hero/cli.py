@@ -98,7 +98,7 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
         scored = timed("score", encoder.score, encoded, plan, text)
         budgets = timed("budget", encoder.budget, scored, plan)
         gathered = timed("select", encoder.select, encoded, scored, budgets, plan)
-        timed("project", encoder.project, gathered)
+        timed("project", encoder.project, gathered.tokens, gathered.index)
     return times
 
 
@@ -158,6 +158,8 @@ def _check(args: argparse.Namespace) -> None:
         raise error(ValueError, "--clip", "a --model beside it, since the mini model has its own", args.clip)
     if "save" in args:
         check_writable("--save", Path(args.save))
+        if Path(args.save).resolve() == Path(args.image).resolve():
+            raise error(ValueError, "--save", "another file than the image", args.save)
     if "out" in args:
         check_writable("--out", Path(args.out) / "demo_1.png")
 
@@ -261,6 +263,8 @@ def _run_bench(args: argparse.Namespace) -> None:
     image, configs = _open(args.image), _configs(args)  # before torch, whose import takes seconds
     import torch
 
+    if args.cuda_graphs and not torch.cuda.is_available():
+        raise ValueError("--cuda-graphs: expected a GPU, got none")
     loaded = _load(args)
     model = loaded.model
     relevance = loaded.relevance if args.question is not None else None

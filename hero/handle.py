@@ -58,6 +58,13 @@ class Handle:
         self._last = _PerThread()
         self._owners: list[object] = []
 
+    def __repr__(self) -> str:
+        state = "" if self._is_attached() else ", removed"
+        return f"<hero.Handle of {type(self.model).__name__}: {self.config}{state}>"
+
+    def _is_attached(self) -> bool:
+        return self.model.__dict__.get("_hero") is self
+
     @property
     def last(self) -> Selection | None:
         """The selection of this thread's last call, without tokens; ``None`` before the first."""

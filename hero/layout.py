@@ -210,11 +210,12 @@ class Geometry:
         Raises:
             TypeError, ValueError: not two positive integers.
         """
-        if isinstance(image_size, str) or not hasattr(image_size, "__len__") or len(image_size) != 2:
-            raise error(TypeError, "image_size", "(height, width) in pixels", image_size)
-        return _layout(
-            self, check_integer("image_size", image_size[0]), check_integer("image_size", image_size[1])
-        )
+        return self._layout("image_size", image_size)
+
+    def _layout(self, name: str, size: Sequence[int]) -> ImageLayout:
+        if isinstance(size, str) or not hasattr(size, "__len__") or len(size) != 2:
+            raise error(TypeError, name, "(height, width) in pixels", size)
+        return _layout(self, check_integer(name, size[0]), check_integer(name, size[1]))
 
     def layouts(self, image_sizes) -> tuple[ImageLayout, ...]:
         """Layout of each image of a batch: ``[B, 2]`` (height, width), a tensor, an array or pairs.
@@ -227,7 +228,8 @@ class Geometry:
             raise error(TypeError, "image_sizes", "(height, width) of each image", image_sizes)
         if not sizes:
             raise ValueError("image_sizes: expected at least one image, got none")
-        return tuple(self.layout(size.tolist() if hasattr(size, "tolist") else size) for size in sizes)
+        sizes = [size.tolist() if hasattr(size, "tolist") else size for size in sizes]
+        return tuple(self._layout(f"image_sizes[{number}]", size) for number, size in enumerate(sizes))
 
 
 @lru_cache(maxsize=4096)

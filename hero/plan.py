@@ -199,12 +199,12 @@ class Plans:
 
 
 def with_image(problem: ValueError, crops: Tensor, plan: Plan) -> ValueError:
-    """The problem, with the first image whose crops ``[T, 3, S, S]`` are not finite if NaN was found."""
+    """The problem, or, if NaN was found, the first image whose crops ``[T, 3, S, S]`` are not finite."""
     bad = ~crops.isfinite().flatten(1).all(1)
     if "NaN" not in str(problem) or not bool(bad.any()):
         return problem
     image = int(plan.places.images[bad.nonzero()[0, 0]])
-    return ValueError(f"{problem}: pixel_values of image {image} are not finite")
+    return ValueError(f"pixel_values: expected finite numbers, got others in image {image} ({problem})")
 
 
 def check_pixels(pixel_values: Tensor, size: int) -> None:

@@ -448,12 +448,31 @@ def test_a_cache_of_another_selection_is_refused(model):
     )
     with stock_prompts(model, keep_ratio=0.5):
         for cache, message in zip(
-            caches, ("pixel_values: expected the images", "past_key_values: expected a")
+            caches, ("pixel_values: expected the images", "past_key_values: expected ")
         ):
             with pytest.raises(ValueError, match=message):
                 model.generate(**turn, **GREEDY, **{CACHE: cache})
     with stock_prompts(model, keep_ratio=1.0):
         assert torch.equal(model.generate(**turn, **GREEDY, **{CACHE: caches[0]}), stock)
+
+
+def test_a_cropped_cache_forgets_its_images(model):
+    """Cropped to before the turn of an image it takes the image again; cropped within it, it is refused."""
+    inputs, cache = batch(), DynamicCache()
+    images = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes")}
+    words = tiny_tokenizer()("what is it ?", return_tensors="pt")
+    with stock_prompts(model):
+        first = model.generate(**words, **GREEDY, **{CACHE: cache})
+        length = cache.get_seq_length()
+        turn = turns(first, inputs)
+        wanted = model.generate(**turn, **images, **GREEDY, **{CACHE: cache})
+        cache.crop(length - cache.get_seq_length())
+        assert torch.equal(model.generate(**turn, **images, **GREEDY, **{CACHE: cache}), wanted)
+        cache.crop(length + 3 - cache.get_seq_length())
+        with pytest.raises(
+            ValueError, match=rf"^past_key_values: .* to {length} positions.* to {length + 3}$"
+        ):
+            model.generate(**turn, **images, **GREEDY, **{CACHE: cache})
 
 
 # --- results, copies, removal ------------------------------------------------------------------------------
@@ -536,9 +555,15 @@ def test_messages(model):
     processor.num_additional_image_tokens = 0
     with pytest.raises(ValueError, match="num_additional_image_tokens=1"):
         hero.attach(model, processor)
+    with hero.attach(model, keep_ratio=0.2) as handle:
+        assert repr(handle).startswith("<hero.Handle of LlavaNextForConditionalGeneration: HeroConfig(keep_")
+    assert "removed" in repr(handle)
     inputs = batch()
     inputs["pixel_values"][0, 0, 0, 0, 0] = float("nan")
-    with stock_prompts(model), pytest.raises(ValueError, match="pixel_values of image 0 are not finite"):
+    with (
+        stock_prompts(model),
+        pytest.raises(ValueError, match="pixel_values: expected finite numbers, got others in image 0"),
+    ):
         logits(model, inputs)
     with stock_prompts(model, keep_ratio=0.001), pytest.warns(UserWarning, match="keeps no patches"):
         logits(model, batch())

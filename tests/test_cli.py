@@ -347,6 +347,7 @@ def test_a_file_name_that_is_no_text(tmp_path):
         (("ask", "IMAGE", "QUESTION", "--clip", "some"), "--clip: expected a --model beside it"),
         (("show", "IMAGE", "--second-pass"), "--second-pass: expected a --clip model beside it, got none"),
         (("ask", "IMAGE", "QUESTION", "--save", "answer"), "--save: expected .* such as .png, got 'answer'"),
+        (("ask", "IMAGE", "QUESTION", "--save", "IMAGE"), "--save: expected another file than the image"),
         (("show", "IMAGE", "--save", "a.txt"), "--save: expected .* such as .png, got 'a.txt'"),
         (("show", "IMAGE", "--save", "a.xbm"), "--save: expected .* such as .png, got 'a.xbm'"),  # no RGB
         (("show", "IMAGE", "--save", "a.psd"), "--save: expected .* such as .png, got 'a.psd'"),  # read only
@@ -365,6 +366,18 @@ def test_options_are_checked_before_anything_is_loaded(capsys, monkeypatch, tmp_
     argv = tuple({"IMAGE": IMAGE, "QUESTION": QUESTION}.get(word, word) for word in argv)
     assert re.search(f"^hero: {message}", refused(capsys, *argv))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("ask", IMAGE, "is <image> red ?"), "question: expected text without <image>"),
+        (("bench", IMAGE, "--cuda-graphs"), "--cuda-graphs: expected a GPU, got none"),
+    ],
+)
+def test_what_only_the_model_or_the_machine_can_tell(capsys, monkeypatch, argv, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert re.search(f"^hero: {message}", refused(capsys, *argv))
 
 
 def test_a_file_without_permission_is_refused(capsys, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ __all__ = [
     "TowerOutput",
     "adapter_for",
     "hidden_states",
+    "supported_types",
     "tower_for",
     "unwrapped",
 ]
@@ -48,6 +49,11 @@ def adapter_for(model: nn.Module) -> Adapter:
         ValueError: an unsupported model; the message names those supported.
     """
     return _find("a supported model", "model", _ADAPTERS, model).ADAPTER
+
+
+def supported_types() -> list[str]:
+    """The supported models' ``config.model_type``: the names of their adapters' modules."""
+    return list(_ADAPTERS.values())
 
 
 def tower_for(vision_tower: nn.Module) -> Tower:
