@@ -689,8 +689,7 @@ def test_the_policy_of_the_readme(model):
         block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "class Spread" in block
     ]
     processor = tiny_processor()
-    given = {"dataclass": dataclasses.dataclass, "hero": hero, "hero_kernels": hk, "__name__": __name__}
-    given.update(model=model, processor=processor)
+    given = {"hero": hero, "__name__": __name__, "model": model, "processor": processor}
     try:
         exec(code, given)
         inputs = processor(images=[tiny_image(120, 90, 0)], text=[ONE], return_tensors="pt")
