@@ -43,7 +43,7 @@ setup(
         "hero": ["py.typed"],
         "hero.mini": [f"weights/*.{kind}" for kind in ("json", "safetensors", "md")]
         + [f"demo/*.{kind}" for kind in ("png", "json")],
-        "hero_kernels": ["py.typed", "configs/*.json"],
+        "hero_kernels": ["py.typed", "fused_attention.json", "configs/*.json"],
     },
     install_requires=[
         "torch>=2.7",

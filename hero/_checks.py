@@ -72,14 +72,14 @@ def check_integer(name: str, value: object, low: int = 1) -> int:
     return int(value)
 
 
-def check_flag(name: str, value: object) -> bool:
+def check_flag(name: str, value: object, *, expected: str = "a bool") -> bool:
     """``value`` as a bool.
 
     Raises:
         TypeError: anything else.
     """
     if not isinstance(value, bool):
-        raise error(TypeError, name, "a bool", value)
+        raise error(TypeError, name, expected, value)
     return value
 
 

@@ -51,6 +51,7 @@ class Collector:
         self.second_softmax = second_softmax
         self.received = received
         self.seen: set[int] = set()
+        self.fused = False  # whether a layer ran attention that returns the rows
         self.rows: Tensor | None = None  # [T, H, P] fp32
 
     def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
@@ -67,6 +68,7 @@ class Collector:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention ``[T, H, N, D]`` of one layer; its rows are added."""
+        self.fused = True
         options = self._options(layer, query.device)
         output, rows = hk.attention_with_cls(
             query, key, value, scale, second_softmax=self.second_softmax, **options
@@ -77,6 +79,7 @@ class Collector:
     def fetch(self, state: _State) -> None:
         """Add the rows that a compiled call stored, unless they were added before."""
         layer, rows = state.layer, state.rows
+        self.fused |= state.ran_fused
         if rows is None or layer in self.seen or layer not in self.weights:
             return
         weight = self.weights[layer]
@@ -175,9 +178,10 @@ class _State:
     layer: int
     received: bool
     second_softmax: bool
-    fused: bool
+    attention: str  # "auto", "native" or "fused"
     keeps_keys: bool
-    rows: Tensor | None = field(default=None, repr=False)  # of a compiled call, until fetched
+    ran_fused: bool = False  # of a compiled call, until fetched
+    rows: Tensor | None = field(default=None, repr=False)  # likewise
     keys: Tensor | None = field(default=None, repr=False)
 
 
@@ -187,6 +191,29 @@ def _base(module: nn.Module, config: Any):
     if name in (None, "eager"):
         return sys.modules[type(module).__module__].eager_attention_forward
     return _interface()[name]
+
+
+def _is_fused(
+    module: nn.Module, state: _State, query: Tensor, key: Tensor, mask: object, kwargs: dict
+) -> bool:
+    """Whether to run attention that returns the rows: by the arguments and the module alone, so that a call
+    that is computed again, as by gradient checkpointing, takes the same way.
+
+    Raises:
+        ValueError: it was asked for, and there is a mask or dropout.
+    """
+    if state.attention == "native" or query.shape != key.shape:
+        return False
+    masked = mask is not None or bool(kwargs.get("dropout"))
+    if state.attention == "fused":
+        if masked:
+            raise ValueError(
+                "attention: expected 'native' for an encoder with an attention mask or dropout, got 'fused'"
+            )
+        return True
+    if masked or module.training or state.config._attn_implementation != "sdpa":
+        return False
+    return hk.fused_attention_is_faster(query.device, query.dtype, query.shape[-1], query.shape[-2])
 
 
 def _attention(module, query, key, value, attention_mask, **kwargs):
@@ -200,11 +227,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     if compiling and state.keeps_keys:
         state.keys = _mean_keys(key)
     attending = None
-    if state.fused and query.shape == key.shape:  # whoever listens: a recomputed call must do the same
-        if attention_mask is not None or kwargs.get("dropout"):
-            raise ValueError(
-                "attention: expected 'native' for an encoder with an attention mask or dropout, got 'fused'"
-            )
+    if _is_fused(module, state, query, key, attention_mask, kwargs):
         rows = (one for one in collectors if isinstance(one, Collector) and state.layer in one.weights)
         attending = next(rows, None)
         if attending is not None:
@@ -212,7 +235,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
         else:
             second = state.second_softmax
             output, found = hk.attention_with_cls(query, key, value, scale, second_softmax=second)
-            state.rows = found if compiling else None
+            state.rows, state.ran_fused = (found, True) if compiling else (None, False)
         output = output.transpose(1, 2), None
     else:
         output = base(state.view, query, key, value, attention_mask, **kwargs)
@@ -237,7 +260,7 @@ def install(
     *,
     received: bool = False,
     second_softmax: bool = False,
-    fused: bool = False,
+    attention: str = "native",
     keys: Sequence[int] = (),
 ) -> None:
     """Make the attention modules ``{layer: module}`` compute rows for the collectors of each pass.
@@ -245,7 +268,8 @@ def install(
     Args:
         modules: the attention modules of the layers that score patches.
         received, second_softmax: as in :class:`Collector`.
-        fused: run attention that returns the rows, instead of the module's own with the rows beside it.
+        attention: ``"fused"`` runs attention that returns the rows, ``"native"`` the module's own with the
+            rows beside it, ``"auto"`` what was measured to be faster.
         keys: layers whose keys are read.
 
     Raises:
@@ -259,7 +283,7 @@ def install(
         type(_interface()).register(NAME, _attention)
     for layer, module in modules.items():
         view = _View(module, module.config)
-        state = _State(module.config, view, layer, received, second_softmax, fused, layer in keys)
+        state = _State(module.config, view, layer, received, second_softmax, attention, layer in keys)
         put(module, _STATE, state)
         put(module, "config", copy.copy(module.config))
         module.config._attn_implementation_internal = NAME
@@ -294,3 +318,4 @@ def collect(
             _collectors.reset(token)
         for state in states:
             state.rows = state.keys = None
+            state.ran_fused = False

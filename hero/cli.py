@@ -275,7 +275,7 @@ def _run_bench(args: argparse.Namespace) -> None:
         with contextlib.ExitStack() as stack:
             handle = None
             if config is not None:
-                attached = _attach(loaded, config, relevance, cuda_graphs=args.cuda_graphs)
+                attached = _attach(loaded, config, relevance, cuda_graphs=args.cuda_graphs or "auto")
                 handle = stack.enter_context(attached)
             inputs = loaded.inputs(image, question)
             images = inputs["pixel_values"], inputs["image_sizes"].cpu()
@@ -412,7 +412,11 @@ def _parser() -> argparse.ArgumentParser:
     text = "keep ratios (default 1,0.5,0.2,0.1)"
     bench.add_argument("--keep", type=_ratios, default=(1.0, 0.5, 0.2, 0.1), metavar="R,R", help=text)
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="default %(default)s")
-    bench.add_argument("--cuda-graphs", action="store_true", help="replay the vision stage from CUDA graphs")
+    bench.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="raise an error where the vision tower cannot be replayed from CUDA graphs",
+    )
     demo = command(_run_demo, "ask the bundled model about a bundled scene, offline", selection, answer)
     demo.add_argument("--out", default="out", metavar="DIR", help="folder of pictures (default %(default)s)")
     command(_run_env, "versions, devices and what each operation runs on")

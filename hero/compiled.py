@@ -46,20 +46,20 @@ def run(
     image_sizes: Sequence[Sequence[int]],
     text: Tensor | None,
     **kwargs,
-) -> tuple[tuple[Tensor, ...], Any, object]:
+) -> tuple[tuple[Tensor, ...], Any, Encoded]:
     """All stages but the projection, in code that is being compiled.
 
     Returns:
         tokens, index, budgets, shares, scores and ``cu_seqlens`` of a :class:`hero.Selection`, its sizes, and
-        what the tower returned.
+        what was encoded.
 
     Raises:
         TypeError, ValueError: what only eager code takes, by name.
     """
     if text is not None and not isinstance(text, Tensor):
         raise TypeError("text: expected embeddings [B, E] in compiled code, got strings")
-    if encoder.cuda_graphs is not None:
-        raise ValueError("cuda_graphs: expected False in compiled code, got True")
+    if encoder.cuda_graphs is not None and encoder.cuda_graphs.required:
+        raise ValueError("cuda_graphs: expected 'auto' or False in compiled code, got True")
     if encoder.config.allocation != "exact":
         expected = "'exact' in compiled code, where no shape may depend on data"
         raise error(ValueError, "allocation", expected, encoder.config.allocation)
@@ -69,13 +69,9 @@ def run(
     sizes = [side for pair in pairs for side in pair]
     if pixel_values.ndim == 5:
         pixel_values = pixel_values.flatten(0, 1).index_select(0, _crops(pixel_values, table, sizes, name))
-    keys = [(rows, layer) for rows, one in encoder.rows.items() for layer in one.layers]
-    valid, weights = _plan(pixel_values, table, sizes, name, len(keys))
-    ranked = [rows for rows, one in encoder.rows.items() if one.ranked]
-    by_name: dict[str, dict[int, Tensor]] = {}
-    for (rows, layer), weight in zip(keys, weights.unbind(), strict=True):
-        by_name.setdefault(rows, {})[layer] = weight
-    plan = CropPlan(valid, by_name, frozenset(ranked), pixel_values.device)
+    count = sum(len(rows.layers) for rows in encoder.rows.values())
+    valid, weights = _plan(pixel_values, table, sizes, name, count)
+    plan = CropPlan(valid, weights, encoder.rows, pixel_values.device)
     encoded = encoder.encode(pixel_values, plan, **kwargs)
     replaces = type(encoder.config.policy).replace is not Policy.replace
     if replaces and torch.is_grad_enabled() and encoded.features.requires_grad:
@@ -94,7 +90,7 @@ def run(
         sizes,
         name,
     )
-    return tensors, pairs if table is None else table, encoded.output
+    return tensors, pairs if table is None else table, encoded
 
 
 def _plan_of(name: str, pixel_values: Tensor, table: Tensor | None, sizes: Sequence[int]) -> Plan:
@@ -122,8 +118,7 @@ def _plan(
 ) -> tuple[Tensor, Tensor]:
     """``[T, P]`` bool, valid patches, and ``[count, T]`` fp32, the weights of the layers."""
     plan = _plan_of(name, crops, table, sizes)
-    weights = [weight for layers in plan.weights.values() for weight in layers.values()]
-    return plan.valid.clone(), torch.stack(weights) if weights else crops.new_empty((0, len(crops)))
+    return plan.valid.clone(), plan.layer_weights.clone()
 
 
 @_plan.register_fake
@@ -154,8 +149,8 @@ def _choose(
     plan = _plan_of(name, pixel_values, table, sizes)
     ranked = iter(ranks)
     attention = {
-        rows: Finalized(mean, spread, next(ranked) if rows in plan.ranked else None)
-        for rows, mean, spread in zip(plan.weights, scores, entropy, strict=True)
+        rows: Finalized(mean, spread, next(ranked) if plan.rows[rows].ranked else None)
+        for rows, mean, spread in zip(plan.rows, scores, entropy, strict=True)
     }
     encoded = Encoded(features, cls, pooled, attention, pixel_values, None, keys, patches)
     tensors, _ = encoder.choose(encoded, plan, encoder.text_embeddings(plan, text))

@@ -15,7 +15,7 @@ __all__ = ["ALLOCATIONS", "DEFAULT_KEEP_RATIO", "HeroConfig", "count_tokens"]
 
 DEFAULT_KEEP_RATIO = 0.2
 ALLOCATIONS = ("exact", "floor")
-ATTENTIONS = ("native", "fused")
+ATTENTIONS = ("auto", "native", "fused")
 
 
 @dataclass(frozen=True, init=False)
@@ -34,7 +34,9 @@ class HeroConfig:
             released rule, which loses a few to rounding and caps.
         attention: in the layers that score patches, ``"native"`` runs the encoder's own attention and
             computes its CLS rows beside it; ``"fused"`` runs an attention kernel that also returns the rows,
-            for encoders with CLS, without attention mask or dropout.
+            for encoders with CLS, without attention mask or dropout. ``"auto"`` runs the latter in place of
+            SDPA on GPUs where it was measured to be faster (:func:`hero_kernels.fused_attention_is_faster`),
+            and never at ``keep_ratio=1``, which is the stock model.
         policy_options: parameters of the policy, such as ``alpha=0.5`` of ``"hero"``.
 
     Raises:
@@ -54,7 +56,7 @@ class HeroConfig:
         keep_tokens: int | None = None,
         policy: str | Policy = "hero",
         allocation: str = "exact",
-        attention: str = "native",
+        attention: str = "auto",
         **policy_options: Any,
     ):
         if keep_ratio is not None and keep_tokens is not None:

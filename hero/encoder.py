@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from hero_kernels.segments import to_device
 from . import attention_rows, compiled
 from ._checks import check_flag, error
 from .config import HeroConfig
-from .cuda_graphs import CudaGraphs
+from .cuda_graphs import CudaGraphs, Path
 from .layout import Geometry, grid_pinpoints
 from .models import hidden_states, tower_for
 from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, with_image
@@ -46,9 +47,10 @@ class HeroVisionEncoder(nn.Module):
             it at each call; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to divide tokens among tiles by the question.
         feature_layer: the hidden state(s) that the model uses; several are concatenated.
-        cuda_graphs: replay the stages from CUDA graphs, recorded when image sizes are first seen. The last 8
-            are kept, in :attr:`cuda_graphs`. Call ``cuda_graphs.clear()`` after changes to the tower other
-            than to its weights. Needs a GPU, no gradients, and ``allocation="exact"``.
+        cuda_graphs: replay the tower and its scores from a CUDA graph, one for each number of crops.
+            ``"auto"`` does so on a GPU for up to 16 crops, from the second call with this number on, where
+            nothing prevents it (gradients, hooks, wrappers, several devices); ``True`` raises an error where
+            something does; ``False`` never does. ``selection.path`` tells what was done and why.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name; a tower that has hero
@@ -65,7 +67,7 @@ class HeroVisionEncoder(nn.Module):
         image_newline: Tensor | Callable[[], Tensor] | None = None,
         relevance: ClipRelevance | None = None,
         feature_layer: int | Sequence[int] = -2,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | str = "auto",
     ):
         super().__init__()
         config = HeroConfig() if config is None else config
@@ -102,10 +104,9 @@ class HeroVisionEncoder(nn.Module):
         if self.needs_text:
             patches_side = geometry.side if needs.patch_relevance else None
             check_relevance(relevance, policy.name, patches_side, shared=self._shared)
-        if check_flag("cuda_graphs", cuda_graphs) and config.allocation != "exact":
-            expected = f"False with allocation={config.allocation!r}, where the data decides on the counts"
-            raise error(ValueError, "cuda_graphs", expected, True)
-        self.cuda_graphs = CudaGraphs() if cuda_graphs else None
+        if cuda_graphs != "auto":
+            check_flag("cuda_graphs", cuda_graphs, expected="'auto', True or False")
+        self.cuda_graphs = CudaGraphs(required=cuda_graphs is True) if cuda_graphs else None
         self.vision_tower = vision_tower
         self.projector = projector
         if not isinstance(image_newline, Tensor) or isinstance(image_newline, nn.Parameter):
@@ -120,11 +121,12 @@ class HeroVisionEncoder(nn.Module):
         self._name = compiled.register(self)
         modules = self._tower.attention_modules(vision_tower)
         self._observed = {layer: modules[layer] for layer in self._scored_layers}
+        is_stock = config.keep_ratio == 1.0 or not self._tower.has_cls  # fused attention rounds differently
         attention_rows.install(
             self._observed,
             received=not self._tower.has_cls,
             second_softmax=needs.second_softmax,
-            fused=config.attention == "fused",
+            attention="native" if is_stock and config.attention == "auto" else config.attention,
             keys=keys,
         )
 
@@ -220,7 +222,7 @@ class HeroVisionEncoder(nn.Module):
         plan = plan.to(features.device)
         attention = {
             name: hk.finalize_scores(
-                collector.result().to(plan.device), valid=plan.valid, rank=name in plan.ranked
+                collector.result().to(plan.device), valid=plan.valid, rank=plan.rows[name].ranked
             )
             for name, collector in collectors.items()
         }
@@ -233,6 +235,7 @@ class HeroVisionEncoder(nn.Module):
             output=ran.output,
             keys=keys[0].result().to(plan.device) if keys else None,
             patches=patches,
+            attention_ran="fused" if any(one.fused for one in collectors.values()) else "native",
         )
 
     def text_embeddings(self, plan: Plan, text: Text) -> Callable[[], Tensor] | None:
@@ -354,32 +357,31 @@ class HeroVisionEncoder(nn.Module):
             return self._run_compiled(pixel_values, image_sizes, text, **kwargs)
         crops, plan = self.prepare(pixel_values, image_sizes)
         question = self.text_embeddings(plan, text)
-        output, lengths = None, plan.segments.lengths
-        if self.cuda_graphs is not None:
-            tensors = self._replay(self.cuda_graphs, crops, plan, question, **kwargs)
-        else:
-            try:
+        try:
+            found, reason = self._replay(crops, plan, question, **kwargs)
+            if found is None:
                 encoded = self.encode(crops, plan, **kwargs)
-                tensors, lengths = self.choose(encoded, plan, question)
-            except ValueError as problem:
-                raise with_image(problem, crops, plan) from problem
-            tensors, output = self._projected(*tensors), encoded.output
-        device = tensors[1].device
-        counts: Sequence[int] | None = None
+                found = *self.choose(encoded, plan, question), encoded
+        except ValueError as problem:
+            raise with_image(problem, crops, plan) from problem
+        tensors, lengths, encoded = found
+        device, counts = tensors[1].device, None
         cu_seqlens = plan.to(device).cu_seqlens
         if lengths != plan.segments.lengths:  # "floor": the data decides
             counts = lengths
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
         sizes = [layout.image_size for layout in plan.layouts]
-        return self._selection(sizes, (*tensors, cu_seqlens), counts), output
+        path = Path(not reason, reason, encoded.attention_ran)
+        return self._selection(sizes, (*self._projected(*tensors), cu_seqlens), path, counts), encoded.output
 
     def _run_compiled(
         self, pixel_values: Tensor, image_sizes, text, **kwargs
     ) -> tuple[Selection, object | None]:
         check_pixels(pixel_values, self.geometry.crop_size)
         given = pixel_values, image_sizes, text
-        tensors, sizes, output = compiled.run(self, self._name, *given, **kwargs)
-        return self._selection(sizes, self._projected(*tensors)), output
+        tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
+        path = Path(False, "compiled code", encoded.attention_ran)
+        return self._selection(sizes, self._projected(*tensors), path), encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -401,7 +403,7 @@ class HeroVisionEncoder(nn.Module):
         return self.project(tokens, index), index, *others
 
     def _selection(
-        self, sizes: Any, tensors: Sequence[Tensor], counts: Sequence[int] | None = None
+        self, sizes: Any, tensors: Sequence[Tensor], path: Path, counts: Sequence[int] | None = None
     ) -> Selection:
         tokens, index, budgets, shares, scores, cu_seqlens = tensors
         return Selection(
@@ -415,36 +417,34 @@ class HeroVisionEncoder(nn.Module):
             geometry=self.geometry,
             config=self.config,
             counts=counts,
+            path=path,
         )
 
     def _replay(
         self,
-        graphs: CudaGraphs,
         crops: Tensor,
         plan: Plan,
         question: Callable[[], Tensor] | None,
         feature_layer: int | Sequence[int] | None = None,
         **kwargs,
-    ) -> tuple[Tensor, ...]:
-        """The tensors of a selection from graphs: one, or two with the question embedded between them."""
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if given:
-            raise ValueError(f"cuda_graphs: expected no arguments for the vision tower, got {given}")
+    ) -> tuple[tuple[tuple[Tensor, ...], tuple[int, ...], Encoded] | None, str]:
+        """What :meth:`choose` returns and takes, with :meth:`encode` replayed; or ``None`` and why not."""
+        graphs, tower = self.cuda_graphs, self.vision_tower
+        if graphs is None:
+            return None, "cuda_graphs=False"
+        given = {name: value for name, value in kwargs.items() if value not in (None, False)}
+        reason = graphs.refusal(tower, partial(self._tower.is_plain, tower), crops, given)
+        if reason:
+            return None, reason
         states = self._states if feature_layer is None else hidden_states(feature_layer, self.depth)
 
-        def encode(_, crops: Tensor) -> Encoded:
-            return self.encode(crops, plan, feature_layer=states)
+        def encode(crops: Tensor, valid: Tensor, weights: Tensor) -> Encoded:
+            own = CropPlan(valid, weights, self.rows, crops.device)
+            return self.encode(crops, own, feature_layer=states)
 
-        def choose(encoded: Encoded, embeddings: Tensor) -> tuple[Tensor, ...]:
-            return self._projected(*self.choose(encoded, plan, lambda: embeddings)[0])
+        def choose(encoded: Encoded) -> tuple[tuple[Tensor, ...], tuple[int, ...], Encoded]:
+            tensors, lengths = self.choose(encoded, plan, question)
+            return (*tensors[:-1], tensors[-1].clone()), lengths, encoded  # scores may be the graph's memory
 
-        steps, inputs = [encode, choose], [lambda: crops]
-        if question is None:
-            steps = [lambda _, crops: self._projected(*self.choose(encode(None, crops), plan, None)[0])]
-        else:
-            inputs.append(lambda: question().to(crops.device))
-        newline = self._newline()
-        attention = self.vision_tower.config._attn_implementation
-        key = (plan.layouts, states, question is None, attention, id(newline))
-        modules = [self] if self.relevance is None else [self, self.relevance.clip_model]
-        return tuple(graphs.run(key, steps, inputs, modules, (plan, newline)))
+        key = states, tower.config._attn_implementation
+        return graphs.run(key, encode, (crops,), (plan.valid, plan.layer_weights), choose)

@@ -127,7 +127,7 @@ class Handle:
                 text = [one for one in text for _ in range(len(image_sizes) // len(text))]
             if len(call.layouts) == len(image_sizes):
                 image_sizes = [layout.image_size for layout in call.layouts]
-        elif self.encoder.cuda_graphs is None:
+        elif self.encoder.cuda_graphs is None or not self.encoder.cuda_graphs.required:
             kwargs["whole"] = True
         selection, output = self.encode(
             pixel_values, image_sizes, text, feature_layer=feature_layer, **kwargs
@@ -167,7 +167,7 @@ def attach(
     config: HeroConfig | None = None,
     relevance: ClipRelevance | None = None,
     tokenizer=None,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | str = "auto",
     **options,
 ) -> Handle:
     """Make a model keep only the visual tokens worth keeping, until ``handle.remove()``.
@@ -185,7 +185,8 @@ def attach(
             ``keep_ratio=0.2, policy="hero", alpha=0.5``.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question in the prompt.
         tokenizer: the language model's, to read the question; the processor's where ``None``.
-        cuda_graphs: encode images by replaying CUDA graphs, as in :class:`hero.HeroVisionEncoder`.
+        cuda_graphs: ``"auto"``, ``True`` or ``False``, as in :class:`hero.HeroVisionEncoder`: replay the
+            vision tower from CUDA graphs. ``handle.last.path`` tells whether the last call did, or why not.
 
     Returns:
         a handle; ``with hero.attach(...):`` removes it at the end of the block.

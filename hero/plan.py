@@ -37,22 +37,27 @@ class CropPlan:
 
     Attributes:
         valid: ``[T, P]`` bool, patches that are not padding.
-        weights: ``{rows: {layer: [T] fp32}}``, the weight of a layer in the policy's attention rows.
-        ranked: names of the rows whose patches are ranked.
+        layer_weights: ``[W, T]`` fp32, the weight of each layer in the policy's attention rows.
+        rows: the policy's attention rows; their layers, one after another, are those of ``layer_weights``.
         device: where the tensors are.
     """
 
     valid: Tensor
-    weights: Mapping[str, Mapping[int, Tensor]]
-    ranked: frozenset[str]
+    layer_weights: Tensor
+    rows: Mapping[str, Rows]
     device: torch.device
+
+    @property
+    def weights(self) -> dict[str, dict[int, Tensor]]:
+        """``{rows: {layer: [T] fp32}}``, views of ``layer_weights``."""
+        each = iter(self.layer_weights.unbind())
+        return {name: {layer: next(each) for layer in one.layers} for name, one in self.rows.items()}
 
     def to(self, device: torch.device) -> CropPlan:
         """The same on another device."""
         if device == self.device:
             return self
-        weights = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.weights)
-        return CropPlan(self.valid.to(device), weights, self.ranked, device)
+        return CropPlan(self.valid.to(device), self.layer_weights.to(device), self.rows, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +92,7 @@ class Plan(CropPlan):
     @torch.inference_mode(False)  # a plan made in inference mode must also serve calls with gradients
     def _copied(self, device: torch.device) -> Plan:
         self.segments.warm(device)
-        names = ("valid", "valid_counts", "cu_seqlens", "places", "weights", "constants")
+        names = ("valid", "valid_counts", "cu_seqlens", "places", "layer_weights", "constants")
         tensors = {name: getattr(self, name) for name in names}
         moved = tree_map_only(Tensor, lambda tensor: to_device(tensor, device), tensors)
         return replace(self, **moved, device=device, _moved={})
@@ -114,6 +119,11 @@ def make_plan(
             [flag for one in layouts for flag in one.per_crop(True, [False] * one.tiles)]
         )
         counts = [n for one in layouts for n in one.per_crop(one.patches, one.valid_counts)]
+        weights = [
+            torch.where(is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0)).float()
+            for one in rows.values()
+            for layer in one.layers
+        ]
         cpu = Plan(
             layouts=layouts,
             segments=segments,
@@ -121,16 +131,8 @@ def make_plan(
             valid_counts=torch.tensor(counts, dtype=torch.int32),
             cu_seqlens=torch.tensor([*accumulate(segments.lengths, initial=0)], dtype=torch.int32),
             places=places_of(layouts),
-            weights={
-                name: {
-                    layer: torch.where(
-                        is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0)
-                    ).float()
-                    for layer in one.layers
-                }
-                for name, one in rows.items()
-            },
-            ranked=frozenset(name for name, one in rows.items() if one.ranked),
+            layer_weights=torch.stack(weights) if weights else torch.empty(0, len(is_thumbnail)),
+            rows=rows,
             constants=config.policy.constants(layouts),
             device=torch.device("cpu"),
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from hero_kernels import Finalized
 
 from .config import HeroConfig
+from .cuda_graphs import Path
 from .layout import Geometry, ImageLayout
 
 __all__ = ["Encoded", "Selection"]
@@ -31,6 +32,7 @@ class Encoded:
             the policy needs it.
         patches: ``[T, P, C]``, the last layer at the patches, if the policy compares them with the question
             and CLIP shares the tower's weights.
+        attention_ran: what the layers that score patches ran, ``"native"`` or ``"fused"``.
     """
 
     features: Tensor
@@ -41,6 +43,7 @@ class Encoded:
     output: object | None = field(repr=False, default=None)
     keys: Tensor | None = None
     patches: Tensor | None = None
+    attention_ran: str = "native"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Selection:
         geometry: how the images were cut.
         config: what was kept.
         counts: rows of each image where they follow from the data (``allocation="floor"``).
+        path: how the vision tower ran: whether from a CUDA graph, why not, and with which attention.
     """
 
     tokens: Tensor | None
@@ -71,6 +75,7 @@ class Selection:
     geometry: Geometry
     config: HeroConfig
     counts: Sequence[int] | None = None
+    path: Path | None = None
 
     # Computed when they are read: under torch.compile the sizes are symbols of the graph.
 

@@ -6,7 +6,7 @@ Triton. Neither ``hero`` nor transformers is imported.
 """
 
 from . import reference
-from ._dispatch import implementations
+from ._dispatch import fused_attention_is_faster, implementations
 from .ops import (
     attention_with_cls,
     cls_attention,
@@ -28,6 +28,7 @@ __all__ = [
     "attention_with_cls",
     "cls_attention",
     "finalize_scores",
+    "fused_attention_is_faster",
     "implementations",
     "received_attention",
     "reference",

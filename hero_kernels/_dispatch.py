@@ -8,10 +8,12 @@ override this.
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
+from importlib import resources
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from . import reference
 from ._env import SWITCHES
 
-__all__ = ["implementations", "is_plain", "kernel", "launcher", "run"]
+__all__ = ["fused_attention_is_faster", "implementations", "is_plain", "kernel", "launcher", "run"]
 
 
 @cache
@@ -60,6 +62,35 @@ def run(name: str, device: torch.device, **arguments):
             f"hero_kernels.{name}: HERO_REQUIRE_KERNEL is set and {device.type!r} has no kernel"
         )
     return getattr(reference, name)(**arguments)
+
+
+@cache
+def _measured_attention() -> frozenset[tuple[str, str, int, int]]:
+    """Where :func:`hero_kernels.attention_with_cls` was fastest for every number of crops measured."""
+    text = (resources.files(__package__) / "fused_attention.json").read_text(encoding="utf-8")
+    return frozenset(
+        (row["device"], row["dtype"], row["width"], row["tokens"])
+        for row in json.loads(text)["rows"]
+        if all(fused <= other for fused, other in row["us"].values())
+    )
+
+
+@torch.compiler.assume_constant_result
+def fused_attention_is_faster(device: torch.device, dtype: torch.dtype, width: int, tokens: int) -> bool:
+    """Whether :func:`hero_kernels.attention_with_cls` was measured to be faster than PyTorch's attention with
+    :func:`hero_kernels.cls_attention` beside it (``fused_attention.json``).
+
+    It does not depend on the number of crops, so that a crop's result does not either.
+
+    Args:
+        width: D of a head.
+        tokens: N of a crop, CLS included.
+    """
+    if device.type != "cuda" or kernel("attention_with_cls", "cuda") is None:
+        return False
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    wanted = str(dtype).removeprefix("torch."), width, tokens
+    return any(name.startswith(row[0]) and row[1:] == wanted for row in _measured_attention())
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:

@@ -367,6 +367,50 @@ def test_fused_attention_gives_the_same_tokens(model, inputs):
     torch.testing.assert_close(native.tokens, fused.tokens)
 
 
+def test_auto_attention_runs_what_was_measured_to_be_faster(model, inputs, monkeypatch):
+    tower = model.model.vision_tower
+    measured = []
+
+    def is_faster(*shape):
+        measured.append(shape)
+        return True
+
+    monkeypatch.setattr(hk, "fused_attention_is_faster", is_faster)
+
+    def ran(keep=0.3, implementation="sdpa", **options):
+        tower.set_attn_implementation(implementation)
+        encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(keep, **LAYERS, **options))
+        try:
+            with torch.no_grad():
+                selection = encoder(inputs["pixel_values"], inputs["image_sizes"])
+                if implementation == "sdpa":
+                    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+                    same = compiled(inputs["pixel_values"], inputs["image_sizes"])
+                    assert same.path == (False, "compiled code", selection.path.attention)
+                    assert torch.equal(same.index, selection.index)
+        finally:
+            encoder.remove()
+            torch._dynamo.reset()
+        return selection.path.attention
+
+    assert ran() == "fused"
+    config = tower.config
+    width, tokens = (
+        config.hidden_size // config.num_attention_heads,
+        (config.image_size // config.patch_size) ** 2 + 1,
+    )
+    assert set(measured) == {(torch.device("cpu"), torch.float32, width, tokens)}
+    assert ran(keep=1.0) == "native"
+    assert ran(attention="native") == "native"
+    assert ran(implementation="eager") == "native"
+    tower.train()
+    assert ran() == "native"
+    tower.eval()
+    monkeypatch.undo()
+    assert ran() == "native"  # the CPU has no kernel
+    tower.set_attn_implementation("sdpa")
+
+
 def test_fused_attention_runs_instead(model, inputs, monkeypatch):
     """In the layers that score patches and run as a whole, and nowhere else; the last runs at CLS alone."""
     layers, attend = [], attention_rows.Collector.attend
@@ -387,7 +431,7 @@ def test_fused_attention_runs_instead(model, inputs, monkeypatch):
 def test_fused_attention_has_no_mask_and_no_dropout():
     module = _Attention(_Config())
     query, key, value = torch.randn(3, 2, 4, 9, 8).unbind(0)
-    attention_rows.install({0: module}, fused=True)
+    attention_rows.install({0: module}, attention="fused")
     attend = attention_rows._attention
     with attention_rows.collect(attention_rows.Collector({0: 1.0}), {0: module}):
         for mask, dropout in ((torch.zeros(2, 1, 9, 9), 0.0), (None, 0.1)):

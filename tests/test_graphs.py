@@ -39,18 +39,18 @@ class OnCpu(CudaGraphs):
 
     devices = ("cpu",)
 
-    def __init__(self, limit=LIMIT):
-        super().__init__(limit)
+    def __init__(self, required=True, limit=LIMIT):
+        super().__init__(required, limit)
         self.made = 0
 
-    def record(self, step, state, value, pool):
+    def record(self, step, values, pool):
         self.made += 1
-        result = step(state, value)
-        return lambda: overwrite(result, step(state, value)), result
+        result = step(*values)
+        return lambda: overwrite(result, step(*values)), result
 
 
-def with_graphs(encoder, device) -> hero.HeroVisionEncoder:
-    encoder.cuda_graphs = OnCpu() if device == "cpu" else CudaGraphs()
+def with_graphs(encoder, device, required=True) -> hero.HeroVisionEncoder:
+    encoder.cuda_graphs = OnCpu(required) if device == "cpu" else CudaGraphs(required)
     return encoder
 
 
@@ -63,12 +63,13 @@ def assert_same(one, other) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_replays_are_the_same(device, mode):
-    """Of layouts in turn, with other pixels each time; what was returned before is not overwritten."""
+    """Of layouts in turn, with other pixels each time; what was returned before is not overwritten. One graph
+    serves all images that are cut into as many crops."""
     encoder = encoder_of(device)
     batches = [
         (pixels(encoder, sizes, device) * (1 + turn), sizes)
         for turn in range(2)
-        for sizes in (ONE, *BATCHES.values())
+        for sizes in (ONE, *BATCHES.values(), [(112, 90)], [(90, 112)])
     ]
     with torch.no_grad():
         plain = [encoder(*batch) for batch in batches]
@@ -82,7 +83,7 @@ def test_replays_are_the_same(device, mode):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared weights", "second pass"])
-def test_questions_between_two_graphs(device, shared):
+def test_questions(device, shared):
     clip = tiny_clip().to(device).requires_grad_(False)
     own = clip.vision_model if shared else tower(clip.config.vision_config.num_hidden_layers)
     relevance = hero.ClipRelevance(clip, tiny_tokenizer(), second_pass=not shared)
@@ -101,6 +102,51 @@ def test_questions_between_two_graphs(device, shared):
     assert len(encoder.cuda_graphs) == 1
 
 
+def test_auto():
+    """Eager at the first call of a kind and where something prevents a graph; the selection tells why."""
+    encoder = with_graphs(encoder_of(), "cpu", required=False)
+    encoder.vision_tower.requires_grad_(False)
+    images = pixels(encoder, ONE)
+
+    def ran(images=images, sizes=ONE, **kwargs):
+        selection = encoder.run(images, sizes, **kwargs)[0]
+        assert selection.path.attention == "native" and selection.path.cuda_graph != bool(
+            selection.path.reason
+        )
+        return selection.path.reason
+
+    assert ran() == "gradients enabled"
+    with torch.no_grad():
+        assert ran() == "the first call of this kind"
+        assert ran() == ""
+        assert ran(pixels(encoder, [(90, 112)]), [(90, 112)]) == ""
+        many = [(112, 112)] * 4
+        assert ran(pixels(encoder, many), many) == "20 crops"
+        assert ran(output_hidden_states=True) == "output_hidden_states"
+        assert ran(whole=True) == "whole"
+        assert ran() == ""
+        seen = []
+        hook = encoder.vision_tower.encoder.layers[0].register_forward_hook(lambda *_: seen.append(1))
+        assert ran() == ran() == "hooks, wrappers or replaced methods"
+        assert seen
+        hook.remove()
+        assert ran() == "the first call of this kind" and ran() == ""
+        encoder.vision_tower.train()
+        assert ran() == "training mode"
+        encoder.vision_tower.eval()
+        assert ran() == ""
+
+        def fail(*_):
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+        encoder.cuda_graphs.clear()
+        encoder.cuda_graphs.record = fail
+        plain = [ran(), ran(), ran()]
+    assert plain == ["the first call of this kind", *["recording failed: operation not permitted"] * 2]
+    encoder.cuda_graphs = None
+    assert ran() == "cuda_graphs=False"
+
+
 def test_the_cache_is_bounded():
     encoder = encoder_of()
     graphs = encoder.cuda_graphs = OnCpu(limit=2)
@@ -113,34 +159,72 @@ def test_the_cache_is_bounded():
     assert len(graphs) == 0
 
 
-def test_a_graph_is_made_anew_when_it_would_be_wrong():
-    encoder = with_graphs(encoder_of(), "cpu")
-    images = pixels(encoder, ONE)
+def replace_module(tower):
+    tower.encoder.layers[0].mlp = copy.deepcopy(tower.encoder.layers[0].mlp)
+
+
+def replace_weight(tower):
+    tower.encoder.layers[0].mlp.fc1.bias = torch.nn.Parameter(tower.encoder.layers[0].mlp.fc1.bias + 1.0)
+
+
+def assign_data(tower):
+    tower.encoder.layers[0].mlp.fc1.bias.data = tower.encoder.layers[0].mlp.fc1.bias + 1.0
+
+
+def load(tower):
+    weights = {name: value * 1.5 for name, value in tower.state_dict().items()}
+    tower.load_state_dict(weights, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_module,
+        replace_weight,
+        assign_data,
+        load,
+        lambda tower: tower.to(torch.float64).to(torch.float32),  # the same values in other memory
+        lambda tower: tower.set_attn_implementation("eager"),
+    ],
+)
+def test_a_graph_is_made_anew_when_it_would_be_wrong(change):
+    encoder, images = with_graphs(encoder_of(), "cpu"), pixels(encoder_of(), ONE)
     with torch.no_grad():
-        encoder(images, ONE)
-        encoder.vision_tower.to(torch.float64)  # moved: other memory
-        encoder.projector.to(torch.float64)
-        encoder.image_newline = encoder.image_newline.double()
-        assert encoder(images.double(), ONE).tokens.dtype == torch.float64
+        before = encoder(images, ONE)
+        change(encoder.vision_tower)
+        after = encoder(images, ONE)
         assert encoder.cuda_graphs.made == 2
-        encoder.vision_tower.set_attn_implementation("eager")
-        encoder(images.double(), ONE)
-        assert encoder.cuda_graphs.made == 3
-        encoder.vision_tower.to(torch.float32).to(torch.float64)  # the same key, other memory
-        encoder(images.double(), ONE)
-        assert encoder.cuda_graphs.made == 4
-        before = encoder(images.double(), ONE).tokens
-        encoder.projector[2].bias.add_(1.0)  # in place: the graph reads it
-        assert encoder.cuda_graphs.made == 4
-        after = encoder(images.double(), ONE)
-        patches = after.index >= 0
-        torch.testing.assert_close(after.tokens[patches], before[patches] + 1.0)
-        weights = {name: value.clone() for name, value in encoder.projector.state_dict().items()}
-        weights["2.bias"] += 1.0
-        encoder.projector.load_state_dict(weights, assign=True)  # other memory, while the old lives on
-        again = encoder(images.double(), ONE).tokens
-        torch.testing.assert_close(again[patches], after.tokens[patches] + 1.0)
-        assert encoder.cuda_graphs.made == 5
+        encoder(images, ONE)
+        assert encoder.cuda_graphs.made == 2
+        encoder.cuda_graphs = None
+        assert_same(after, encoder(images, ONE))
+    assert change in (replace_module,) or before.tokens.shape == after.tokens.shape
+
+
+def test_what_follows_the_graph_is_read_at_each_call():
+    """Weights changed in place, the projector and the newline are no reason to record again."""
+    encoder, images = with_graphs(encoder_of(), "cpu"), pixels(encoder_of(), ONE)
+    with torch.no_grad():
+        before = encoder(images, ONE)
+        patches = before.index >= 0
+        encoder.projector = copy.deepcopy(encoder.projector)
+        encoder.projector[2].bias.add_(1.0)
+        encoder.image_newline = encoder.image_newline * 2.0
+        after = encoder(images, ONE)
+        torch.testing.assert_close(after.tokens[patches], before.tokens[patches] + 1.0)
+        assert torch.equal(after.tokens[~patches], before.tokens[~patches] * 2.0)
+        encoder.vision_tower.encoder.layers[0].mlp.fc1.bias.add_(1.0)  # in place: the graph reads it
+        again = encoder(images, ONE)
+        assert encoder.cuda_graphs.made == 1
+        encoder.cuda_graphs = None
+        assert_same(again, encoder(images, ONE))
+
+
+def test_floor_follows_the_graph():
+    encoder, images = encoder_of(allocation="floor"), pixels(encoder_of(), ONE)
+    with torch.no_grad():
+        plain = encoder(images, ONE)
+        assert_same(with_graphs(encoder, "cpu")(images, ONE), plain)
 
 
 def test_copies_start_without_graphs():
@@ -184,30 +268,29 @@ def test_threads_share_graphs(device):
 
 def test_refusals():
     encoder = encoder_of()
-    with pytest.raises(TypeError, match=r"^cuda_graphs: expected a bool, got 1"):
-        hero.HeroVisionEncoder(tower(), cuda_graphs=1)
-    with pytest.raises(ValueError, match=r"^cuda_graphs: expected False with allocation='floor'"):
-        hero.HeroVisionEncoder(tower(), config=hero.HeroConfig(allocation="floor"), cuda_graphs=True)
-    encoder.cuda_graphs = CudaGraphs()
+    for wrong in (1, "yes", None):
+        with pytest.raises(TypeError, match=r"^cuda_graphs: expected 'auto', True or False, got "):
+            hero.HeroVisionEncoder(tower(), cuda_graphs=wrong)
+    encoder.cuda_graphs = CudaGraphs(required=True)
+    images = pixels(encoder, ONE)
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match=r"^cuda_graphs: expected pixel_values on a CUDA device, got cpu"),
     ):
-        encoder(pixels(encoder, ONE), ONE)
+        encoder(images, ONE)
     with_graphs(encoder, "cpu")
     with pytest.raises(ValueError, match=r"^cuda_graphs: expected torch.no_grad"):
-        encoder(pixels(encoder, ONE), ONE)
-    with (
-        torch.no_grad(),
-        pytest.raises(ValueError, match=r"^cuda_graphs: expected no arguments for the vision tower"),
-    ):
-        encoder.run(pixels(encoder, ONE), ONE, output_hidden_states=True)
-    encoder.projector.to("meta")
-    with (
-        torch.no_grad(),
-        pytest.raises(ValueError, match=r"^cuda_graphs: expected all weights on cpu, got some on"),
-    ):
-        encoder(pixels(encoder, ONE), ONE)
+        encoder(images, ONE)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"^cuda_graphs: expected no arguments for the vision tower"):
+            encoder.run(images, ONE, output_hidden_states=True)
+        encoder.vision_tower.encoder.layers[1].mlp.register_forward_pre_hook(lambda *_: None)
+        with pytest.raises(ValueError, match=r"^cuda_graphs: expected a module that runs its class's code"):
+            encoder(images, ONE)
+        encoder = with_graphs(encoder_of(), "cpu")
+        encoder.vision_tower.post_layernorm.to("meta")
+        with pytest.raises(ValueError, match=r"^cuda_graphs: expected all weights on cpu, got some on meta"):
+            encoder(images, ONE)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -215,13 +298,14 @@ def test_attached(device):
     model, processor = tiny_model().to(device), tiny_processor()
     images = [tiny_image(100, 80, 0), tiny_image(60, 170, 1)]
     answers = []
-    for cuda_graphs in (False, True):
+    for cuda_graphs in (False, "auto", True):
         with hero.attach(model, processor, keep_ratio=0.3, cuda_graphs=cuda_graphs) as handle:
-            assert (handle.encoder.cuda_graphs is not None) == cuda_graphs
+            assert (handle.encoder.cuda_graphs is not None) == bool(cuda_graphs)
             if cuda_graphs:
-                with_graphs(handle.encoder, device)
+                with_graphs(handle.encoder, device, required=cuda_graphs is True)
             text = ["USER : <image> describe ASSISTANT :"] * 2
             inputs = processor(images=images, text=text, padding=True, return_tensors="pt").to(device)
-            answers.append([model.generate(**inputs, max_new_tokens=4, do_sample=False) for _ in range(2)])
-    for one, other in zip(*answers, strict=True):
-        assert torch.equal(one, other)
+            answers += [model.generate(**inputs, max_new_tokens=4, do_sample=False) for _ in range(2)]
+            assert handle.last.path.cuda_graph == bool(cuda_graphs), handle.last.path
+    for answer in answers[1:]:
+        assert torch.equal(answer, answers[0])

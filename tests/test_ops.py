@@ -1,10 +1,13 @@
 """Dispatch of the operations: by device, and by the ``HERO_*`` switches."""
 
 import inspect
+import json
 import pkgutil
+import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +93,42 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
     _dispatch.run("segmented_topk", second)
     _dispatch.run("segmented_topk", torch.device("cpu"))
     assert seen == [[second], []] and not current
+
+
+RECORD = Path(__file__).parents[1] / "bench" / "results" / "h200_kernels.json"
+SHAPES = {"CLIP-L/14-336": (64, 577), "InternViT-300M-448": (64, 1025)}
+
+
+def test_the_table_of_fused_attention_is_the_record():
+    """Medians of the fused kernel and of the fastest backend that leaves rows per head beside it."""
+    found = {}
+    for row in json.loads(RECORD.read_text(encoding="utf-8"))["results"]:
+        variant, is_row = row["variant"], row["op"] == "attention_with_cls" and row["status"] == "ok"
+        if is_row and "(per_head)" in variant:
+            times = found.setdefault(SHAPES[row["geometry"]], {}).setdefault(str(row["crops"]), [[], []])
+            times["SDPA" in variant].append(round(statistics.median(row["times_us"]), 1))
+    wanted = {
+        shape: {crops: [min(ours), min(others)] for crops, (ours, others) in rows.items()}
+        for shape, rows in found.items()
+    }
+    table = json.loads((Path(hk.__file__).parent / "fused_attention.json").read_text(encoding="utf-8"))
+    assert {(row["width"], row["tokens"]): row["us"] for row in table["rows"]} == wanted
+    assert {(row["device"], row["dtype"]) for row in table["rows"]} == {("nvidia-h200", "bfloat16")}
+
+
+def test_fused_attention_is_faster_where_it_was_measured(monkeypatch):
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    names = {"NVIDIA H200": True, "NVIDIA H200 NVL": True, "NVIDIA H100 80GB HBM3": False}
+    monkeypatch.setattr(_dispatch, "launcher", lambda name: print)
+    for name, wanted in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        for width, tokens in SHAPES.values():
+            assert hk.fused_attention_is_faster(gpu, half, width, tokens) == wanted
+            assert not hk.fused_attention_is_faster(gpu, torch.float32, width, tokens)
+            assert not hk.fused_attention_is_faster(gpu, half, width, tokens + 1)
+            assert not hk.fused_attention_is_faster(torch.device("cpu"), half, width, tokens)
+    monkeypatch.setattr(_dispatch, "launcher", lambda name: None)
+    assert not hk.fused_attention_is_faster(gpu, half, 64, 577)
 
 
 def test_requiring_a_kernel(monkeypatch):

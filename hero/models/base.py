@@ -91,6 +91,10 @@ class Tower(ABC):
         """(crop size, patch size) in pixels."""
 
     @abstractmethod
+    def is_plain(self, tower: nn.Module) -> bool:
+        """Whether running the tower runs its class's code alone: no wrapper, hooks or replaced methods."""
+
+    @abstractmethod
     def run(
         self,
         tower: nn.Module,

@@ -34,6 +34,9 @@ class ClipTower(Tower):
         tower = unwrapped(tower)
         return tower.config.image_size, tower.config.patch_size
 
+    def is_plain(self, tower):
+        return _is_plain(tower, 0)
+
     def run(self, tower, pixel_values, states, *, cls=True, scored=(), whole=False, **kwargs):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         last = max(scored, default=-1)
