@@ -18,7 +18,7 @@ from torch import Tensor
 from hero_kernels import Finalized
 
 from ._checks import error
-from .plan import CropPlan, Plan, check_crops
+from .plan import CropPlan, Plan, check_crops, check_pixels
 from .policies import Policy
 from .selection import Encoded
 
@@ -56,6 +56,7 @@ def run(
     Raises:
         TypeError, ValueError: what only eager code takes, by name.
     """
+    check_pixels(pixel_values, encoder.geometry.crop_size)
     if text is not None and not isinstance(text, Tensor):
         raise TypeError("text: expected embeddings [B, E] in compiled code, got strings")
     if encoder.cuda_graphs is not None and encoder.cuda_graphs.required:

@@ -256,7 +256,9 @@ class HeroVisionEncoder(nn.Module):
         questions = check_questions(text, len(plan.layouts), required=self.needs_text)
         if self.relevance is None or questions is None or not self.needs_text:
             return None
-        return (lambda: questions) if isinstance(questions, Tensor) else self.relevance.start(questions)
+        if isinstance(questions, Tensor):
+            return lambda: questions
+        return self.relevance.start(questions, cuda_graphs=self.cuda_graphs is not None)
 
     def score(self, encoded: Encoded, plan: Plan, text: Text | Callable[[], Tensor] = None) -> Scored:
         """Patch scores and tile signals, by the policy.
@@ -354,7 +356,10 @@ class HeroVisionEncoder(nn.Module):
     ) -> tuple[Selection, object | None]:
         """:meth:`forward`, and what the tower returned; keyword arguments go to :meth:`encode`."""
         if torch.compiler.is_compiling():
-            return self._run_compiled(pixel_values, image_sizes, text, **kwargs)
+            given = pixel_values, image_sizes, text
+            tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
+            path = Path(False, "compiled code", encoded.attention_ran)
+            return self._selection(sizes, self._projected(*tensors), path), encoded.output
         crops, plan = self.prepare(pixel_values, image_sizes)
         question = self.text_embeddings(plan, text)
         try:
@@ -373,15 +378,6 @@ class HeroVisionEncoder(nn.Module):
         sizes = [layout.image_size for layout in plan.layouts]
         path = Path(not reason, reason, encoded.attention_ran)
         return self._selection(sizes, (*self._projected(*tensors), cu_seqlens), path, counts), encoded.output
-
-    def _run_compiled(
-        self, pixel_values: Tensor, image_sizes, text, **kwargs
-    ) -> tuple[Selection, object | None]:
-        check_pixels(pixel_values, self.geometry.crop_size)
-        given = pixel_values, image_sizes, text
-        tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
-        path = Path(False, "compiled code", encoded.attention_ran)
-        return self._selection(sizes, self._projected(*tensors), path), encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from hero_kernels.segments import to_device
 
 from ._checks import error
-from .models import unwrapped
+from .cuda_graphs import CudaGraphs
+from .models import is_untouched, unwrapped
 
 __all__ = ["ClipRelevance", "check_questions", "check_relevance", "question_of"]
 
@@ -105,6 +106,7 @@ class ClipRelevance:
         self.clip_model = clip_model
         self.tokenizer = tokenizer
         self.second_pass = second_pass
+        self._graphs = CudaGraphs()
 
     @property
     def device(self) -> torch.device:
@@ -150,22 +152,25 @@ class ClipRelevance:
         """Unit embeddings ``[n, E]`` fp32 of texts of any length."""
         return self._embed(self._tokens(texts))
 
-    def start(self, texts: Sequence[str]) -> Callable[[], Tensor]:
+    def start(self, texts: Sequence[str], *, cuda_graphs: bool = False) -> Callable[[], Tensor]:
         """:meth:`text_embeddings` in two steps: tokenized now, embedded when the result is called.
+
+        Args:
+            cuda_graphs: replay the text encoder from a CUDA graph, where that is possible.
 
         On a GPU the embedding runs on a stream of its own, beside the work that was launched between the two
         steps. The stream that is current when the result is called waits for the embeddings.
         """
         tokens = self._tokens(texts)
         if self.device.type != "cuda":
-            return lambda: self._embed(tokens)
+            return lambda: self._embed(tokens, cuda_graphs)
         before = torch.cuda.current_stream(self.device).record_event()
 
         def join() -> Tensor:
             current, own = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
             own.wait_event(before)
             with torch.cuda.stream(own):
-                embeddings = self._embed(tokens)
+                embeddings = self._embed(tokens, cuda_graphs)
             current.wait_stream(own)
             embeddings.record_stream(current)
             return embeddings
@@ -184,21 +189,42 @@ class ClipRelevance:
             for start in range(0, max(len(ids), 1), length - 2):
                 windows.append([begin, *ids[start : start + length - 2], end])
                 owners.append(number)
-        longest = max(map(len, windows))
+        # On a GPU at full length, which costs nothing there: then one CUDA graph serves all questions.
+        longest = length if self.device.type == "cuda" else max(map(len, windows))
         # Padded with the end token: attention is causal and the first end is read, so no mask is needed.
         tokens = torch.tensor([window + [end] * (longest - len(window)) for window in windows])
         words = torch.tensor([max(len(window) - 2, 1) for window in windows])
         return tokens, torch.tensor(owners), words, len(texts)
 
-    def _embed(self, tokens: tuple[Tensor, Tensor, Tensor, int]) -> Tensor:
+    def _embed(self, tokens: tuple[Tensor, Tensor, Tensor, int], cuda_graphs: bool = False) -> Tensor:
         """Embeddings of what :meth:`_tokens` returned: means over windows, weighted by their lengths."""
         windows, owners, words = (to_device(values, self.device) for values in tokens[:3])
         with torch.no_grad():
-            features = _pooled(self.clip_model.get_text_features(input_ids=windows)).float()
-        features = F.normalize(features, dim=-1)
+            features = self._text_features(windows) if cuda_graphs else None
+            if features is None:
+                features = _pooled(self.clip_model.get_text_features(input_ids=windows))
+        features = F.normalize(features.float(), dim=-1)
         sums = features.new_zeros((tokens[3], features.shape[-1]))
         sums.index_add_(0, owners, features * words[:, None])
         return F.normalize(sums, dim=-1)
+
+    def _text_features(self, windows: Tensor) -> Tensor | None:
+        """``get_text_features``, its encoder replayed from a CUDA graph; ``None`` if it cannot be."""
+        clip, encoder = self.clip_model, self.clip_model.text_model
+
+        def is_plain() -> bool:
+            plain = type(clip).__name__ == "CLIPModel" and type(encoder).__name__ == "CLIPTextModel"
+            return plain and all(map(is_untouched, (clip, *encoder.modules())))
+
+        if self._graphs.refusal(encoder, is_plain, windows, {}):
+            return None
+
+        def encode(windows: Tensor) -> Tensor:
+            return _pooled(encoder(input_ids=windows))
+
+        key = encoder.config._attn_implementation
+        pooled, _ = self._graphs.run(key, encode, (windows,), (), torch.clone)
+        return None if pooled is None else clip.text_projection(pooled)
 
     def image_embeddings(self, pixel_values: Tensor | None, pooled: Tensor | None) -> Tensor:
         """Unit embeddings ``[T, E]`` fp32 of crops.

@@ -205,7 +205,7 @@ class Segments:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to a device, asynchronously."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():  # dynamo cannot trace pin_memory
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
 

@@ -7,7 +7,17 @@ import operator
 
 from torch import nn
 
-from .base import Adapter, Parts, Patch, ProcessorCounts, Tower, TowerOutput, hidden_states, unwrapped
+from .base import (
+    Adapter,
+    Parts,
+    Patch,
+    ProcessorCounts,
+    Tower,
+    TowerOutput,
+    hidden_states,
+    is_untouched,
+    unwrapped,
+)
 
 __all__ = [
     "Adapter",
@@ -18,6 +28,7 @@ __all__ = [
     "TowerOutput",
     "adapter_for",
     "hidden_states",
+    "is_untouched",
     "supported_types",
     "tower_for",
     "unwrapped",

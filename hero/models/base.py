@@ -21,9 +21,12 @@ __all__ = [
     "Tower",
     "TowerOutput",
     "hidden_states",
+    "is_untouched",
     "parameter",
     "unwrapped",
 ]
+
+CAPTURING = "transformers.utils.output_capturing"
 
 
 class TowerOutput(NamedTuple):
@@ -174,6 +177,16 @@ def hidden_states(feature_layer: object, depth: int) -> tuple[int, ...]:
     if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
         raise error(ValueError, "feature_layer", expected, feature_layer)
     return tuple(layer % (depth + 1) for layer in layers)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a module has its class's ``forward`` and no hooks of the user's.
+
+    Those of transformers' own output capturing do nothing unless outputs are asked for.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
+    return "forward" not in module.__dict__ and all(one.__module__ == CAPTURING for one in hooks)
 
 
 def unwrapped(tower: nn.Module) -> nn.Module:

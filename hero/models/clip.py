@@ -17,7 +17,7 @@ from transformers.models.clip.modeling_clip import (
 )
 from transformers.utils import output_capturing
 
-from .base import Tower, TowerOutput, unwrapped
+from .base import Tower, TowerOutput, is_untouched, unwrapped
 
 __all__ = ["TOWER"]
 
@@ -94,7 +94,7 @@ def _is_plain(tower: nn.Module, layers: int) -> bool:
         tower.post_layernorm,
         *(one for layer in rest for one in layer.modules()),
     )
-    if torch_module._has_any_global_hook() or any(map(_is_observed, modules)):
+    if torch_module._has_any_global_hook() or not all(map(is_untouched, modules)):
         return False
     if any(
         type(layer) is not CLIPEncoderLayer or type(layer.self_attn) is not CLIPAttention for layer in rest
@@ -102,16 +102,6 @@ def _is_plain(tower: nn.Module, layers: int) -> bool:
         return False
     name = tower.config._attn_implementation or "eager"
     return name in ("eager", "sdpa") or name.startswith("flash_attention")
-
-
-def _is_observed(module: nn.Module) -> bool:
-    """Whether a module must be called as a whole: its ``forward`` was replaced, or the user put hooks on it.
-
-    Those of transformers' own output capturing do nothing unless outputs are asked for.
-    """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    hooks += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
-    return "forward" in module.__dict__ or any(one.__module__ != output_capturing.__name__ for one in hooks)
 
 
 def _run_needed(
