@@ -156,7 +156,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             selection; an argument that is missing or cannot be shortened.
     """
     ids, pixels, features = inputs.get("input_ids"), inputs.get("pixel_values"), features_of(inputs)
-    encoder, config, sizes = handle.encoder, handle.config, inputs.get("image_sizes")
+    encoder, config = handle.encoder, handle.config
+    sizes = handle.adapter.image_sizes(inputs, handle.parts)
     is_new = pixels is not None or features is not None
     cache = _cache_of(inputs)
     in_cache = getattr(cache, _HELD, ())

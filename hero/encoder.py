@@ -23,6 +23,7 @@ from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, with_image
 from .policies import Observed, Scored, check_supported
 from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
+from .signals import mean_features
 
 __all__ = ["HeroVisionEncoder"]
 
@@ -100,6 +101,8 @@ class HeroVisionEncoder(nn.Module):
         check_supported(policy, self.rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
         if config.attention == "fused" and not self._tower.has_cls:
             raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
+        if needs.second_softmax and not self._tower.has_cls:
+            raise error(ValueError, "second_softmax", "False for an encoder without CLS", True)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         if self.needs_text:
             patches_side = geometry.side if needs.patch_relevance else None
@@ -228,7 +231,7 @@ class HeroVisionEncoder(nn.Module):
         }
         return Encoded(
             features=features,
-            cls=ran.cls,
+            cls=mean_features(features, plan.valid) if self.needs_cls and ran.cls is None else ran.cls,
             pooled=ran.pooled,
             attention=attention,
             pixel_values=pixel_values,

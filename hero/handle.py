@@ -53,8 +53,8 @@ class Handle:
         self.config = encoder.config
         self.tokenizer = tokenizer
         self.adapter = adapter
+        self.parts = parts
         self.image_token_id = parts.image_token_id
-        self._geometry = parts.geometry
         self._last = _PerThread()
         self._owners: list[object] = []
 
@@ -140,7 +140,7 @@ class Handle:
         for name in ("vision_tower", "projector"):
             if getattr(self.encoder, name) is not getattr(parts, name):
                 raise RuntimeError(f"the model's {name} was replaced after attach: attach again")
-        if parts.geometry != self._geometry:
+        if parts.geometry != self.parts.geometry:
             raise RuntimeError(
                 "image_grid_pinpoints of the model's config changed after attach: attach again"
             )

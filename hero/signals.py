@@ -24,6 +24,7 @@ __all__ = [
     "concentration",
     "density_of",
     "equal_shares",
+    "mean_features",
     "places_of",
     "region_sums",
     "regions_of",
@@ -100,6 +101,20 @@ def saliency(cls: Tensor, places: Places) -> Tensor:
     """
     unit = F.normalize(cls.float(), dim=-1)
     return (unit * unit[places.thumbnails]).sum(-1)
+
+
+def mean_features(features: Tensor, valid: Tensor) -> Tensor:
+    """The mean of a crop's features over its valid patches, which replaces CLS in encoders without it.
+
+    Args:
+        features: ``[T, P, C]``.
+        valid: ``[T, P]`` bool.
+
+    Returns:
+        ``[T, C]`` in the dtype of the features; 0 for crops without a valid patch.
+    """
+    weights = valid[..., None].to(features)
+    return (features.detach() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
 
 def concentration(entropy: Tensor, valid: Tensor) -> Tensor:

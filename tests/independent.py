@@ -1,4 +1,4 @@
-"""Slow reference for dropping visual tokens in ``LlavaNextForConditionalGeneration`` with a CLIP tower.
+"""Slow reference for dropping visual tokens in LLaVA-NeXT and LLaVA-1.5, with CLIP or SigLIP towers.
 
 It is written from the specification alone and shares no code with the package under test. Everything is
 done one crop, one tile and one token at a time, in plain Python: float64 for signals, integers and fractions
@@ -8,7 +8,8 @@ crop and one row at a time) and the model's own rules for grids and padding (``s
 
 Words: a *crop* is one input of the vision tower. Crop 0 of an image is its *thumbnail*, then come the K
 *tiles*, row-major on a grid of ``gh x gw``. Every crop has P patches. Crops are numbered over the whole
-batch, without the crops that only pad the batch.
+batch, without the crops that only pad the batch. Without a CLS token a patch's score is the attention that it
+receives, averaged over queries, and the mean of a crop's valid patch features stands for its CLS vector.
 
 ``python independent.py`` checks that keeping everything gives the stock model.
 """
@@ -32,10 +33,14 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches, unpad_image
@@ -283,16 +288,16 @@ class Independent:
     """The reference around a private eager copy of a model.
 
     Args:
-        model: Any ``LlavaNextForConditionalGeneration``, changed by whomever: the copy is built afresh from
-            its config and filled with copies of its weights and buffers, so no hook, no replaced method and
+        model: Any model of these classes, changed by whomever: the copy is built afresh from its config and
+            filled with copies of its weights and buffers, so no hook, no replaced method and
             no attention function of the given model comes along.
     """
 
-    def __init__(self, model: LlavaNextForConditionalGeneration) -> None:
+    def __init__(self, model: LlavaNextForConditionalGeneration | LlavaForConditionalGeneration) -> None:
         config = copy.deepcopy(model.config)
         config._attn_implementation = "eager"
         with torch.random.fork_rng():
-            own = LlavaNextForConditionalGeneration(config)
+            own = type(model)(config)
         state = {name: value.detach().clone() for name, value in model.state_dict().items()}
         own.load_state_dict(state, assign=True)
         buffers = dict(model.named_buffers())
@@ -306,18 +311,21 @@ class Independent:
         self.model = own.eval().requires_grad_(False)
 
         self.config = config = own.config
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError("only vision_feature_select_strategy='default' has a CLS token that is dropped")
+        self.has_cls = config.vision_config.model_type == "clip_vision_model"
+        if config.vision_feature_select_strategy != ("default" if self.has_cls else "full"):
+            raise ValueError("vision_feature_select_strategy must drop the CLS token, if there is one")
         self.crop_size: int = config.vision_config.image_size
         self.side: int = self.crop_size // config.vision_config.patch_size
         self.patches: int = self.side * self.side
-        self.device = own.model.image_newline.device
+        self.device = own.lm_head.weight.device
 
     # -------------------------------------------------------------------------------- layout
 
     def layout(self, image_size: Sequence[int]) -> Layout:
         """The layout of an image of ``(height, width)`` pixels."""
         size = [int(x) for x in image_size]
+        if not hasattr(self.config, "image_grid_pinpoints"):
+            return Layout(crops=1, rows=[], valid=[list(range(self.patches))])
         pinpoints = self.config.image_grid_pinpoints
         crops = image_size_to_num_patches(size, pinpoints, self.crop_size)
         everything = list(range(self.patches))
@@ -375,10 +383,10 @@ class Independent:
     def patch_scores(
         self, attentions: Sequence[torch.Tensor], layers: Sequence[int], again: bool
     ) -> list[float]:
-        """Mean over layers and heads of the attention probability of CLS to each patch.
+        """Mean over layers and heads of the attention probability of CLS, or of any query, to each patch.
 
         Args:
-            attentions: Of one crop, for each encoder layer ``[1, heads, 1 + P, 1 + P]``.
+            attentions: Of one crop, for each encoder layer ``[1, heads, N, N]``.
             layers: The layers to average.
             again: Apply a second softmax over the P values of each head.
         """
@@ -388,7 +396,7 @@ class Independent:
         for layer in layers:
             maps = attentions[layer][0]
             for head in range(len(maps)):
-                row = numbers(maps[head, 0])[1:]
+                row = numbers(maps[head, 0])[1:] if self.has_cls else numbers(maps[head].double().mean(0))
                 if again:
                     row = softmax(row)
                 for patch in range(self.patches):
@@ -505,8 +513,10 @@ class Independent:
             )
             layers = rule.thumbnail_layers if crop == 0 else rule.tile_layers
             scores.append(self.patch_scores(out.attentions, layers, rule.second_softmax))
-            cls.append(numbers(out.last_hidden_state[0, 0]))
-            features.append(self._features(out.hidden_states)[0, 1:])
+            own = self._features(out.hidden_states)[0]
+            features.append(own[1:] if self.has_cls else own)
+            stand_in = own[layout.valid[crop]].double().mean(0)
+            cls.append(numbers(out.last_hidden_state[0, 0] if self.has_cls else stand_in))
 
         valid = [len(patches) for patches in layout.valid[1:]]
         thumbnail, budget, multiplier = self.plan(rule, valid)
@@ -533,7 +543,6 @@ class Independent:
         """
         index: list[int] = []
         tokens: list[torch.Tensor] = []
-        newline = self.model.model.image_newline
 
         def keep(crop: int, patch: int) -> None:
             index.append((first + crop) * self.patches + patch)
@@ -546,7 +555,7 @@ class Independent:
                 if patch in kept[crop]:
                     keep(crop, patch)
             index.append(NEWLINE)
-            tokens.append(newline.to(self.model.dtype))
+            tokens.append(self.model.model.image_newline.to(self.model.dtype))
         return index, torch.stack(tokens)
 
     def _features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -574,10 +583,11 @@ class Independent:
         layouts: list[Layout] = []
         results: list[ImageResult] = []
         if inputs.get("pixel_values") is not None:
-            layouts = [self.layout([int(x) for x in size]) for size in inputs["image_sizes"]]
-            results = self.images(
-                inputs["pixel_values"], inputs["image_sizes"], rule, text_embeddings, image_embeddings
+            sizes = inputs.get(
+                "image_sizes", [(self.crop_size, self.crop_size)] * len(inputs["pixel_values"])
             )
+            layouts = [self.layout([int(x) for x in size]) for size in sizes]
+            results = self.images(inputs["pixel_values"], sizes, rule, text_embeddings, image_embeddings)
 
         embed = self.model.get_input_embeddings()
         rows = []
@@ -780,8 +790,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_processor() -> LlavaNextProcessor:
+def tiny_processor(family: str = "llava_next", tower: str = "clip") -> LlavaNextProcessor | LlavaProcessor:
     """A processor for `tiny_model`; its chat template renders ``USER : <image> text ASSISTANT :``."""
+    shared = {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "image_token": "<image>",
+        "num_additional_image_tokens": int(tower == "clip"),
+        "chat_template": CHAT_TEMPLATE,
+    }
+    if family == "llava":
+        try:
+            from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+        except ImportError:
+            from transformers import CLIPImageProcessor
+        crop = {"height": CROP, "width": CROP}
+        images = CLIPImageProcessor(size={"shortest_edge": CROP}, crop_size=crop)
+        return LlavaProcessor(images, tiny_tokenizer(), **shared)
     try:
         from transformers import LlavaNextImageProcessorPil as ImageProcessor
     except ImportError:
@@ -791,21 +816,19 @@ def tiny_processor() -> LlavaNextProcessor:
         crop_size={"height": CROP, "width": CROP},
         image_grid_pinpoints=copy.deepcopy(PINPOINTS),
     )
-    return LlavaNextProcessor(
-        images,
-        tiny_tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return LlavaNextProcessor(images, tiny_tokenizer(), **shared)
 
 
 def tiny_model(
-    seed: int = 0, *, vision_layers: int = 6, attn: str | None = None, **kw: Any
-) -> LlavaNextForConditionalGeneration:
-    """A random LLaVA-NeXT of two text layers, whose weights are scaled up so that attention is not uniform.
+    seed: int = 0,
+    *,
+    family: str = "llava_next",
+    tower: str = "clip",
+    vision_layers: int = 6,
+    attn: str | None = None,
+    **kw: Any,
+) -> LlavaNextForConditionalGeneration | LlavaForConditionalGeneration:
+    """A random model of two text layers, whose weights are scaled up so that attention is not uniform.
 
     Args:
         seed: Seed of the weights; the global generator is left as it was.
@@ -813,14 +836,14 @@ def tiny_model(
         attn: Attention implementation, transformers' choice if None.
         **kw: Fields of ``LlavaNextConfig`` to set or replace.
     """
-    vision = CLIPVisionConfig(
+    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=vision_layers,
         num_attention_heads=4,
         image_size=CROP,
         patch_size=PATCH,
-        projection_dim=16,
+        **({"projection_dim": 16} if tower == "clip" else {}),
     )
     text = LlamaConfig(
         hidden_size=64,
@@ -838,16 +861,19 @@ def tiny_model(
         "vision_config": vision,
         "text_config": text,
         "image_token_index": 4,
-        "image_grid_pinpoints": copy.deepcopy(PINPOINTS),
         "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
     }
-    config = LlavaNextConfig(**{**fields, **kw})
+    config_class, model_class = LlavaConfig, LlavaForConditionalGeneration
+    if family == "llava_next":
+        config_class, model_class = LlavaNextConfig, LlavaNextForConditionalGeneration
+        fields["image_grid_pinpoints"] = copy.deepcopy(PINPOINTS)
+    config = config_class(**{**fields, **kw})
     if attn is not None:
         config._attn_implementation = attn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlavaNextForConditionalGeneration(config).eval()
+        model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -352,7 +352,7 @@ def test_questions_of_later_images(model):
     ids = torch.zeros(2, 0, dtype=torch.long)
     with handle:
         start = relevance.start
-        relevance.start = lambda questions: asked.append(list(questions)) or start(questions)
+        relevance.start = lambda questions, **kw: asked.append(list(questions)) or start(questions, **kw)
         for first, second in (("w1", "w2"), ("w3", "w4")):
             texts = [f"USER : <image> {word} ASSISTANT :" for word in (first, second)]
             inputs = processor(images=[image, image], text=texts, return_tensors="pt")
@@ -656,7 +656,7 @@ def test_nothing_stays_in_memory(model, rule):
         return add(self, layer, rows, added)
 
     with handle:
-        handle.encoder._tower.run = spy_run
+        vars(handle.encoder._tower)["run"] = spy_run
         hero.attention_rows.Collector._take = spy_take
         try:
             with torch.no_grad():
@@ -665,7 +665,7 @@ def test_nothing_stays_in_memory(model, rule):
                 model.generate(**inputs, max_new_tokens=2)
         finally:
             hero.attention_rows.Collector._take = add
-            del handle.encoder._tower.run
+            del vars(handle.encoder._tower)["run"]
         gc.collect()
         alive = [reference() for reference in references if reference() is not None]
         assert len(references) > 8

@@ -34,13 +34,16 @@ __all__ = [
     "unwrapped",
 ]
 
-_ADAPTERS = {"LlavaNextForConditionalGeneration": "llava_next"}
-_TOWERS = {"CLIPVisionModel": "clip"}
+_ADAPTERS = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+}
+_TOWERS = {"CLIPVisionModel": "clip", "SiglipVisionModel": "siglip"}
 
 
 def _find(kind: str, argument: str, table: dict[str, str], value: object):
     for cls in type(value).__mro__:
-        if cls.__name__ in table:
+        if cls.__name__ in table and cls.__module__.startswith("transformers."):
             return importlib.import_module(f"{__name__}.{table[cls.__name__]}")
     hint = ""
     for inner in ("module", "_orig_mod", "base_model.model"):  # DataParallel, torch.compile, PEFT

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -131,6 +131,14 @@ class Adapter(ABC):
         Raises:
             ValueError: an unsupported configuration of the model, by name.
         """
+
+    def image_sizes(self, inputs: Mapping[str, Any], parts: Parts) -> Any:
+        """(height, width) of each image that a call of the model encodes or names; ``None`` if there is none.
+
+        Args:
+            inputs: keyword arguments of ``forward`` or ``generate``.
+        """
+        return inputs.get("image_sizes")
 
     @abstractmethod
     def check_processor(self, processor, parts: Parts) -> None:

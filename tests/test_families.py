@@ -1,0 +1,263 @@
+"""Models beside LLaVA-NeXT with CLIP, which test_llava_next.py has, against the independent reference."""
+
+import functools
+
+import pytest
+import torch
+from independent import CACHE, CASES, Independent, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
+from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, config_of, rule_of
+from transformers import SiglipVisionModel
+from transformers.cache_utils import DynamicCache
+
+import hero
+from hero.models import tower_for
+
+FAMILIES = {
+    "llava_next, siglip": {"family": "llava_next", "tower": "siglip"},
+    "llava_next, siglip, several layers": {
+        "family": "llava_next",
+        "tower": "siglip",
+        "vision_feature_layer": [-5, -2, -1],
+    },
+    "llava": {"family": "llava"},
+    "llava, siglip": {"family": "llava", "tower": "siglip"},
+}
+RULES = {
+    **{f"{ratio}": {"keep_ratio": ratio} for ratio in (0.1, 0.3, 0.9)},
+    "floor": {"keep_ratio": 0.3, "allocation": "floor"},
+    "15 tokens": {"keep_tokens": 15},
+    "entropy": {"keep_ratio": 0.3, "weights": {"density": 0.2, "saliency": 0.3, "entropy": 0.5}},
+}
+
+
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+FEW_CASES = [
+    case if case in ("one image", "two sizes", "two images in a prompt") else slow(case) for case in CASES
+]
+FEW_RULES = [rule if rule in ("0.3", "floor") else slow(rule) for rule in RULES]
+
+
+@functools.cache
+def model_of(name):
+    return tiny_model(**FAMILIES[name])
+
+
+@functools.cache
+def reference_of(name):
+    return Independent(model_of(name))
+
+
+def processor_of(name):
+    return tiny_processor(FAMILIES[name]["family"], FAMILIES[name].get("tower", "clip"))
+
+
+def batch(processor, case):
+    texts, sizes = CASES[case]
+    images = [tiny_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
+    return processor(images=images, text=texts, padding=True, return_tensors="pt")
+
+
+def attached(name, which, **options):
+    processor = processor_of(name)
+    if which == "patched":
+        return hero.attach(model_of(name), processor, config=config_of(options)), processor
+    return hero.attach(model_of(name), config=config_of(options), tokenizer=processor.tokenizer), processor
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("case", FEW_CASES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_everything_kept_is_the_stock_model(name, case, which):
+    model, inputs = model_of(name), batch(processor_of(name), case)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        answer = model.generate(**inputs, **options)
+        handle, processor = attached(name, which, keep_ratio=1.0)
+        with handle:
+            ours = batch(processor, case)
+            assert torch.equal(ours["input_ids"], inputs["input_ids"])
+            torch.testing.assert_close(model(**ours).logits, stock, rtol=0, atol=1e-6)
+            assert handle.last is not None
+            assert torch.equal(model.generate(**ours, **options), answer)
+        assert torch.equal(model(**inputs).logits, stock)
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("rule", FEW_RULES)
+@pytest.mark.parametrize("case", FEW_CASES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_selection_and_logits(name, case, rule, which):
+    inputs = batch(processor_of(name), case)
+    rows, results, _ = reference_of(name)._rows(inputs, rule_of(RULES[rule]), None, None)
+    logits = [reference_of(name)._forward(row.embeds) for row in rows]
+    handle, processor = attached(name, which, **RULES[rule])
+    with handle, torch.no_grad():
+        output, last = model_of(name)(**batch(processor, case)).logits, handle.last
+    assert last.index.tolist() == [place for result in results for place in result.index]
+    assert last.budgets.tolist() == [budget for result in results for budget in result.budgets]
+    assert last.lengths == [len(result.index) for result in results]
+    scores = torch.tensor([score for result in results for score in result.scores])
+    torch.testing.assert_close(last.scores, scores, rtol=0, atol=1e-6)
+    assert_rows_equal(output, logits, 5e-5)
+
+
+GENERATIONS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 1.5},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("how", [how if how in ("greedy", "beams") else slow(how) for how in GENERATIONS])
+@pytest.mark.parametrize("case", ["two sizes", slow("one image")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation(name, case, how, which):
+    options = {"do_sample": False, "max_new_tokens": 5, **GENERATIONS[how]}
+    reference = reference_of(name)
+    reference.model.generation_config = model_of(name).generation_config
+    given = reference.inputs(batch(processor_of(name), case), rule_of({"keep_ratio": 0.3}))
+    torch.manual_seed(0)
+    wanted = reference.model.generate(
+        inputs_embeds=given["inputs_embeds"], attention_mask=given["attention_mask"], **options
+    )
+    handle, processor = attached(name, which, keep_ratio=0.3)
+    with handle:
+        inputs = batch(processor, case)
+        torch.manual_seed(0)
+        output = model_of(name).generate(**inputs, **options)
+    assert output[:, inputs["input_ids"].shape[1] :].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients(name, which):
+    inputs = batch(processor_of(name), "one image")
+    inputs["labels"] = inputs["input_ids"].clone()
+    wanted = reference_of(name).loss(inputs, rule_of({"keep_ratio": 0.3}))
+    handle, processor = attached(name, which, keep_ratio=0.3)
+    model = model_of(name)
+    with handle:
+        ours = batch(processor, "one image")
+        loss = model(**ours, labels=ours["input_ids"].clone()).loss
+        loss.backward()
+    assert float(loss) == pytest.approx(wanted, abs=1e-5)
+    weight = next(layer for layer in model.model.vision_tower.encoder.layers).self_attn.q_proj.weight
+    assert weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_second_turn(name, which):
+    """With the cache, and a new image, as without it."""
+    model, words = model_of(name), tiny_tokenizer()("and that one ?", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    handle, processor = attached(name, which, keep_ratio=0.3)
+    with handle:
+        first = batch(processor, "one image")
+        image = tiny_image(70, 60, 5)
+        more = processor(images=[image], text=["<image> describe"], return_tensors="pt")
+        cache = DynamicCache()
+        answer = model.generate(**first, **options, **{CACHE: cache})
+        turn = torch.cat([answer, words], dim=1)
+        mask = torch.ones_like(turn)
+        again = model.generate(input_ids=turn, attention_mask=mask, **options, **{CACHE: cache})
+        images = {key: first[key] for key in ("pixel_values", "image_sizes") if key in first}
+        assert torch.equal(again, model.generate(input_ids=turn, attention_mask=mask, **images, **options))
+        turn = torch.cat([again, more["input_ids"]], dim=1)
+        mask = torch.ones_like(turn)
+        new = {key: more[key] for key in images}
+        last = model.generate(input_ids=turn, attention_mask=mask, **new, **options, **{CACHE: cache})
+        whole = processor(
+            images=[tiny_image(*CASES["one image"][1][0], 0), image],
+            text=["<image> and <image>"],
+            return_tensors="pt",
+        )
+        images = {key: whole[key] for key in images}
+        assert torch.equal(last, model.generate(input_ids=turn, attention_mask=mask, **images, **options))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_processor_counts(name):
+    """``count_tokens``, the processor's two counts and the model's tokens are the same."""
+    handle, processor = attached(name, "patched", keep_ratio=0.3)
+    with handle, torch.no_grad():
+        for height, width in ((120, 90), (30, 200), (56, 56)):
+            inputs = processor(images=[tiny_image(height, width)], text=["<image>"], return_tensors="pt")
+            count = int((inputs["input_ids"] == handle.image_token_id).sum())
+            assert count == handle.count_tokens((height, width))
+            [planned] = processor._get_num_multimodal_tokens([(height, width)])["num_image_tokens"]
+            assert planned == count
+            model_of(name)(**inputs)
+            assert handle.last.lengths == [count]
+    [stock] = processor._get_num_multimodal_tokens([(120, 90)])["num_image_tokens"]
+    assert stock > count
+
+
+def test_a_tower_without_cls():
+    """What needs CLS is refused by name; policies that do not, work."""
+    model = model_of("llava_next, siglip")
+    inputs = batch(processor_of("llava_next, siglip"), "two sizes")
+    for policy in ("hired", "globalcom2", "fastervlm", "visionzip"):
+        with pytest.raises(ValueError, match=rf"^policy: expected one of 'hero', .* got '{policy}'"):
+            hero.attach(model, policy=policy)
+    for options, message in (
+        ({"second_softmax": True}, "second_softmax: expected False for an encoder without CLS"),
+        ({"attention": "fused"}, "attention: expected 'native' for an encoder without CLS"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            hero.attach(model, **options)
+    for policy in ("hero", "hero+", "uniform", "random"):
+        with hero.attach(model, tokenizer=tiny_tokenizer(), policy=policy, keep_ratio=0.3) as handle:
+            with torch.no_grad():
+                model(**inputs)
+            assert handle.last.policy == policy
+            assert handle.last.lengths == [
+                handle.count_tokens(size) for size in inputs["image_sizes"].tolist()
+            ]
+    with pytest.raises(ValueError, match="vision_feature_select_strategy: expected 'full'"):
+        hero.attach(tiny_model(tower="siglip", vision_feature_select_strategy="default"))
+    with pytest.raises(ValueError, match="num_additional_image_tokens=0"):
+        processor = processor_of("llava_next, siglip")
+        processor.num_additional_image_tokens = 1
+        hero.attach(model, processor)
+
+
+def test_layers_that_are_not_needed_are_skipped(monkeypatch):
+    model, ran = model_of("llava_next, siglip"), []
+    layers = model.model.vision_tower.encoder.layers
+    stock = type(layers[0]).forward
+    monkeypatch.setattr(type(layers[0]), "forward", lambda *args, **kw: ran.append(1) or stock(*args, **kw))
+    with hero.attach(model, keep_ratio=0.3, **LAYERS), torch.no_grad():
+        model(**batch(processor_of("llava_next, siglip"), "one image"))
+    assert len(ran) == len(layers) - 1
+
+
+def test_a_foreign_class_of_the_same_name_is_refused():
+    class SiglipVisionModel(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"^vision_tower: expected a supported vision encoder \("):
+        tower_for(SiglipVisionModel())
+
+
+def test_a_subclass_runs_as_a_whole():
+    class Own(SiglipVisionModel):
+        pass
+
+    tower = model_of("llava_next, siglip").model.vision_tower
+    own = Own(tower.config).eval()
+    own.load_state_dict(tower.state_dict())
+    pixels, sizes = torch.randn(5, 3, 56, 56), [(112, 112)]
+    with torch.no_grad():
+        found = [
+            hero.HeroVisionEncoder(one, config=hero.HeroConfig(0.3))(pixels, sizes) for one in (tower, own)
+        ]
+    assert torch.equal(found[0].index, found[1].index) and torch.equal(found[0].tokens, found[1].tokens)
+    hero.detach(tower)
