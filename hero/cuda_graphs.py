@@ -265,7 +265,12 @@ class CudaGraphs:
         device = inputs[0].device
         if device.type == "cuda" and device not in self._pools:
             self._pools[device] = torch.cuda.graph_pool_handle()
-        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written later
-            own = [value.clone() for value in (*inputs, *constants)]
-            replay, output = self.record(step, own, self._pools.get(device))
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a graph must not read what autocast drops afterwards
+        try:
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written later
+                own = [value.clone() for value in (*inputs, *constants)]
+                replay, output = self.record(step, own, self._pools.get(device))
+        finally:
+            torch.set_autocast_cache_enabled(cached)
         return _Recorded(own[: len(inputs)], own[len(inputs) :], tuple(constants), replay, output)

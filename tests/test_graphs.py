@@ -312,3 +312,14 @@ def test_attached(device):
             assert handle.last.path.cuda_graph == bool(cuda_graphs), handle.last.path
     for answer in answers[1:]:
         assert torch.equal(answer, answers[0])
+
+
+def test_recording_leaves_no_weights_to_autocast():
+    """Its cache is dropped at the end of the context, while the graph would go on reading from it."""
+    encoder = with_graphs(encoder_of(), "cpu")
+    encoder.vision_tower.requires_grad_(True)
+    seen, record = [], encoder.cuda_graphs.record
+    encoder.cuda_graphs.record = lambda *args: seen.append(torch.is_autocast_cache_enabled()) or record(*args)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        encoder(pixels(encoder, ONE), ONE)
+        assert torch.is_autocast_cache_enabled() and seen == [False]
