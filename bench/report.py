@@ -162,8 +162,11 @@ def kernels(record: Mapping) -> list[str]:
     ceilings, results = record["ceilings"], record["results"]
     lines = source(record)
     if ceilings:
+        copies = ceilings.get("copies") or {}  # not in old records
+        ways = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in copies.items())
         lines[-1] += (
-            f" Measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s, bf16 matrix product "
+            f" Measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s"
+            f"{f' ({ways})' if ways else ''}, bf16 matrix product "
             f"{ceilings['flops'] / 1e12:.0f} TFLOP/s, smallest launch {ceilings['launch_us']:.1f} µs."
         )
     tests = record["tests"]

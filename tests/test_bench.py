@@ -31,6 +31,8 @@ from bench import (  # noqa: E402
     kernels,
     models,
     registry,
+    report,
+    timing,
 )
 from bench.kernels import measure  # noqa: E402
 from bench.registry import Unavailable, Variant, Wrong  # noqa: E402
@@ -528,6 +530,26 @@ def test_floor_is_the_larger_of_two_times():
     assert registry.floor_us(registry.Cost(10**6, 0), ceilings) == pytest.approx(1.0)
     assert registry.floor_us(registry.Cost(10**6, 10**9), ceilings) == pytest.approx(10.0)
     assert registry.floor_us(registry.Cost(1), None) is None
+
+
+@pytest.mark.parametrize(("memcpy", "copier"), [(2.0, 1.0), (1.0, 2.0)])
+def test_the_ceiling_of_copies_is_the_fastest_way(monkeypatch, memcpy, copier):
+    """A memcpy and an elementwise kernel of the same size are timed; the record keeps both rates."""
+    found = []
+
+    def times(call, sets):
+        call(*sets)
+        found.append(sets[0])
+        return [1e6 * (memcpy, copier, 1.0, 1.0)[len(found) - 1]], None, None
+
+    monkeypatch.setattr(timing, "graph_us", times)
+    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "PRODUCT", 8)
+    limits = timing.ceilings(torch.device("cpu"))
+    assert limits.copies == {"memcpy": 2048 / memcpy, "kernel": 2048 / copier} and limits.bandwidth == 2048.0
+    assert torch.equal(found[1][1], found[1][0] + 1)
+    record = {**kernels.new_record(True, "a command", []), "ceilings": limits._asdict()}
+    assert "(memcpy 0.00, kernel 0.00)" in "".join(report.kernels(json.loads(json.dumps(record))))
 
 
 def _case_of(variant: Variant):
