@@ -185,7 +185,7 @@ def test_relevance_is_of_the_models_own_tower(subject):
 
 # --- end to end ------------------------------------------------------------------------------------------
 
-EVERY = {name for name, variant in end_to_end.VARIANTS.items() if not variant.graph}
+EVERY = set(end_to_end.measured(gpu=False))
 HEROES = {"hero 1", "hero 0.5", "hero 0.2", "hero 0.1"}
 
 
@@ -233,7 +233,8 @@ def test_record_keeps_every_raw_time(record):
     assert [(one["batch"], one["rounds"]) for one in record["series"]] == [("1", ROUNDS), ("2", ROUNDS)]
     for series in record["series"]:
         times = series["seconds"]
-        assert set(times) == {"vision", "ttft"}
+        assert set(times) == {"vision", "unseen", "ttft"}
+        assert set(times["unseen"]) == EVERY - {"stock again", "released"}
         assert set(times["vision"]) == EVERY
         assert set(times["ttft"]) == EVERY - {"stock again"}
         values = [one for found in times.values() for one in found.values()]
@@ -242,7 +243,7 @@ def test_record_keeps_every_raw_time(record):
 
 def test_ratios_are_positive_and_inside_their_intervals(record):
     comparisons = _comparisons(record["summary"])
-    assert len(comparisons) == 2 * (2 * len(EVERY) - 1)
+    assert len(comparisons) == 2 * (3 * len(EVERY) - 3)
     for comparison in comparisons:
         low, high = comparison["interval"]
         assert 0 < low <= comparison["paired"] <= high
@@ -272,9 +273,9 @@ def test_peaks_are_of_the_vision_stage(record):
 
 
 def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
-    """The variants of a GPU on a CPU: no graph there, and the released method is broken."""
+    """The variants of a GPU on a CPU: no graph there; compilation and the released method are broken."""
 
-    def broken(self, *arguments):
+    def broken(self, *arguments, **options):
         raise RuntimeError(f"no such file {ROOT}/bench/nothing.py")
 
     check = end_to_end.Bench.check
@@ -285,13 +286,16 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
         return described
 
     monkeypatch.setattr(end_to_end.Bench, "check", break_after_the_check)
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(end_to_end, "measured", lambda gpu: list(end_to_end.VARIANTS))
     monkeypatch.setattr(models, "SHAPES", {"small": dataclasses.replace(SMALL, batches=SMALL.batches[:1])})
     path = tmp_path / "record.json"
     status = end_to_end.main(["--shape", "small", "--rounds", "2", "--out", str(path)])
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert status == 1 and len(record["failed"]) == 3  # the released method, and two graphs
+    failed = {one["what"].removeprefix("times of ").partition(", batch")[0]: one for one in record["failed"]}
+    assert status == 1 and set(failed) == set(end_to_end.VARIANTS) - EVERY | {"released"}
+    assert [name for name, one in failed.items() if not one["ours"]] == ["released", "stock, compiled"]
     graphs = [one for one in record["failed"] if "(graph)" in one["what"]]
     assert graphs and all("expected pixel_values on a CUDA device" in one["reason"] for one in graphs)
     assert any("no such file bench/nothing.py" in one["reason"] for one in record["failed"])
@@ -302,6 +306,79 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
     assert _report(tmp_path).returncode == 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "Failed: " in page and "no such file bench/nothing.py" in page
+
+
+def test_times_are_of_the_steady_state(monkeypatch, subject):
+    """Each variant is attached once, to a copy that shares the weights, and called before it is timed."""
+    calls, attach, encode = [], hero.attach, hero.HeroVisionEncoder.__call__
+
+    def attached(model, processor, **options):
+        assert model is not subject.model and processor is not subject.processor
+        own, shared = dict(model.named_parameters()), dict(subject.model.named_parameters())
+        assert own.keys() == shared.keys() and all(own[name] is one for name, one in shared.items())
+        calls.append("attach")
+        return attach(model, processor, **options)
+
+    def encoded(self, pixels, sizes, **options):
+        calls.append(tuple(map(tuple, sizes.tolist())))
+        return encode(self, pixels, sizes, **options)
+
+    def seconds(function):
+        calls.append("timed")
+        function()
+        return 1.0
+
+    monkeypatch.setattr(end_to_end.timing, "seconds", seconds)
+    monkeypatch.setattr(end_to_end, "measured", lambda gpu: ["stock", "hero 0.2", "stock again"])
+    record = {"series": [], "peak_bytes": {}, "left_out": [], "failed": []}
+    run = end_to_end.Run(record, "unused", timing.Clock(60), rounds=3)
+    monkeypatch.setattr(run, "write", lambda: None)
+    with torch.inference_mode():
+        bench = end_to_end.Bench(subject, torch.device("cpu"))
+        monkeypatch.setattr(hero, "attach", attached)
+        monkeypatch.setattr(hero.HeroVisionEncoder, "__call__", encoded)
+        run.times(bench, bench.prepared[1], timing.Clock(60))
+    assert record["failed"] == record["left_out"] == [] and record["series"][0]["rounds"] == 3
+    assert calls.count("attach") == 1 and calls.index("attach") < calls.index("timed")
+    sizes = [one for one in calls if isinstance(one, tuple)]
+    place = list(end_to_end.VARIANTS).index("hero 0.2")
+    seen = tuple(map(tuple, bench.prepared[1].sizes.tolist()))
+    unseen = [tuple((h - turn, w - place) for h, w in seen) for turn in (1, 2, 3)]
+    warm = sizes[: -2 * 3]
+    assert warm and set(warm) == {seen} and calls.index(seen) < calls.index("timed")
+    assert sizes[len(warm) :] == [size for other in unseen for size in (seen, other)]
+
+
+@pytest.mark.parametrize("name", ["7b", "clip-l"])
+def test_unseen_sizes_have_as_many_crops(name):
+    shape = models.SHAPES[name]
+    with hero.attach(models.build_model(shape, "meta", torch.bfloat16)) as handle:
+        layouts = handle.encoder.geometry.layouts
+    for batch in shape.batches:
+        crops = [one.crops for one in layouts(batch)]
+        for down in range(1, end_to_end.GPU_ROUNDS + 1):
+            for right in range(len(end_to_end.VARIANTS)):
+                unseen = [(height - down, width - right) for height, width in batch]
+                assert [one.crops for one in layouts(unseen)] == crops
+
+
+def test_the_compiled_tower_is_stock(monkeypatch, subject):
+    """Compiled anew for each batch, on a copy; without a GPU, by a backend that generates no code."""
+    compilers, compile_ = [], torch.compile
+
+    def compiled(function, **options):
+        compilers.append(options)
+        return compile_(function, backend="eager", dynamic=options["dynamic"])
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with torch.inference_mode():
+        bench = end_to_end.Bench(subject, torch.device("cpu"))
+        for batch in bench.prepared:
+            with bench.ready(batch, "stock, compiled") as ready:
+                for one, other in zip(ready.vision(), bench.stock(batch), strict=True):
+                    assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert compilers == [{"mode": "reduce-overhead", "dynamic": False}] * 2
+    assert subject.model.model.vision_tower._compiled_call_impl is None
 
 
 def test_no_time_leaves_out_all_but_says_so(tmp_path):
