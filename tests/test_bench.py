@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -539,14 +540,14 @@ def test_device_runs_the_model_end_to_end(device_record, device_run):
 def _runs(monkeypatch, script: Path, module: str, code: str) -> None:
     """Let the device's processes run other code instead of a module."""
     script.write_text(code, encoding="utf-8")
-    start = subprocess.run
+    start = subprocess.Popen
 
     def run(command, **options):
         place = command.index(module)
         assert options["env"]["HERO_REQUIRE_KERNEL"] == "1" and command[place - 1] == "-m"
         return start([*command[: place - 1], str(script), *command[place + 1 :]], **options)
 
-    monkeypatch.setattr(device.subprocess, "run", run)
+    monkeypatch.setattr(device.subprocess, "Popen", run)
 
 
 WRITES = """
@@ -761,6 +762,30 @@ def test_a_run_of_the_tests_that_is_out_of_time_counts_what_ran(tmp_path):
     result = device.run_tests([test], tmp_path, 15)
     assert result["status"] == "stopped: out of time"
     assert result["counts"] == {"failed": 1} and result["failures"] == ["test_one.py::test_number[2]"]
+
+
+@needs_no_gpu
+def test_an_interrupted_run_writes_what_it_has(tmp_path):
+    """SIGTERM ends the step that runs and the processes it started, and leaves the rest out."""
+    test = tmp_path / "test_one.py"
+    code = A_TEST.replace("MARK", "gpu") + f"    open({str(tmp_path / 'begun')!r}, 'w').close()\n"
+    test.write_text(code + "    import time; time.sleep(60)\n", encoding="utf-8")
+    (tmp_path / "conftest.py").write_text("", encoding="utf-8")
+    command = [sys.executable, "bench/run_device", tmp_path, "--small", "--seconds", "100", "--tests", test]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    clock = device.Clock(60)
+    while not (tmp_path / "begun").exists() and clock.left() > 0:
+        time.sleep(0.1)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    record = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    assert record["tests"]["status"] == "stopped: interrupted" and "end to end: {'status': 'stopped" in out
+    assert process.returncode == 1 and clock.left() > 0
+    assert not (tmp_path / "end_to_end.json").exists()
+
+
+def test_no_tests_are_not_all_tests(tmp_path):
+    assert device.run_tests([], tmp_path, 10) == {"status": "not run"}
 
 
 def test_gpu_tests_are_found():
