@@ -85,17 +85,8 @@ def run_tests(files: Sequence[Path], folder: Path, seconds: float) -> dict[str, 
     if not files:
         return {"status": "not run"}
     log = folder / "tests.log"
-    command = [
-        "pytest",
-        "-m",
-        "gpu and not exhaustive",
-        "-q",
-        "-rfE",
-        "--tb=short",
-        "--color=no",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = ["pytest", "-q", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu and not exhaustive"]
     command += ["-n", str(TESTERS), "--dist", "worksteal"] if util.find_spec("xdist") else []
     result = run([*command, *files], log, seconds)
     text = log.read_text(encoding="utf-8", errors="replace")

@@ -148,26 +148,21 @@ class Bench:
         """Put a variant on a copy of the model, which shares its weights."""
         variant = VARIANTS[name]
         text = batch.batch.questions if variant.text else None
-        inputs = batch.inputs[variant.keep]
+        (model, _), inputs = self._copy(), batch.inputs[variant.keep]
         if variant.keep is None:
-            model, _ = self._copy()
             if variant.compiled:
                 model.model.vision_tower.compile(mode="reduce-overhead", dynamic=False)
-
-            def stock(sizes: Tensor = batch.sizes) -> list[Tensor]:
-                return self.stock(batch, sizes, model)
-
-            yield Ready(stock, lambda: self.generate(model, **inputs))
+            vision = functools.partial(self.stock, batch, model)
+            yield Ready(vision, lambda: self.generate(model, **inputs))
         elif variant.released:
-            model, _ = self._copy()
             config = hero.HeroConfig(keep_ratio=variant.keep)
             released = Released(model, config, self._geometry(), self.subject.relevance)
 
-            def as_released(sizes: Tensor = batch.sizes) -> list[Tensor]:
+            def vision(sizes: Tensor = batch.sizes) -> list[Tensor]:
                 return released(batch.pixels, sizes, text)[0]
 
             with eager(model.model.vision_tower):
-                yield Ready(as_released, lambda: self.generate(model, **self.embedded(batch, as_released())))
+                yield Ready(vision, lambda: self.generate(model, **self.embedded(batch, vision())))
         else:
             with self._attached(variant) as handle:
 
@@ -176,10 +171,10 @@ class Bench:
 
                 yield Ready(vision, lambda: self.generate(handle.model, **inputs))
 
-    def stock(self, batch: Prepared, sizes: Tensor | None = None, model=None) -> list[Tensor]:
+    def stock(self, batch: Prepared, model=None, sizes: Tensor | None = None) -> list[Tensor]:
         """Run the stock vision stage."""
-        sizes, model = batch.sizes if sizes is None else sizes, model or self.model
-        return model.model.get_image_features(batch.pixels, sizes, return_dict=True).pooler_output
+        model, sizes = (model or self.model).model, batch.sizes if sizes is None else sizes
+        return model.get_image_features(batch.pixels, sizes, return_dict=True).pooler_output
 
     def generate(self, model: LlavaNextForConditionalGeneration, **inputs) -> Tensor:
         return model.generate(**inputs, max_new_tokens=1, do_sample=False)

@@ -51,13 +51,17 @@ def read_config(name: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def serves(name: str, device_name: str) -> bool:
+    """Whether a configuration file is named after a device, or after the first words of its name."""
+    return f"{device_name} ".lower().replace(" ", "-").startswith(f"{name}-")
+
+
 @cache
 def _name_of(device: torch.device) -> str:
     """The configuration file of a device."""
     if device.type != "cuda":  # the interpreter
         return "default"
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    found = [config for config in config_names() if f"{name}-".startswith(f"{config}-")]
+    found = [name for name in config_names() if serves(name, torch.cuda.get_device_name(device))]
     return max(found, key=len, default="amd" if torch.version.hip else "default")
 
 

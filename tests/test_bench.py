@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import statistics
@@ -19,6 +20,7 @@ import torch
 from oracles import first_difference
 
 import hero
+from hero_kernels import _launch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
@@ -34,6 +36,7 @@ from bench import (  # noqa: E402
     registry,
     report,
     timing,
+    tune,
 )
 from bench.kernels import measure  # noqa: E402
 from bench.registry import Unavailable, Variant, Wrong  # noqa: E402
@@ -801,3 +804,125 @@ def test_the_cases_run_under_pytest_benchmark():
     done = _run("pytest", *options, "bench/kernels.py")
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d+ passed, \d+ skipped", done.stdout)
+
+
+# --- tuned configurations --------------------------------------------------------------------------------
+
+ROW = {"upto": 64, "BLOCK": 64, "STAGES": 2, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, "nvidia-h100"),
+        ("NVIDIA H100 PCIe", None, "nvidia-h100-pcie"),  # the longest
+        ("NVIDIA H1000", None, "default"),  # whole words
+        ("NVIDIA H200", None, "nvidia-h200"),
+        ("NVIDIA A100", None, "default"),
+        ("Radeon", "6.2", "amd"),
+        ("AMD Instinct MI300X", "6.2", "amd"),
+    ],
+)
+def test_a_device_finds_its_configuration(monkeypatch, device, hip, name):
+    names = ["amd", "default", "nvidia-h100", "nvidia-h100-pcie", "nvidia-h200"]
+    monkeypatch.setattr(_launch, "config_names", lambda: names)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert _launch._name_of.__wrapped__(torch.device("cuda")) == name
+
+
+def test_what_was_measured_is_not_a_launch_option(monkeypatch):
+    config = {"kernels": {"cls_rows": [ROW | {"us": {"T=5": 1.0}, "source": "a GPU"}]}}
+    monkeypatch.setattr(_launch, "read_config", lambda name: config)
+    assert dict(_launch._row.__wrapped__("x", "cls_rows", 64)) == {
+        k: v for k, v in ROW.items() if k != "upto"
+    }
+
+
+def test_shipped_configurations_say_where_they_come_from():
+    """And a device's own has the kernels, rows and options of the default."""
+    default = _launch.read_config("default")["kernels"]
+    for name in _launch.config_names():
+        config = _launch.read_config(name)
+        assert config["source"] and config["kernels"].keys() == default.keys()
+        for kernel, rows in config["kernels"].items():
+            assert [row["upto"] for row in rows] == sorted({row["upto"] for row in rows})
+            for row in rows if name not in ("amd", "default") else ():
+                own = next(one for one in default[kernel] if one["upto"] == row["upto"])
+                assert row.keys() - _launch.NOTES == own.keys() - _launch.NOTES
+                assert ("us" in row) == ("source" in row)
+
+
+def test_the_search_finds_the_fastest_row():
+    """Option by option, over rows that cannot be used; the same row is never timed twice."""
+    best, tried = {"BLOCK": 256, "num_warps": 1, "num_stages": 4}, []
+
+    def us(row):
+        tried.append(json.dumps(row))
+        assert row["STAGES"] == row["num_stages"] and row["maxnreg"] == 255 and row["upto"] == 64
+        if row["BLOCK"] < 32 or row["num_warps"] > 8:
+            return None
+        away = abs(math.log2(row["BLOCK"] / 256)) + abs(math.log2(row["num_warps"])) + abs(row["STAGES"] - 4)
+        return {"T=5": 10.0 + away, "T=160": 100.0 + 10 * away}
+
+    found = tune.search(ROW, us, device.Clock(60))
+    assert found == ROW | best | {"STAGES": 4, "us": {"T=5": 10.0, "T=160": 100.0}}
+    assert len(tried) == len(set(tried))
+    assert tune.search(ROW, us, device.Clock(0)) is None
+    assert tune.search(ROW, lambda row: None, device.Clock(60)) is None  # no row works
+    assert tune.search(ROW, lambda row: {"T=5": 1.0}, device.Clock(60)) == ROW | {"us": {"T=5": 1.0}}
+    noise = {json.dumps(ROW): {"T=5": 1.0}}
+    assert tune.search(ROW, lambda row: noise.get(json.dumps(row), {"T=5": 0.99}), device.Clock(60)) == (
+        ROW | {"us": {"T=5": 1.0}}
+    )
+
+
+def test_tuning_writes_rows_and_continues(monkeypatch, tmp_path):
+    """Launches see the candidate at its own row; a row with a time is not measured again."""
+    cpu, path, used = torch.device("cpu"), tmp_path / "config.json", []
+
+    def call(inputs):
+        return [_launch.configuration(*one, cpu) for one in (("finalize", 576), ("tile_budgets", 64))]
+
+    def alone(inputs):
+        return [_launch.configuration("finalize", 576, cpu)]
+
+    def measured(case, variant, sets, device):
+        used.append((variant.name, *variant.call(None)))
+        return {"status": "ok", "us": 1.0 + abs(used[-1][-1]["num_warps"] - 8)}
+
+    variants = tuple(Variant(one.__name__, one, _wrong, ours=True) for one in (call, alone))
+    shape = registry.Shape(registry.SMALL, registry.SMALL_BATCH)
+    case = registry.Case(
+        "finalize_scores", shape, 1, lambda seed: None, (*variants, Variant("peer", _wrong, _wrong))
+    )
+    monkeypatch.setattr(tune, "all_cases", lambda small, device: [case])
+    monkeypatch.setattr(tune, "measure", measured)
+    assert tune.tune(path, cpu, device.Clock(60), "a GPU", small=True) == 0
+    assert {name for name, *_ in used} == {"alone", "call"}  # whichever uses the fewest rows
+    config, default = json.loads(path.read_text(encoding="utf-8")), _launch.read_config("default")
+    assert config["source"] and "us" not in json.dumps(default)
+    for kernel, rows in config["kernels"].items():
+        for row, own in zip(rows, default["kernels"][kernel], strict=True):
+            if row["upto"] == {"finalize": 1024, "tile_budgets": 64}.get(kernel):
+                assert row == own | {"num_warps": 8, "us": {f"T={shape.crops}": 1.0}, "source": "a GPU"}
+            else:
+                assert row == own
+    used.clear()
+    config["kernels"]["finalize"][0].pop("us")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert tune.tune(path, cpu, device.Clock(60), "again", small=True) == 0
+    assert {name for name, *_ in used} == {"alone"}
+    again = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+    assert (
+        again["finalize"][0]["source"] == "again"
+        and again["tile_budgets"] == config["kernels"]["tile_budgets"]
+    )
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 50  # a row is a line
+
+
+@needs_no_gpu
+def test_tuning_needs_a_gpu(tmp_path):
+    done = _run("bench.tune", "nvidia-h100")
+    assert done.returncode == 2 and "no GPU" in done.stderr
+    assert "nvidia-h100" not in _launch.config_names() or done.stdout == ""
