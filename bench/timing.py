@@ -182,7 +182,7 @@ def call_us(call: Call, sets: Sequence[Any], count: int = 1) -> float:
 def ceilings(device: torch.device) -> Ceilings:
     """Measure copies by a memcpy and by an elementwise kernel, a bf16 matrix product, the smallest launch.
 
-    Either way to copy may be the slower: on an H200 a memcpy in a CUDA graph reached 2.7 of 4.3 TB/s.
+    Either way to copy may be the slower: on an H200, kernels outran the memcpy of a CUDA graph.
     """
 
     def median(call: Call, inputs: Any) -> float:

@@ -31,7 +31,7 @@ from hero_kernels import _launch
 from . import records
 from .kernels import all_cases, measure, sets_of
 from .registry import INTERNVIT, REAL_BATCHES, Case, Variant, default_device
-from .timing import Clock, positive
+from .timing import Clock, positive, wait
 
 LEFT_OUT = REAL_BATCHES[1:-1]  # the fewest crops and the most are timed
 GAIN = 0.98  # of the time: a smaller gain is noise
@@ -130,8 +130,11 @@ def tune(path: Path, device: torch.device, clock: Clock, source: str, small: boo
                 with lookups(config, place, row) as seen:
                     result = measure(case, variant, sets, device)
                 assert place in seen, f"{place}: the launch did not look up its options"
-                us[f"T={case.shape.crops}"] = result.get("us")
-            return None if None in us.values() else us
+                wait()  # raises if the device does not respond any more
+                if result["status"] != "ok":
+                    return None
+                us[f"T={case.shape.crops}"] = round(result["us"], 2)
+            return us
 
         best = search(rows[number], time, clock)
         print(*place, best or "not measured: no time, or no row works", flush=True)
