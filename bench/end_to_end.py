@@ -224,7 +224,7 @@ class Bench:
         """Run a variant untimed; return the peak memory of its vision stage in bytes, beyond what it had."""
         for _ in range(GPU_WARM_UPS if self.gpu else 1):
             ready.vision()
-            ready.first_token()
+        ready.first_token()
         return timing.peak_bytes(ready.vision)
 
     def measure(self, batch: Prepared, name: str, ready: Ready, turn: int) -> dict[str, float]:
@@ -289,11 +289,14 @@ class Run:
             except Exception as error:
                 self.failed(f"batch {batch.name}", error)
         for number, batch in enumerate(right):
-            self.times(bench, batch, Clock(self.clock.left() / (len(right) - number)))
+            self.times(bench, batch, 1 / (len(right) - number))
             self.write()
 
-    def times(self, bench: Bench, batch: Prepared, clock: Clock) -> None:
-        """Run rounds over all variants; one that fails is dropped, since ratios compare the same rounds."""
+    def times(self, bench: Bench, batch: Prepared, share: float) -> None:
+        """Run rounds over all variants, in a share of the time that is left once they are ready.
+
+        A variant that fails is dropped, since ratios compare the same rounds.
+        """
         series = {"batch": batch.name, "rounds": 0, "seconds": defaultdict(dict)}
         peaks = self.record["peak_bytes"].setdefault(batch.name, {})
         ready: dict[str, Ready] = {}
@@ -311,12 +314,12 @@ class Run:
 
         with contextlib.ExitStack() as stack:
             for name in measured(bench.gpu):
-                if clock.left() > 0:
+                if self.clock.left() > 0:
                     with dropped(name):
                         ready[name] = stack.enter_context(bench.ready(batch, name))
                         peaks[name] = bench.warm_up(ready[name])
             stack.enter_context(timing.quiet_heap())
-            longest = 0.0
+            clock, longest = Clock(share * self.clock.left()), 0.0
             for turn in tqdm(range(self.rounds), f"batch {batch.name}", disable=None):
                 if clock.left() < longest or clock.left() <= 0:
                     left = f"no time for {self.rounds - turn} of {self.rounds} rounds"
