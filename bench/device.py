@@ -1,20 +1,24 @@
 """Run everything that needs a GPU in one call: the GPU tests, the model end to end, the kernels.
 
 ``bench/run_device [FOLDER] [--seconds 570]`` from a plain checkout: nothing is installed or downloaded. Each
-step is a process with a time limit: the tests get a share of the time, ``bench.end_to_end`` half of the rest,
-``bench.kernels`` what remains. A kernel that takes its process or the device down is recorded as failed, and
-a new process continues after it. ``kernels.json`` and ``end_to_end.json`` are written as the steps go. For a
+step is a process with a time limit: the tests get at most half of the time (``--tests`` without files skips
+them), ``bench.end_to_end`` half of the rest, ``bench.kernels`` what remains. A kernel that takes its process
+or the device down is recorded as failed, and a new process continues after it. ``kernels.json`` and
+``end_to_end.json`` are written as the steps go; SIGINT and SIGTERM end the run with what they have. For a
 copy without git, the environment variable ``HERO_COMMIT`` names the commit.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
@@ -25,10 +29,10 @@ from .records import ROOT
 from .timing import Clock
 
 SECONDS = 570
-TEST_SHARE, END_TO_END_SHARE = 0.3, 0.5
+TEST_SHARE, END_TO_END_SHARE = 0.5, 0.5
 END_SECONDS = 15  # for a process to end and to write its record
-OUT_OF_TIME = 124, 137, -9  # exit status of timeout
-TESTERS = 6  # processes of pytest, if pytest-xdist is installed
+TESTERS = min(16, len(os.sched_getaffinity(0)))  # processes of pytest, if pytest-xdist is installed
+INTERRUPTED = threading.Event()
 
 
 def run(command: Sequence[str | Path], log: Path, seconds: float) -> dict[str, object]:
@@ -37,23 +41,36 @@ def run(command: Sequence[str | Path], log: Path, seconds: float) -> dict[str, o
     environ = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if command[0] != "pytest":
         environ["HERO_REQUIRE_KERNEL"] = "1"  # never time the reference instead of a kernel
-    limit = ["timeout", "--signal=INT", f"--kill-after={END_SECONDS}", str(max(seconds, 1))]
     with open(log, "ab") as output:
-        done = subprocess.run(
-            [*limit, sys.executable, "-m", *map(str, command)],
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, command)],
             cwd=ROOT,
             env={**os.environ, **environ},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # signals reach the processes it starts
         )
-    if done.returncode == 0:
+    clock, stopped = Clock(max(seconds, 1)), None
+    while process.poll() is None and not stopped:
+        stopped = "interrupted" if INTERRUPTED.wait(0.1) else "out of time" if clock.left() <= 0 else None
+    if stopped:
+        end(process)
+    elif process.returncode == 0:
         return {"status": "ok"}
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     ending = records.without_folders(lines[-1])[:200] if lines else "no output"
-    if done.returncode in OUT_OF_TIME:
-        return {"status": "stopped: out of time", "reason": f"out of time, {ending}"}
-    return {"status": "failed", "reason": f"exit {done.returncode}, {ending}"}
+    if stopped:
+        return {"status": f"stopped: {stopped}", "reason": f"{stopped}, {ending}"}
+    return {"status": "failed", "reason": f"exit {process.returncode}, {ending}"}
+
+
+def end(process: subprocess.Popen) -> None:
+    """Interrupt a process and those it started; kill them if they take too long to end."""
+    for signal_, seconds in ((signal.SIGINT, END_SECONDS), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal_)
+            process.wait(seconds)
 
 
 def gpu_tests() -> list[Path]:
@@ -65,9 +82,12 @@ def gpu_tests() -> list[Path]:
 
 def run_tests(files: Sequence[Path], folder: Path, seconds: float) -> dict[str, object]:
     """Run the tests marked ``gpu``; the result has the counts and failures of pytest's summary."""
+    if not files:
+        return {"status": "not run"}
     log = folder / "tests.log"
-    command = ["pytest", "-m", "gpu", "-q", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
-    command += ["-n", str(TESTERS)] if util.find_spec("xdist") else []
+    command = ["pytest", "-q", "-rfE", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    command += ["-m", "gpu and not exhaustive"]
+    command += ["-n", str(TESTERS), "--dist", "worksteal"] if util.find_spec("xdist") else []
     result = run([*command, *files], log, seconds)
     text = log.read_text(encoding="utf-8", errors="replace")
     summary = (re.findall(r"^(?:=+ )?(\d+ .*) in [\d.]+s", text, re.MULTILINE) or [""])[-1]
@@ -94,8 +114,8 @@ def run_kernels(path: Path, clock: Clock) -> dict:
     """Run ``bench.kernels`` until every variant has a result or time is over; return the record."""
     while True:
         before = path.read_bytes()
-        command = ["bench.kernels", "--out", path, "--seconds", f"{clock.left():.0f}"]
-        result = run(command, path.with_suffix(".log"), clock.left() + END_SECONDS / 2)
+        command = ["bench.kernels", "--out", path, "--seconds", f"{clock.left() - END_SECONDS / 2:.0f}"]
+        result = run(command, path.with_suffix(".log"), clock.left())
         record = json.loads(path.read_text(encoding="utf-8"))
         for one in record["results"]:
             if one.get("reason") == ENDED:
@@ -105,7 +125,7 @@ def run_kernels(path: Path, clock: Clock) -> dict:
         if stuck and not done:
             record["notes"].append(result.get("reason", "no time"))
         records.write(path, record)
-        if done or stuck or clock.left() < 1:
+        if done or stuck or clock.left() < 1 or INTERRUPTED.is_set():
             return record
 
 
@@ -119,16 +139,19 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     clock, folder = Clock(options.seconds - END_SECONDS), options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for log in folder.glob("*.log"):
-        log.unlink()
+    for old in (*folder.glob("*.log"), folder / "end_to_end.json"):
+        old.unlink(missing_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: INTERRUPTED.set())
     path, record = folder / "kernels.json", new_record(options.small, "bench/run_device", arguments)
     print(record["gpu"]["name"] if record["gpu"] else "no GPU", record["versions"], flush=True)
+    records.write(path, record)
     tests = [file.resolve() for file in options.tests]
     record["tests"] = run_tests(tests, folder, TEST_SHARE * clock.left())
+    records.write(path, record)
     print("tests:", record["tests"], flush=True)
     model = run_end_to_end(options.small, folder, END_TO_END_SHARE * clock.left())
     print("end to end:", model, flush=True)
-    records.write(path, record)
     record = run_kernels(path, clock)
     wrong = [one for one in record["results"] if one["status"] in ("wrong", "failed")]
     for one in wrong:

@@ -4,10 +4,16 @@
 ``clip-l`` is the same vision tower with a small language model, for a CPU; ``small`` tests the script.
 Variants are ``stock``, ``stock again`` (shows the resolution of the machine), ``hero R`` at each keep ratio
 R, ``hero 0.2 + text`` with relevance from the shared tower, ``released`` (:mod:`bench.released`, R = 0.2,
-with relevance from a second pass of CLIP); on a GPU also hero with ``cuda_graphs=True``, marked ``(graph)``.
-They run in interleaved rounds (:mod:`bench.timing`) per batch:
+with relevance from a second pass of CLIP); on a GPU also hero with ``cuda_graphs=True``, marked ``(graph)``,
+and ``stock, compiled``, whose vision tower is compiled with mode "reduce-overhead", that is with CUDA graphs.
+
+Each variant runs on a copy of the model that shares its weights, so that all are ready at the same time: hero
+is attached once for all rounds of a batch. Untimed calls come first, in which plans are made, code is
+compiled and CUDA graphs are recorded: times are those of the steady state. Variants take turns in interleaved
+rounds (:mod:`bench.timing`) per batch:
 
 - ``vision``: from crops to the visual tokens of the language model;
+- ``unseen``: the same for image sizes that no call had before, with as many crops;
 - ``ttft``: ``generate`` of one token from processed inputs;
 - ``peak_bytes``: peak memory of the vision stage.
 
@@ -22,8 +28,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import sys
 import time
 from collections import defaultdict
@@ -33,6 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 import hero
 
@@ -45,6 +54,8 @@ from .timing import Clock, compare, summary
 MAIN = 0.2  # the keep ratio of relevance, of the released method and of the targets
 KEEP = (1.0, 0.5, MAIN, 0.1)
 GPU_ROUNDS, CPU_ROUNDS = 7, 6
+GPU_WARM_UPS = 3  # the second call of compiled code records a CUDA graph, the third replays it
+GROUPS = ("vision", "unseen", "ttft")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of R = 1: the projector gets other rows
 
 
@@ -55,6 +66,7 @@ class Variant(NamedTuple):
     text: bool = False
     released: bool = False
     graph: bool = False
+    compiled: bool = False
 
 
 HEROES = {f"hero {ratio:g}": Variant(ratio) for ratio in KEEP}
@@ -68,18 +80,19 @@ VARIANTS = {
     **HEROES,
     f"{BEST} (graph)": Variant(MAIN, graph=True),
     f"{TEXT} (graph)": Variant(MAIN, text=True, graph=True),
+    "stock, compiled": Variant(compiled=True),  # the last: compiling takes the longest
 }
 
 
 def measured(gpu: bool) -> list[str]:
     """Return the variants that run on a device; CUDA graphs need a GPU."""
-    return [name for name, variant in VARIANTS.items() if gpu or not variant.graph]
+    return [name for name, one in VARIANTS.items() if gpu or not (one.graph or one.compiled)]
 
 
 class Ready(NamedTuple):
-    """A variant on the model."""
+    """A variant on a model; ``vision`` takes image sizes, by default those of the batch."""
 
-    vision: Callable[[], list[Tensor]]
+    vision: Callable[..., list[Tensor]]
     first_token: Callable[[], Tensor]
 
 
@@ -91,8 +104,8 @@ class Prepared:
         self.name = str(len(self.batch.images))
         self.inputs: dict[float | None, dict[str, Tensor]] = {}
         for ratio in (None, *KEEP):
-            with attached(Variant(ratio)) if ratio else contextlib.nullcontext():
-                inputs = subject.processor(
+            with attached(Variant(ratio)) if ratio else contextlib.nullcontext(subject) as owner:
+                inputs = owner.processor(
                     images=self.batch.images, text=self.batch.prompts, padding=True, return_tensors="pt"
                 ).to(device)
             inputs["pixel_values"] = inputs["pixel_values"].to(subject.model.dtype)
@@ -112,13 +125,18 @@ class Bench:
 
     # Variants.
 
+    def _copy(self) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
+        """Copy model and processor; the weights are shared."""
+        weights = itertools.chain(self.model.parameters(), self.model.buffers())
+        return copy.deepcopy((self.model, self.subject.processor), {id(weight): weight for weight in weights})
+
     def _attached(self, variant: Variant) -> hero.Handle:
+        """Attach hero to a copy, with its default options."""
         return hero.attach(
-            self.model,
-            self.subject.processor,
+            *self._copy(),
             keep_ratio=variant.keep,
             relevance=self.subject.relevance if variant.text else None,
-            cuda_graphs=variant.graph,
+            **({"cuda_graphs": True} if variant.graph else {}),
         )
 
     def _geometry(self) -> hero.Geometry:
@@ -127,39 +145,39 @@ class Bench:
 
     @contextlib.contextmanager
     def ready(self, batch: Prepared, name: str) -> Iterator[Ready]:
-        """Put a variant on the model."""
-        variant, model = VARIANTS[name], self.model.model
+        """Put a variant on a copy of the model, which shares its weights."""
+        variant = VARIANTS[name]
         text = batch.batch.questions if variant.text else None
-        generate = functools.partial(self.generate, **batch.inputs[variant.keep])
+        (model, _), inputs = self._copy(), batch.inputs[variant.keep]
         if variant.keep is None:
-            yield Ready(functools.partial(self.stock, batch), generate)
+            if variant.compiled:
+                model.model.vision_tower.compile(mode="reduce-overhead", dynamic=False)
+            vision = functools.partial(self.stock, batch, model)
+            yield Ready(vision, lambda: self.generate(model, **inputs))
         elif variant.released:
             config = hero.HeroConfig(keep_ratio=variant.keep)
-            released = Released(self.model, config, self._geometry(), self.subject.relevance)
+            released = Released(model, config, self._geometry(), self.subject.relevance)
 
-            def vision() -> list[Tensor]:
-                return released(batch.pixels, batch.sizes, text)[0]
+            def vision(sizes: Tensor = batch.sizes) -> list[Tensor]:
+                return released(batch.pixels, sizes, text)[0]
 
-            def first_token() -> Tensor:
-                return self.generate(**self.embedded(batch, vision()))
-
-            with eager(model.vision_tower):
-                yield Ready(vision, first_token)
+            with eager(model.model.vision_tower):
+                yield Ready(vision, lambda: self.generate(model, **self.embedded(batch, vision())))
         else:
             with self._attached(variant) as handle:
-                handle.encoder.prepare(batch.pixels, batch.sizes)  # makes the plan, which later calls reuse
 
-                def vision() -> list[Tensor]:
-                    return handle.encoder(batch.pixels, batch.sizes, text=text).per_image()
+                def vision(sizes: Tensor = batch.sizes) -> list[Tensor]:
+                    return handle.encoder(batch.pixels, sizes, text=text).per_image()
 
-                yield Ready(vision, generate)
+                yield Ready(vision, lambda: self.generate(handle.model, **inputs))
 
-    def stock(self, batch: Prepared) -> list[Tensor]:
+    def stock(self, batch: Prepared, model=None, sizes: Tensor | None = None) -> list[Tensor]:
         """Run the stock vision stage."""
-        return self.model.model.get_image_features(batch.pixels, batch.sizes, return_dict=True).pooler_output
+        model, sizes = (model or self.model).model, batch.sizes if sizes is None else sizes
+        return model.get_image_features(batch.pixels, sizes, return_dict=True).pooler_output
 
-    def generate(self, **inputs) -> Tensor:
-        return self.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    def generate(self, model: LlavaNextForConditionalGeneration, **inputs) -> Tensor:
+        return model.generate(**inputs, max_new_tokens=1, do_sample=False)
 
     def embedded(self, batch: Prepared, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return prompts with these visual tokens in place, padded on the left, as embeddings."""
@@ -202,20 +220,22 @@ class Bench:
             "visual_tokens": counts,
         }
 
-    def measure(self, batch: Prepared, name: str) -> dict[str, float]:
-        """Measure a variant once: seconds of vision and of ttft."""
-        with self.ready(batch, name) as ready:
-            if self.gpu:
-                ready.vision()  # warms up: a new attachment does some work only once
-            found = {"vision": timing.seconds(ready.vision)}
-            if name != "stock again":
-                found["ttft"] = timing.seconds(ready.first_token)
-        return found
+    def warm_up(self, ready: Ready) -> int:
+        """Run a variant untimed; return the peak memory of its vision stage in bytes, beyond what it had."""
+        for _ in range(GPU_WARM_UPS if self.gpu else 1):
+            ready.vision()
+        ready.first_token()
+        return timing.peak_bytes(ready.vision)
 
-    def peak(self, batch: Prepared, name: str) -> int:
-        """Return the peak memory of the vision stage in bytes, beyond what was allocated before."""
-        with self.ready(batch, name) as ready:
-            return timing.peak_bytes(ready.vision)
+    def measure(self, batch: Prepared, name: str, ready: Ready, turn: int) -> dict[str, float]:
+        """Measure a variant once: seconds of vision, of vision with unseen image sizes, and of ttft."""
+        found = {"vision": timing.seconds(ready.vision)}
+        if name != "stock again":
+            if not VARIANTS[name].released:  # a few pixels smaller, each time another size
+                less = torch.tensor([turn + 1, list(VARIANTS).index(name)])
+                found["unseen"] = timing.seconds(functools.partial(ready.vision, batch.sizes - less))
+            found["ttft"] = timing.seconds(ready.first_token)
+        return found
 
 
 # --- summary ---------------------------------------------------------------------------------------------
@@ -224,13 +244,13 @@ class Bench:
 def summarise(record: Mapping) -> dict[str, object]:
     """Return what follows from the raw times of a record, for each batch.
 
-    ``vision`` and ``ttft`` compare each variant with stock (``None`` if stock failed); ``times`` has their
+    Each of ``GROUPS`` compares each variant with stock (``None`` if stock failed); ``times`` has their
     medians and minima.
     """
     result = {}
     for series in record["series"]:
         result[series["batch"]] = found = {"times": {}}
-        for group in ("vision", "ttft"):
+        for group in GROUPS:
             times = series["seconds"].get(group, {})
             stock = times.get("stock")
             found["times"][group] = {name: summary(values) for name, values in times.items()}
@@ -268,40 +288,53 @@ class Run:
                 right.append(batch)
             except Exception as error:
                 self.failed(f"batch {batch.name}", error)
-        with timing.quiet_heap():
-            for number, batch in enumerate(right):
-                self.times(bench, batch, Clock(self.clock.left() / (len(right) - number)))
-                self.write()
-
-    def times(self, bench: Bench, batch: Prepared, clock: Clock) -> None:
-        """Run rounds over all variants; one that fails is dropped, since ratios compare the same rounds."""
-        series = {"batch": batch.name, "rounds": 0, "seconds": defaultdict(dict)}
-        variants, longest = measured(bench.gpu), 0.0
-        peaks = self.record["peak_bytes"].setdefault(batch.name, {})
-        for turn in tqdm(range(self.rounds), f"batch {batch.name}", disable=None):
-            if clock.left() < longest or clock.left() <= 0:
-                left = f"no time for {self.rounds - turn} of {self.rounds} rounds"
-                self.record["left_out"].append(f"times of all variants, batch {batch.name}: {left}")
-                break
-            begin = time.monotonic()
-            for name in timing.take_turns(variants, turn):
-                try:
-                    found = bench.measure(batch, name)
-                    if turn == 0:
-                        peaks[name] = bench.peak(batch, name)
-                except Exception as error:
-                    self.failed(f"times of {name}, batch {batch.name}", error, name.startswith("hero"))
-                    variants.remove(name)
-                    for group in series["seconds"].values():
-                        group.pop(name, None)
-                    continue
-                for group, seconds in found.items():
-                    series["seconds"][group].setdefault(name, []).append(seconds)
-            longest = max(longest, time.monotonic() - begin)
-            if turn == 0:
-                self.record["series"].append(series)
-            series["rounds"] += 1
+        for number, batch in enumerate(right):
+            self.times(bench, batch, 1 / (len(right) - number))
             self.write()
+
+    def times(self, bench: Bench, batch: Prepared, share: float) -> None:
+        """Run rounds over all variants, in a share of the time that is left once they are ready.
+
+        A variant that fails is dropped, since ratios compare the same rounds.
+        """
+        series = {"batch": batch.name, "rounds": 0, "seconds": defaultdict(dict)}
+        peaks = self.record["peak_bytes"].setdefault(batch.name, {})
+        ready: dict[str, Ready] = {}
+
+        @contextlib.contextmanager
+        def dropped(name: str) -> Iterator[None]:
+            """Drop a variant that raises."""
+            try:
+                yield
+            except Exception as error:
+                self.failed(f"times of {name}, batch {batch.name}", error, name.startswith("hero"))
+                ready.pop(name, None)
+                for group in series["seconds"].values():
+                    group.pop(name, None)
+
+        with contextlib.ExitStack() as stack:
+            for name in measured(bench.gpu):
+                if self.clock.left() > 0:
+                    with dropped(name):
+                        ready[name] = stack.enter_context(bench.ready(batch, name))
+                        peaks[name] = bench.warm_up(ready[name])
+            stack.enter_context(timing.quiet_heap())
+            clock, longest = Clock(share * self.clock.left()), 0.0
+            for turn in tqdm(range(self.rounds), f"batch {batch.name}", disable=None):
+                if clock.left() < longest or clock.left() <= 0:
+                    left = f"no time for {self.rounds - turn} of {self.rounds} rounds"
+                    self.record["left_out"].append(f"times of all variants, batch {batch.name}: {left}")
+                    break
+                begin = time.monotonic()
+                for name in timing.take_turns(list(ready), turn):
+                    with dropped(name):
+                        for group, seconds in bench.measure(batch, name, ready[name], turn).items():
+                            series["seconds"][group].setdefault(name, []).append(seconds)
+                longest = max(longest, time.monotonic() - begin)
+                if turn == 0:
+                    self.record["series"].append(series)
+                series["rounds"] += 1
+                self.write()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -328,6 +361,7 @@ def main(arguments: Sequence[str]) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "attention": "sdpa",
         "picture": PHOTOGRAPH,
+        "attached": "once for all rounds",
         "shape": dataclasses.asdict(SHAPES[shape]) | {"pinpoints": SHAPES[shape].pinpoints},
         "batches": {},
         "series": [],

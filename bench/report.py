@@ -45,7 +45,7 @@ def milliseconds(times: Mapping[str, float] | None) -> str:
 
 BEST, TEXT, GRAPH = "hero 0.2", "hero 0.2 + text", "hero 0.2 (graph)"
 HEROES = ("hero 1", "hero 0.5", BEST, "hero 0.1")
-VARIANTS = ("stock", "stock again", *HEROES, TEXT, GRAPH, f"{TEXT} (graph)", "released")
+VARIANTS = ("stock", "stock again", "stock, compiled", *HEROES, TEXT, GRAPH, f"{TEXT} (graph)", "released")
 TITLES = {
     "7b": "LLaVA-NeXT-7B's shape",
     "clip-l": "CLIP-L tower, small language model",
@@ -105,7 +105,10 @@ def end_to_end(record: Mapping) -> list[str]:
         lines += ["", f"**{images(record, batch)}** of {sizes} px (height × width); {rounds} rounds"]
         lines[-1] += f"; vision of stock again, to stock: {again}" if again else ""
         lines += ["", *table(head, rows)]
-    if record["gpu"]:
+        unseen = [f"{name} {ratio(one)}" for name, one in found.get("unseen", {}).items() if name != "stock"]
+        if unseen:
+            lines += ["", f"Vision with image sizes not seen before, to stock: {'; '.join(unseen)}."]
+    if record["gpu"] and "attached" not in record:  # then hero was attached anew in each round
         lines += ["", "The first token of a (graph) variant includes recording the graph."]
     failed = [f"{one['what']}: {one['reason']}" for one in record["failed"]]
     ended = [record["ended"]] if record.get("ended") else []
@@ -162,8 +165,11 @@ def kernels(record: Mapping) -> list[str]:
     ceilings, results = record["ceilings"], record["results"]
     lines = source(record)
     if ceilings:
+        copies = ceilings.get("copies") or {}  # not in old records
+        ways = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in copies.items())
         lines[-1] += (
-            f" Measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s, bf16 matrix product "
+            f" Measured in the same run: copy {ceilings['bandwidth'] / 1e12:.2f} TB/s"
+            f"{f' ({ways})' if ways else ''}, bf16 matrix product "
             f"{ceilings['flops'] / 1e12:.0f} TFLOP/s, smallest launch {ceilings['launch_us']:.1f} µs."
         )
     tests = record["tests"]

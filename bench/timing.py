@@ -122,14 +122,19 @@ Call = Callable[[Any], object]
 GRAPH_MS = 20  # of the calls in one CUDA graph
 MOST_SETS = 96
 MEMORY = 16 << 30  # bytes of all sets together
+COPY_BYTES, PRODUCT = 1 << 30, 8192  # sizes of the copy and of the square matrices that give the ceilings
 
 
 class Ceilings(NamedTuple):
-    """Measured limits of a device: bytes and operations per second, microseconds of the smallest launch."""
+    """Measured limits of a device: bytes and operations per second, microseconds of the smallest launch.
+
+    ``bandwidth`` is the largest of ``copies``, the rates of several ways to copy.
+    """
 
     bandwidth: float
     flops: float
     launch_us: float
+    copies: Mapping[str, float] | None = None
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -175,21 +180,27 @@ def call_us(call: Call, sets: Sequence[Any], count: int = 1) -> float:
 
 
 def ceilings(device: torch.device) -> Ceilings:
-    """Measure the bandwidth of an elementwise kernel, a bf16 matrix product and the smallest launch."""
+    """Measure copies by a memcpy and by an elementwise kernel, a bf16 matrix product, the smallest launch.
+
+    Either way to copy may be the slower: on an H200, kernels outran the memcpy of a CUDA graph.
+    """
 
     def median(call: Call, inputs: Any) -> float:
         return statistics.median(graph_us(call, [inputs])[0]) * 1e-6
 
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device=device).view(torch.int32)
+    source = torch.randint(1 << 30, (COPY_BYTES // 4,), dtype=torch.int32, device=device)
     pair = source, torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / median(lambda pair: torch.add(pair[0], 1, out=pair[1]), pair)
-    size = 8192
-    three = [torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    rate = 2 * size**3 / median(lambda three: torch.mm(*three[:2], out=three[2]), three)
+    ways: dict[str, Call] = {
+        "memcpy": lambda pair: pair[1].copy_(pair[0]),
+        "kernel": lambda pair: torch.add(pair[0], 1, out=pair[1]),
+    }
+    copies = {name: 2 * source.nbytes / median(call, pair) for name, call in ways.items()}
+    three = [torch.randn(PRODUCT, PRODUCT, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    rate = 2 * PRODUCT**3 / median(lambda three: torch.mm(*three[:2], out=three[2]), three)
     launch = median(lambda number: number.add_(1), torch.zeros(1, device=device))
     del source, pair, three
     torch.cuda.empty_cache()
-    return Ceilings(bandwidth, rate, 1e6 * launch)
+    return Ceilings(max(copies.values()), rate, 1e6 * launch, copies)
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -27,7 +27,9 @@ else:
         """``way``: each way of running an operation on this machine; ``kernel``: those that run a kernel."""
         for name, ways in (("way", WAYS), ("kernel", KERNELS)):
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, ways, ids=lambda way: way.name)
+                marks = {"cuda": [pytest.mark.gpu]}
+                every = [pytest.param(way, id=way.name, marks=marks.get(way.device, [])) for way in ways]
+                metafunc.parametrize(name, every)
 
     def pytest_collection_modifyitems(config, items):
         """Deselect what cannot run here."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,6 +20,7 @@ import torch
 from oracles import first_difference
 
 import hero
+from hero_kernels import _launch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # an installed package brings no benchmarks
@@ -31,6 +34,9 @@ from bench import (  # noqa: E402
     kernels,
     models,
     registry,
+    report,
+    timing,
+    tune,
 )
 from bench.kernels import measure  # noqa: E402
 from bench.registry import Unavailable, Variant, Wrong  # noqa: E402
@@ -183,7 +189,7 @@ def test_relevance_is_of_the_models_own_tower(subject):
 
 # --- end to end ------------------------------------------------------------------------------------------
 
-EVERY = {name for name, variant in end_to_end.VARIANTS.items() if not variant.graph}
+EVERY = set(end_to_end.measured(gpu=False))
 HEROES = {"hero 1", "hero 0.5", "hero 0.2", "hero 0.1"}
 
 
@@ -231,7 +237,8 @@ def test_record_keeps_every_raw_time(record):
     assert [(one["batch"], one["rounds"]) for one in record["series"]] == [("1", ROUNDS), ("2", ROUNDS)]
     for series in record["series"]:
         times = series["seconds"]
-        assert set(times) == {"vision", "ttft"}
+        assert set(times) == {"vision", "unseen", "ttft"}
+        assert set(times["unseen"]) == EVERY - {"stock again", "released"}
         assert set(times["vision"]) == EVERY
         assert set(times["ttft"]) == EVERY - {"stock again"}
         values = [one for found in times.values() for one in found.values()]
@@ -240,7 +247,7 @@ def test_record_keeps_every_raw_time(record):
 
 def test_ratios_are_positive_and_inside_their_intervals(record):
     comparisons = _comparisons(record["summary"])
-    assert len(comparisons) == 2 * (2 * len(EVERY) - 1)
+    assert len(comparisons) == 2 * (3 * len(EVERY) - 3)
     for comparison in comparisons:
         low, high = comparison["interval"]
         assert 0 < low <= comparison["paired"] <= high
@@ -270,9 +277,9 @@ def test_peaks_are_of_the_vision_stage(record):
 
 
 def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch, tmp_path):
-    """The variants of a GPU on a CPU: no graph there, and the released method is broken."""
+    """The variants of a GPU on a CPU: no graph there; compilation and the released method are broken."""
 
-    def broken(self, *arguments):
+    def broken(self, *arguments, **options):
         raise RuntimeError(f"no such file {ROOT}/bench/nothing.py")
 
     check = end_to_end.Bench.check
@@ -283,13 +290,16 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
         return described
 
     monkeypatch.setattr(end_to_end.Bench, "check", break_after_the_check)
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(end_to_end, "measured", lambda gpu: list(end_to_end.VARIANTS))
     monkeypatch.setattr(models, "SHAPES", {"small": dataclasses.replace(SMALL, batches=SMALL.batches[:1])})
     path = tmp_path / "record.json"
     status = end_to_end.main(["--shape", "small", "--rounds", "2", "--out", str(path)])
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert status == 1 and len(record["failed"]) == 3  # the released method, and two graphs
+    failed = {one["what"].removeprefix("times of ").partition(", batch")[0]: one for one in record["failed"]}
+    assert status == 1 and set(failed) == set(end_to_end.VARIANTS) - EVERY | {"released"}
+    assert [name for name, one in failed.items() if not one["ours"]] == ["released", "stock, compiled"]
     graphs = [one for one in record["failed"] if "(graph)" in one["what"]]
     assert graphs and all("expected pixel_values on a CUDA device" in one["reason"] for one in graphs)
     assert any("no such file bench/nothing.py" in one["reason"] for one in record["failed"])
@@ -300,6 +310,79 @@ def test_what_fails_or_does_not_fit_is_recorded_and_the_rest_goes_on(monkeypatch
     assert _report(tmp_path).returncode == 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "Failed: " in page and "no such file bench/nothing.py" in page
+
+
+def test_times_are_of_the_steady_state(monkeypatch, subject):
+    """Each variant is attached once, to a copy that shares the weights, and called before it is timed."""
+    calls, attach, encode = [], hero.attach, hero.HeroVisionEncoder.__call__
+
+    def attached(model, processor, **options):
+        assert model is not subject.model and processor is not subject.processor
+        own, shared = dict(model.named_parameters()), dict(subject.model.named_parameters())
+        assert own.keys() == shared.keys() and all(own[name] is one for name, one in shared.items())
+        calls.append("attach")
+        return attach(model, processor, **options)
+
+    def encoded(self, pixels, sizes, **options):
+        calls.append(tuple(map(tuple, sizes.tolist())))
+        return encode(self, pixels, sizes, **options)
+
+    def seconds(function):
+        calls.append("timed")
+        function()
+        return 1.0
+
+    monkeypatch.setattr(end_to_end.timing, "seconds", seconds)
+    monkeypatch.setattr(end_to_end, "measured", lambda gpu: ["stock", "hero 0.2", "stock again"])
+    record = {"series": [], "peak_bytes": {}, "left_out": [], "failed": []}
+    run = end_to_end.Run(record, "unused", timing.Clock(60), rounds=3)
+    monkeypatch.setattr(run, "write", lambda: None)
+    with torch.inference_mode():
+        bench = end_to_end.Bench(subject, torch.device("cpu"))
+        monkeypatch.setattr(hero, "attach", attached)
+        monkeypatch.setattr(hero.HeroVisionEncoder, "__call__", encoded)
+        run.times(bench, bench.prepared[1], 1.0)
+    assert record["failed"] == record["left_out"] == [] and record["series"][0]["rounds"] == 3
+    assert calls.count("attach") == 1 and calls.index("attach") < calls.index("timed")
+    sizes = [one for one in calls if isinstance(one, tuple)]
+    place = list(end_to_end.VARIANTS).index("hero 0.2")
+    seen = tuple(map(tuple, bench.prepared[1].sizes.tolist()))
+    unseen = [tuple((h - turn, w - place) for h, w in seen) for turn in (1, 2, 3)]
+    warm = sizes[: -2 * 3]
+    assert warm and set(warm) == {seen} and calls.index(seen) < calls.index("timed")
+    assert sizes[len(warm) :] == [size for other in unseen for size in (seen, other)]
+
+
+@pytest.mark.parametrize("name", ["7b", "clip-l"])
+def test_unseen_sizes_have_as_many_crops(name):
+    shape = models.SHAPES[name]
+    with hero.attach(models.build_model(shape, "meta", torch.bfloat16)) as handle:
+        layouts = handle.encoder.geometry.layouts
+    for batch in shape.batches:
+        crops = [one.crops for one in layouts(batch)]
+        for down in range(1, end_to_end.GPU_ROUNDS + 1):
+            for right in range(len(end_to_end.VARIANTS)):
+                unseen = [(height - down, width - right) for height, width in batch]
+                assert [one.crops for one in layouts(unseen)] == crops
+
+
+def test_the_compiled_tower_is_stock(monkeypatch, subject):
+    """Compiled anew for each batch, on a copy; without a GPU, by a backend that generates no code."""
+    compilers, compile_ = [], torch.compile
+
+    def compiled(function, **options):
+        compilers.append(options)
+        return compile_(function, backend="eager", dynamic=options["dynamic"])
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with torch.inference_mode():
+        bench = end_to_end.Bench(subject, torch.device("cpu"))
+        for batch in bench.prepared:
+            with bench.ready(batch, "stock, compiled") as ready:
+                for one, other in zip(ready.vision(), bench.stock(batch), strict=True):
+                    assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert compilers == [{"mode": "reduce-overhead", "dynamic": False}] * 2
+    assert subject.model.model.vision_tower._compiled_call_impl is None
 
 
 def test_no_time_leaves_out_all_but_says_so(tmp_path):
@@ -460,14 +543,14 @@ def test_device_runs_the_model_end_to_end(device_record, device_run):
 def _runs(monkeypatch, script: Path, module: str, code: str) -> None:
     """Let the device's processes run other code instead of a module."""
     script.write_text(code, encoding="utf-8")
-    start = subprocess.run
+    start = subprocess.Popen
 
     def run(command, **options):
         place = command.index(module)
         assert options["env"]["HERO_REQUIRE_KERNEL"] == "1" and command[place - 1] == "-m"
         return start([*command[: place - 1], str(script), *command[place + 1 :]], **options)
 
-    monkeypatch.setattr(device.subprocess, "run", run)
+    monkeypatch.setattr(device.subprocess, "Popen", run)
 
 
 WRITES = """
@@ -528,6 +611,26 @@ def test_floor_is_the_larger_of_two_times():
     assert registry.floor_us(registry.Cost(10**6, 0), ceilings) == pytest.approx(1.0)
     assert registry.floor_us(registry.Cost(10**6, 10**9), ceilings) == pytest.approx(10.0)
     assert registry.floor_us(registry.Cost(1), None) is None
+
+
+@pytest.mark.parametrize(("memcpy", "copier"), [(2.0, 1.0), (1.0, 2.0)])
+def test_the_ceiling_of_copies_is_the_fastest_way(monkeypatch, memcpy, copier):
+    """A memcpy and an elementwise kernel of the same size are timed; the record keeps both rates."""
+    found = []
+
+    def times(call, sets):
+        call(*sets)
+        found.append(sets[0])
+        return [1e6 * (memcpy, copier, 1.0, 1.0)[len(found) - 1]], None, None
+
+    monkeypatch.setattr(timing, "graph_us", times)
+    monkeypatch.setattr(timing, "COPY_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "PRODUCT", 8)
+    limits = timing.ceilings(torch.device("cpu"))
+    assert limits.copies == {"memcpy": 2048 / memcpy, "kernel": 2048 / copier} and limits.bandwidth == 2048.0
+    assert torch.equal(found[1][1], found[1][0] + 1)
+    record = {**kernels.new_record(True, "a command", []), "ceilings": limits._asdict()}
+    assert "(memcpy 0.00, kernel 0.00)" in "".join(report.kernels(json.loads(json.dumps(record))))
 
 
 def _case_of(variant: Variant):
@@ -664,6 +767,30 @@ def test_a_run_of_the_tests_that_is_out_of_time_counts_what_ran(tmp_path):
     assert result["counts"] == {"failed": 1} and result["failures"] == ["test_one.py::test_number[2]"]
 
 
+@needs_no_gpu
+def test_an_interrupted_run_writes_what_it_has(tmp_path):
+    """SIGTERM ends the step that runs and the processes it started, and leaves the rest out."""
+    test = tmp_path / "test_one.py"
+    code = A_TEST.replace("MARK", "gpu") + f"    open({str(tmp_path / 'begun')!r}, 'w').close()\n"
+    test.write_text(code + "    import time; time.sleep(60)\n", encoding="utf-8")
+    (tmp_path / "conftest.py").write_text("", encoding="utf-8")
+    command = [sys.executable, "bench/run_device", tmp_path, "--small", "--seconds", "100", "--tests", test]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    clock = device.Clock(60)
+    while not (tmp_path / "begun").exists() and clock.left() > 0:
+        time.sleep(0.1)
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    record = json.loads((tmp_path / "kernels.json").read_text(encoding="utf-8"))
+    assert record["tests"]["status"] == "stopped: interrupted" and "end to end: {'status': 'stopped" in out
+    assert process.returncode == 1 and clock.left() > 0
+    assert not (tmp_path / "end_to_end.json").exists()
+
+
+def test_no_tests_are_not_all_tests(tmp_path):
+    assert device.run_tests([], tmp_path, 10) == {"status": "not run"}
+
+
 def test_gpu_tests_are_found():
     """Those marked in their own file, and those whose ways come from a module beside them."""
     names = {file.name for file in device.gpu_tests()}
@@ -677,3 +804,125 @@ def test_the_cases_run_under_pytest_benchmark():
     done = _run("pytest", *options, "bench/kernels.py")
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"\d+ passed, \d+ skipped", done.stdout)
+
+
+# --- tuned configurations --------------------------------------------------------------------------------
+
+ROW = {"upto": 64, "BLOCK": 64, "STAGES": 2, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", None, "nvidia-h100"),
+        ("NVIDIA H100 PCIe", None, "nvidia-h100-pcie"),  # the longest
+        ("NVIDIA H1000", None, "default"),  # whole words
+        ("NVIDIA H200", None, "nvidia-h200"),
+        ("NVIDIA A100", None, "default"),
+        ("Radeon", "6.2", "amd"),
+        ("AMD Instinct MI300X", "6.2", "amd"),
+    ],
+)
+def test_a_device_finds_its_configuration(monkeypatch, device, hip, name):
+    names = ["amd", "default", "nvidia-h100", "nvidia-h100-pcie", "nvidia-h200"]
+    monkeypatch.setattr(_launch, "config_names", lambda: names)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert _launch._name_of.__wrapped__(torch.device("cuda")) == name
+
+
+def test_what_was_measured_is_not_a_launch_option(monkeypatch):
+    config = {"kernels": {"cls_rows": [ROW | {"us": {"T=5": 1.0}, "source": "a GPU"}]}}
+    monkeypatch.setattr(_launch, "read_config", lambda name: config)
+    assert dict(_launch._row.__wrapped__("x", "cls_rows", 64)) == {
+        k: v for k, v in ROW.items() if k != "upto"
+    }
+
+
+def test_shipped_configurations_say_where_they_come_from():
+    """And a device's own has the kernels, rows and options of the default."""
+    default = _launch.read_config("default")["kernels"]
+    for name in _launch.config_names():
+        config = _launch.read_config(name)
+        assert config["source"] and config["kernels"].keys() == default.keys()
+        for kernel, rows in config["kernels"].items():
+            assert [row["upto"] for row in rows] == sorted({row["upto"] for row in rows})
+            for row in rows if name not in ("amd", "default") else ():
+                own = next(one for one in default[kernel] if one["upto"] == row["upto"])
+                assert row.keys() - _launch.NOTES == own.keys() - _launch.NOTES
+                assert ("us" in row) == ("source" in row)
+
+
+def test_the_search_finds_the_fastest_row():
+    """Option by option, over rows that cannot be used; the same row is never timed twice."""
+    best, tried = {"BLOCK": 256, "num_warps": 1, "num_stages": 4}, []
+
+    def us(row):
+        tried.append(json.dumps(row))
+        assert row["STAGES"] == row["num_stages"] and row["maxnreg"] == 255 and row["upto"] == 64
+        if row["BLOCK"] < 32 or row["num_warps"] > 8:
+            return None
+        away = abs(math.log2(row["BLOCK"] / 256)) + abs(math.log2(row["num_warps"])) + abs(row["STAGES"] - 4)
+        return {"T=5": 10.0 + away, "T=160": 100.0 + 10 * away}
+
+    found = tune.search(ROW, us, device.Clock(60))
+    assert found == ROW | best | {"STAGES": 4, "us": {"T=5": 10.0, "T=160": 100.0}}
+    assert len(tried) == len(set(tried))
+    assert tune.search(ROW, us, device.Clock(0)) is None
+    assert tune.search(ROW, lambda row: None, device.Clock(60)) is None  # no row works
+    assert tune.search(ROW, lambda row: {"T=5": 1.0}, device.Clock(60)) == ROW | {"us": {"T=5": 1.0}}
+    noise = {json.dumps(ROW): {"T=5": 1.0}}
+    assert tune.search(ROW, lambda row: noise.get(json.dumps(row), {"T=5": 0.99}), device.Clock(60)) == (
+        ROW | {"us": {"T=5": 1.0}}
+    )
+
+
+def test_tuning_writes_rows_and_continues(monkeypatch, tmp_path):
+    """Launches see the candidate at its own row; a row with a time is not measured again."""
+    cpu, path, used = torch.device("cpu"), tmp_path / "config.json", []
+
+    def call(inputs):
+        return [_launch.configuration(*one, cpu) for one in (("finalize", 576), ("tile_budgets", 64))]
+
+    def alone(inputs):
+        return [_launch.configuration("finalize", 576, cpu)]
+
+    def measured(case, variant, sets, device):
+        used.append((variant.name, *variant.call(None)))
+        return {"status": "ok", "us": 1.0 + abs(used[-1][-1]["num_warps"] - 8)}
+
+    variants = tuple(Variant(one.__name__, one, _wrong, ours=True) for one in (call, alone))
+    shape = registry.Shape(registry.SMALL, registry.SMALL_BATCH)
+    case = registry.Case(
+        "finalize_scores", shape, 1, lambda seed: None, (*variants, Variant("peer", _wrong, _wrong))
+    )
+    monkeypatch.setattr(tune, "all_cases", lambda small, device: [case])
+    monkeypatch.setattr(tune, "measure", measured)
+    assert tune.tune(path, cpu, device.Clock(60), "a GPU", small=True) == 0
+    assert {name for name, *_ in used} == {"alone", "call"}  # whichever uses the fewest rows
+    config, default = json.loads(path.read_text(encoding="utf-8")), _launch.read_config("default")
+    assert config["source"] and "us" not in json.dumps(default)
+    for kernel, rows in config["kernels"].items():
+        for row, own in zip(rows, default["kernels"][kernel], strict=True):
+            if row["upto"] == {"finalize": 1024, "tile_budgets": 64}.get(kernel):
+                assert row == own | {"num_warps": 8, "us": {f"T={shape.crops}": 1.0}, "source": "a GPU"}
+            else:
+                assert row == own
+    used.clear()
+    config["kernels"]["finalize"][0].pop("us")
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert tune.tune(path, cpu, device.Clock(60), "again", small=True) == 0
+    assert {name for name, *_ in used} == {"alone"}
+    again = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+    assert (
+        again["finalize"][0]["source"] == "again"
+        and again["tile_budgets"] == config["kernels"]["tile_budgets"]
+    )
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 50  # a row is a line
+
+
+@needs_no_gpu
+def test_tuning_needs_a_gpu(tmp_path):
+    done = _run("bench.tune", "nvidia-h100")
+    assert done.returncode == 2 and "no GPU" in done.stderr
+    assert "nvidia-h100" not in _launch.config_names() or done.stdout == ""
