@@ -43,9 +43,10 @@ def milliseconds(times: Mapping[str, float] | None) -> str:
 
 # --- end to end ------------------------------------------------------------------------------------------
 
-BEST, TEXT, GRAPH = "hero 0.2", "hero 0.2 + text", "hero 0.2 (graph)"
+BEST, TEXT, EAGER, GRAPH = "hero 0.2", "hero 0.2 + text", "hero 0.2 (eager)", "hero 0.2 (graph)"
 HEROES = ("hero 1", "hero 0.5", BEST, "hero 0.1")
-VARIANTS = ("stock", "stock again", "stock, compiled", *HEROES, TEXT, GRAPH, f"{TEXT} (graph)", "released")
+VARIANTS = ("stock", "stock again", "stock, compiled", *HEROES, TEXT, EAGER, GRAPH)
+VARIANTS += (f"{TEXT} (eager)", f"{TEXT} (graph)", "released")
 TITLES = {
     "7b": "LLaVA-NeXT-7B's shape",
     "clip-l": "CLIP-L tower, small language model",
@@ -75,7 +76,9 @@ def overview(records: Sequence[Mapping]) -> list[str]:
         names.append(f"{where(record)}: {', '.join(words)}.")
         for batch in record["batches"]:
             found = record["summary"].get(batch, {"vision": {}, "ttft": {}})
-            paths = (("vision", BEST), ("vision", GRAPH), ("ttft", BEST), ("vision", "released"))
+            # Before 0.2.0 CUDA graphs were not the default.
+            plain, graph = (EAGER, BEST) if EAGER in found["vision"] else (BEST, GRAPH)
+            paths = (("vision", plain), ("vision", graph), ("ttft", BEST), ("vision", "released"))
             cells = [ratio(found[group].get(name)) or "not measured" for group, name in paths]
             rows.append([f"{where(record)}, {images(record, batch)}", *cells])
     if not records[0]["gpu"]:
