@@ -60,7 +60,7 @@ def elements(launch):
         return block * given["D_PAD"], 0, given["key"]
     if launch.name in ("received_log_sums_kernel", "received_columns_kernel"):
         return (given["BLOCK_M"] + given["BLOCK_N"]) * given["D_PAD"], 0, given["key"]
-    if launch.name == "segmented_topk_gather_kernel":
+    if launch.name == "gather_rows_kernel":
         rows = given["ROWS"] * given["COLUMNS"] * given["CHUNKS"]
         return rows, rows, given["features"]
     return 0, 0, None  # too little to matter
@@ -131,10 +131,10 @@ def test_no_kernel_takes_more_than_20_runtime_parameters():
 
 def test_launches_are_specialised_as_by_the_jit():
     """Divisible strides are known to be, a stride of one is a constant, 72 is not divisible by 16."""
-    *_, launch = recorded(cases_of("siglip bf16")["gather tiles"], "sm_90")
-    source = compiled._specialised(launch, "sm_90")
-    assert source.signature["features"] == "*bf16" and source.signature["scores"] == "*fp32"
-    kinds, strides = source.signature["feature_strides"], launch.arguments["feature_strides"]
+    *_, select, gather = recorded(cases_of("siglip bf16")["gather tiles"], "sm_90")
+    selected, source = (compiled._specialised(launch, "sm_90") for launch in (select, gather))
+    assert source.signature["features"] == "*bf16" and selected.signature["scores"] == "*fp32"
+    kinds, strides = source.signature["feature_strides"], gather.arguments["feature_strides"]
     assert kinds[2] == "constexpr" and strides[2] == 1
     names = list(source.signature)
     divisible = {
@@ -142,5 +142,5 @@ def test_launches_are_specialised_as_by_the_jit():
         for path, found in source.attrs.items()
         if ["tt.divisibility", 16] in found
     }
-    assert {("features",), ("feature_strides", 0), ("feature_strides", 1)} <= divisible
-    assert ("side",) not in divisible and source.signature["side"] == "i32"
+    assert {("features",), ("feature_strides", 0), ("feature_strides", 1), ("width",)} <= divisible
+    assert ("patches",) not in divisible and source.signature["patches"] == "i32"

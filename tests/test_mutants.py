@@ -152,16 +152,30 @@ KERNELS = [
     Mutant(
         "a newline too many",
         "segmented_topk_gather",
-        "(stitched < newline_end)",
-        "(stitched <= newline_end)",
+        "(top + r < newline_end)",
+        "(top + r <= newline_end)",
         "gather, padding",
     ),
     Mutant(
         "empty rows are newlines",
         "segmented_topk_gather",
-        "tl.where(is_band, -1, -2)",
-        "-1",
+        "tl.full([FILL], -2, tl.int32)",
+        "tl.full([FILL], -1, tl.int32)",
         "gather, too few",
+    ),
+    Mutant(
+        "patches of the first tile",
+        "segmented_topk_gather",
+        "source = (first + lead + i)",
+        "source = (first + lead)",
+        "gather, padding",
+    ),
+    Mutant(
+        "newline rows not empty",
+        "segmented_topk_gather",
+        "(source >= 0)[:, None] & in_d, other=0.0",
+        "(source >= 0)[:, None] & in_d, other=1.0",
+        "gather",
     ),
 ]
 REFERENCE = [
