@@ -59,7 +59,7 @@ def elements(launch):
         block = max(given["BLOCK"], given["BLOCK_M"] + 2 * given["BLOCK_N"])
         return block * given["D_PAD"], 0, given["key"]
     if launch.name in ("received_log_sums_kernel", "received_columns_kernel"):
-        return (given["BLOCK_M"] + given["BLOCK_N"]) * given["D_PAD"], 0, given["key"]
+        return (given["BLOCK_M"] + given["BLOCK_N"]) * (given["MAIN"] + given["REST"]), 0, given["key"]
     if launch.name == "gather_rows_kernel":
         rows = given["ROWS"] * given["COLUMNS"] * given["CHUNKS"]
         return rows, rows, given["features"]

@@ -56,6 +56,7 @@ CHECKS = {
     "cls, NaN": attention("cls_attention", "P 36", "per crop"),
     "attention": attention("attention_with_cls", "narrow"),
     "received": attention("received_attention", "narrow"),
+    "received, split": attention("received_attention", "odd sizes"),
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
     "budgets": selection("tile_budgets", "K from 0 to 40", "exact"),
     "caps": selection("tile_budgets", "everything kept", "exact"),
@@ -141,6 +142,13 @@ KERNELS = [
     ),
     Mutant("queries beyond the last", "received_attention", 'other=float("inf")', "other=0.0", "received"),
     Mutant("sum for mean", "received_attention", "w / tokens", "w", "received"),
+    Mutant(
+        "rest of the head left out",
+        "received_attention",
+        "    if REST:\n        s = ",
+        "    if REST > 99:\n        s = ",
+        "received, split",
+    ),
     Mutant(
         "newline first",
         "segmented_topk_gather",
