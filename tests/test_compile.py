@@ -119,6 +119,14 @@ def test_every_kernel_is_launched():
     assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
+def test_fusion_is_off_where_kernels_must_round_alike():
+    """The passes of received attention as each other, shares as the reference; elsewhere it saves time."""
+    every = [launch for case in cases_of("clip bf16").values() for launch in recorded(case, "sm_90")]
+    off = {launch.name for launch in every if not launch.arguments["enable_fp_fusion"]}
+    assert off == {"received_log_sums_kernel", "received_columns_kernel", "tile_budgets_kernel"}
+    assert off.isdisjoint(launch.name for launch in every if launch.arguments["enable_fp_fusion"])
+
+
 def test_no_kernel_takes_more_than_20_runtime_parameters():
     """Nor does a device function: strides and signals are tuples, absent tensors are ``None``."""
     modules = [vars(kernels)[module.name] for module in pkgutil.iter_modules(kernels.__path__)]
