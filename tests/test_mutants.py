@@ -56,6 +56,7 @@ CHECKS = {
     "cls, NaN": attention("cls_attention", "P 36", "per crop"),
     "attention": attention("attention_with_cls", "narrow"),
     "received": attention("received_attention", "narrow"),
+    "received, split": attention("received_attention", "odd sizes"),
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
     "budgets": selection("tile_budgets", "K from 0 to 40", "exact"),
     "caps": selection("tile_budgets", "everything kept", "exact"),
@@ -142,6 +143,13 @@ KERNELS = [
     Mutant("queries beyond the last", "received_attention", 'other=float("inf")', "other=0.0", "received"),
     Mutant("sum for mean", "received_attention", "w / tokens", "w", "received"),
     Mutant(
+        "rest of the head left out",
+        "received_attention",
+        "    if REST:\n        s = ",
+        "    if REST > 99:\n        s = ",
+        "received, split",
+    ),
+    Mutant(
         "newline first",
         "segmented_topk_gather",
         "(r == side - 1) & (thumbnail_newline",
@@ -152,16 +160,30 @@ KERNELS = [
     Mutant(
         "a newline too many",
         "segmented_topk_gather",
-        "(stitched < newline_end)",
-        "(stitched <= newline_end)",
+        "(top + r < newline_end)",
+        "(top + r <= newline_end)",
         "gather, padding",
     ),
     Mutant(
         "empty rows are newlines",
         "segmented_topk_gather",
-        "tl.where(is_band, -1, -2)",
-        "-1",
+        "tl.full([FILL], -2, tl.int32)",
+        "tl.full([FILL], -1, tl.int32)",
         "gather, too few",
+    ),
+    Mutant(
+        "patches of the first tile",
+        "segmented_topk_gather",
+        "source = (first + lead + i)",
+        "source = (first + lead)",
+        "gather, padding",
+    ),
+    Mutant(
+        "newline rows not empty",
+        "segmented_topk_gather",
+        "(source >= 0)[:, None] & in_d, other=0.0",
+        "(source >= 0)[:, None] & in_d, other=1.0",
+        "gather",
     ),
 ]
 REFERENCE = [

@@ -89,6 +89,7 @@ def attention_with_cls_kernel(
             D_PAD,
             BLOCK,
             BLOCKS,
+            1,  # shared memory is for the others
             SECOND,
             ADD,
         )

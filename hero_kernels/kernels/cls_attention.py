@@ -5,9 +5,9 @@
 Shapes: query [T, H, 1 or N, D] and key [T, H, N, D] in fp32, fp16 or bf16, any strides; rows
 [T, H, N − 1] fp32, contiguous.
 
-Grid (1, H, T). A program streams the N keys of one head in blocks of BLOCK, keeps the N − 1 logits in
-registers (an array [BLOCKS, BLOCK]), computes the softmax there and writes one row. The mean over heads is
-taken once after the last layer, by :mod:`.finalize_scores`.
+Grid (1, H, T). A program streams the N keys of one head in blocks of BLOCK, with STAGES − 1 loaded ahead,
+keeps the N − 1 logits in registers (an array [BLOCKS, BLOCK]), computes the softmax there and writes one row.
+The mean over heads is taken once after the last layer, by :mod:`.finalize_scores`.
 
 Bytes: every key once, T·H·N·D of the key's dtype, and T·H·(N − 1)·4 out. Crops of weight 0 read nothing:
 layers that score thumbnails skip the tiles, and vice versa. No atomics: every element has one owner and every
@@ -48,6 +48,7 @@ def softmax_row(
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     SECOND: tl.constexpr,
 ):
     """CLS attention to the patches of one crop and head: ``[BLOCKS, BLOCK]`` fp32, 0 beyond the patches."""
@@ -62,7 +63,7 @@ def softmax_row(
     n = tl.arange(0, BLOCK)
     block = tl.arange(0, BLOCKS)
     logits = tl.full([BLOCKS, BLOCK], float("-inf"), tl.float32)
-    for i in range(0, tl.cdiv(patches, BLOCK)):
+    for i in tl.range(0, tl.cdiv(patches, BLOCK), num_stages=STAGES):
         here = i * BLOCK + n
         rows = key + (here + 1).to(tl.int64)[:, None] * key_strides[2] + d[None, :] * key_strides[3]
         k = tl.load(rows, mask=(here < patches)[:, None] & in_d[None, :], other=0.0)
@@ -107,6 +108,7 @@ def cls_attention_kernel(
     D_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     SECOND: tl.constexpr,
     ADD: tl.constexpr,
 ):
@@ -117,7 +119,9 @@ def cls_attention_kernel(
     if w != 0.0:
         q = query + tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
         k = key + tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
-        p = softmax_row(q, k, query_strides, key_strides, scale, patches, D, D_PAD, BLOCK, BLOCKS, SECOND)
+        p = softmax_row(
+            q, k, query_strides, key_strides, scale, patches, D, D_PAD, BLOCK, BLOCKS, STAGES, SECOND
+        )
         store_row(row, p, w, patches, BLOCK, BLOCKS, ADD)
     else:
         if not ADD:

@@ -10,6 +10,10 @@ lost to rounding, [T, H, N, 2]. ``received_columns_kernel``, grid (key blocks, H
 columns, loops over all queries and sums 2^(512 (s − log_sum)). The mean over heads is taken once after the
 last layer, by :mod:`.finalize_scores`.
 
+The passes must round logits identically, or probabilities near 1 are wrong: both multiply in the same order,
+without fused multiply-add. Tensor cores take widths that are powers of two; a product over 72 features is one
+over 64 and one over 16, not one over 128.
+
 Bytes: q and k twice, 4·T·N·H·D of their dtype, and T·H·N·20; FLOPs: 4·T·H·N²·D.
 
 Source: the two-pass scheme of FlashAttention-2's backward pass (2307.08691).
@@ -37,6 +41,54 @@ from .common import (
 
 
 @triton.jit
+def load_head(
+    head,  # of one crop, at token 0
+    token,
+    strides,
+    tokens,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ACROSS: tl.constexpr,
+):
+    """``[tokens, MAIN]`` and ``[tokens, REST]`` features of tokens, transposed if ACROSS; 0 beyond the last.
+
+    If REST is 0, the second is the first, and is not used.
+    """
+    token = tl.expand_dims(token, 0 if ACROSS else 1)
+    d = tl.expand_dims(tl.arange(0, MAIN), 1 if ACROSS else 0)
+    head += token.to(tl.int64) * strides[2]
+    main = tl.load(head + d * strides[3], mask=(token < tokens) & (d < D), other=0.0)
+    rest = main
+    if REST:
+        d = MAIN + tl.expand_dims(tl.arange(0, REST), 1 if ACROSS else 0)
+        rest = tl.load(head + d * strides[3], mask=(token < tokens) & (d < D), other=0.0)
+    return main, rest
+
+
+@triton.jit
+def times(x, power):
+    """``x · power`` in the dtype of x; exact for a power of two."""
+    return (x.to(tl.float32) * power).to(x.dtype)
+
+
+@triton.jit
+def products(q, q_rest, k, k_rest, REST: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``q · k`` in fp32 of what :func:`load_head` returns."""
+    if UPCAST:  # the interpreter's dot would multiply the bit patterns of bfloat16
+        q, q_rest, k, k_rest = (
+            q.to(tl.float32),
+            q_rest.to(tl.float32),
+            k.to(tl.float32),
+            k_rest.to(tl.float32),
+        )
+    s = tl.dot(q, k, input_precision=PRECISION)
+    if REST:
+        s = tl.dot(q_rest, k_rest, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
 def received_log_sums_kernel(
     query,
     key,
@@ -51,7 +103,8 @@ def received_log_sums_kernel(
     tokens,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -64,24 +117,17 @@ def received_log_sums_kernel(
     if weight_of(weights, weight, t) != 0.0:
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
-        d = tl.arange(0, D_PAD)
-        in_d = d < D
         to_units = scale * TO_UNITS
         query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
         key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
-        q = query + m.to(tl.int64)[:, None] * query_strides[2] + d[None, :] * query_strides[3]
-        q = tl.load(q, mask=(m < tokens)[:, None] & in_d[None, :], other=0.0)
-        q = (q.to(tl.float32) * power).to(q.dtype)
+        q, q_rest = load_head(query, m, query_strides, tokens, D, MAIN, REST, False)
+        q, q_rest = times(q, power), times(q_rest, power)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, tokens, BLOCK_N, num_stages=STAGES):
             here = start + n
-            k = key + here.to(tl.int64)[None, :] * key_strides[2] + d[:, None] * key_strides[3]
-            k = tl.load(k, mask=(here < tokens)[None, :] & in_d[:, None], other=0.0)
-            if UPCAST:  # the interpreter's dot would multiply the bit patterns of bfloat16
-                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * to_units
-            else:
-                s = tl.dot(q, k, input_precision=PRECISION) * to_units
+            k, k_rest = load_head(key, here, key_strides, tokens, D, MAIN, REST, True)
+            s = products(q, q_rest, k, k_rest, REST, PRECISION, UPCAST) * to_units
             s = tl.where((here < tokens)[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             total = total * tl.exp2((top - new_top) * UNITS)
@@ -112,7 +158,8 @@ def received_columns_kernel(
     tokens,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ADD: tl.constexpr,
@@ -128,27 +175,21 @@ def received_columns_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     if w != 0.0:
         m = tl.arange(0, BLOCK_M)
-        d = tl.arange(0, D_PAD)
-        in_d = d < D
         to_units = scale * TO_UNITS
         query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
         key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
-        k = key + n.to(tl.int64)[None, :] * key_strides[2] + d[:, None] * key_strides[3]
-        k = tl.load(k, mask=(n < tokens)[None, :] & in_d[:, None], other=0.0)
-        k = (k.to(tl.float32) * power).to(k.dtype)
+        k, k_rest = load_head(key, n, key_strides, tokens, D, MAIN, REST, True)
+        k, k_rest = times(k, power), times(k_rest, power)
         for start in tl.range(0, tokens, BLOCK_M, num_stages=STAGES):
             here = start + m
-            q = query + here.to(tl.int64)[:, None] * query_strides[2] + d[None, :] * query_strides[3]
-            q = tl.load(q, mask=(here < tokens)[:, None] & in_d[None, :], other=0.0)
+            q, q_rest = load_head(query, here, query_strides, tokens, D, MAIN, REST, False)
             # Beyond the last query the log-sum-exp is infinite, and the probability 0.
             sums = log_sums + ((t * heads + h) * tokens + here) * 2
             log_sum = tl.load(sums, mask=here < tokens, other=float("inf"))
             lost = tl.load(sums + 1, mask=here < tokens, other=0.0)
-            if UPCAST:
-                s = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision=PRECISION) * to_units
-            else:
-                s = tl.dot(q, k, input_precision=PRECISION) * to_units
-            total += tl.sum(tl.exp2((s - log_sum[:, None]) * UNITS - lost[:, None]), 0)
+            s = products(q, q_rest, k, k_rest, REST, PRECISION, UPCAST) * to_units
+            # UNITS is a power of two: this fused operation rounds as two do.
+            total += tl.sum(tl.exp2(tl.fma(s - log_sum[:, None], UNITS, -lost[:, None])), 0)
         total = total * (w / tokens)
     place = rows + (t * heads + h) * tokens + n
     if ADD:
@@ -156,12 +197,20 @@ def received_columns_kernel(
     tl.store(place, total, mask=n < tokens)
 
 
+def split_width(width: int) -> tuple[int, int]:
+    """Two powers of two that cover a head width with less padding than one, or that one and 0."""
+    padded = power_of_2(width, 16)
+    main = padded // 2
+    rest = power_of_2(width - main, 16)
+    return (main, rest) if main + rest < padded else (padded, 0)
+
+
 def received_attention(query, key, scale, weight, out):
     name, precision = matmul_options("received_attention", key)
     crops, heads, tokens, width = key.shape
     log_sums = torch.empty((crops, heads, tokens, 2), dtype=torch.float32, device=key.device)
     rows, add = rows_buffer((crops, heads, tokens), out, key.device)
-    padded = power_of_2(width, 16)
+    main, rest = split_width(width)
     shared = {
         "query": query,
         "key": key,
@@ -174,11 +223,12 @@ def received_attention(query, key, scale, weight, out):
         "tokens": tokens,
         "ALIGN": alignment(query, key),
         "D": width,
-        "D_PAD": padded,
+        "MAIN": main,
+        "REST": rest,
         "PRECISION": precision,
         "UPCAST": SWITCHES.interpret,
-        "enable_fp_fusion": True,
-        **_launch.configuration(name, padded, key.device),
+        "enable_fp_fusion": False,  # the passes round as each other
+        **_launch.configuration(name, main + rest, key.device),
     }
     _launch.launch(received_log_sums_kernel, (triton.cdiv(tokens, shared["BLOCK_M"]), heads, crops), **shared)
     grid = (triton.cdiv(tokens, shared["BLOCK_N"]), heads, crops)

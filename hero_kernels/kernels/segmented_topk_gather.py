@@ -1,4 +1,4 @@
-"""Top-k, packing in stitched raster order, and gather: ragged batches, one launch.
+"""Top-k, packing in stitched raster order, and gather: ragged batches, two launches.
 
     tokens[row] = features[index[row]],  index = the kept patches and newlines of each image in the order in
     which the model packs them (docs/method.md, 4 and 5)
@@ -7,20 +7,22 @@ Shapes: features [T, P, D] in any dtype and strides; scores [T, P] in fp32, fp16
 int16; valid [T, P] bytes or None, valid_counts [T] int32 or int64 or None, budgets [T] int32 or int64, table
 [B, columns] int32, all contiguous; tokens [rows, D], index [rows] int32.
 
-Grid (programs of the longest image, B), known on the host. The rows of an image fall into bands: the
-thumbnail, or one grid row of tiles, whose patch rows interleave. A program writes up to ROWS rows of one band
-and computes by itself which: from the budgets of its image (one lane per crop) where its band begins; from
-scores (top-k) or ranks the kept patches of each tile of the band, as one bit mask per patch row. Counts of
-bits give the place of every patch row, and the n-th set bit the source of a row. Then it copies its rows, 16
-bytes per access. Programs exchange nothing; no sort, no atomics, no host-device synchronisation.
+``select_kernel``, grid (bands of the longest image, B). The rows of an image fall into bands: the thumbnail,
+or one grid row of tiles, whose patch rows interleave. A program finds the kept patches of each tile of its
+band, from scores (top-k) or ranks, as one bit mask per patch row. A sum over the budgets of earlier crops
+shows where the band begins, cumulative sums of bits where each patch goes, and it scatters the index.
 
-Budgets are an input: with ``signals``, :mod:`.tile_budgets` is launched first, since a second launch takes
-less time than every program computing them again; so is a count of the mask where the counts are not given.
+``gather_rows_kernel``, grid (blocks of ROWS rows): copies the rows that the index names, 16 bytes per access,
+and writes zeros for newlines and empty rows.
 
-Bytes: kept features in and out, 2·total·D of their dtype; the scores, T·P·4, or the ranks, T·P·2, once for
-each program of a band, mostly from L2.
+No sort, no atomics, no host-device synchronisation: every row has one owner, and all sizes are known on the
+host. Budgets are an input: with ``signals``, :mod:`.tile_budgets` is launched first; so is a count of the
+mask where the counts are not given.
 
-Source: the packing of LLaVA-NeXT (``pack_image_features`` in transformers); the kernel is our own.
+Bytes: the scores, T·P·4, or the ranks, T·P·2, once; kept features in and out, 2·total·D of their dtype; the
+index out and in.
+
+Source: the packing of LLaVA-NeXT (``pack_image_features`` in transformers); the kernels are our own.
 """
 
 import torch
@@ -49,6 +51,7 @@ from .segmented_topk import check_patches, topk_mask
 from .tile_budgets import LANES, check_crops, tile_budgets
 
 MAX_FEATURES = 8192
+FILL = tl.constexpr(1024)  # empty rows written at once
 
 
 @triton.jit
@@ -77,147 +80,123 @@ def kept_patches(
 
 
 @triton.jit
-def segmented_topk_gather_kernel(
-    features,
+def select_kernel(
     scores,
     ranks,
     valid,
     valid_counts,
     budgets,
     table,
-    tokens,
     index,
-    feature_strides,
     side,
     patches,
-    width,
     LANES: tl.constexpr,
     SIDE_PAD: tl.constexpr,
     BAND: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``index`` of one band: ``crop · P + patch`` of kept patches, −1 for newlines, −2 for empty rows."""
+    band = tl.program_id(0)
+    image = table + tl.program_id(1) * WIDTH
+    first = tl.load(image + FIRST_CROP)
+    promised = tl.load(image + TABLE_ROWS)
+    crops = tl.load(image + CROPS)
+    thumbnail = tl.load(image + THUMBNAIL)
+    grid_width = tl.load(image + GRID_WIDTH)
+    newline_begin = tl.load(image + NEWLINE_BEGIN)
+    newline_end = tl.load(image + NEWLINE_END)
+    thumbnail_newline = tl.load(image + THUMBNAIL_NEWLINE)
+    first_tile = (thumbnail == 0).to(tl.int32)
+    grid_height = (crops - (thumbnail >= 0).to(tl.int32)) // grid_width
+    thumbnail_band = tl.where(thumbnail > 0, grid_height, thumbnail)
+    bands = grid_height + (thumbnail >= 0).to(tl.int32)
+    if band < bands:
+        # The crops of the band, and the newline of each of its patch rows.
+        is_stitched = band != thumbnail_band
+        lead = tl.where(is_stitched, first_tile + (band - first_tile) * grid_width, thumbnail)
+        tiles = tl.where(is_stitched, grid_width, 1)
+        r = tl.arange(0, SIDE_PAD)
+        top = (band - first_tile) * side  # stitched patch rows of the tiles before the band
+        has_newline = tl.where(
+            is_stitched,
+            (r < side) & (top + r >= newline_begin) & (top + r < newline_end),
+            (r == side - 1) & (thumbnail_newline != 0),
+        ).to(tl.int32)
+
+        # Where the band begins and ends among the rows of the image; crops are in sequence order.
+        lane = tl.arange(0, LANES)
+        inside = lane < crops
+        kept = tl.load(budgets + first + lane, mask=inside, other=0)
+        if valid_counts is not None:
+            kept = tl.minimum(kept, tl.load(valid_counts + first + lane, mask=inside, other=0))
+        kept = tl.maximum(tl.minimum(kept, patches), 0).to(tl.int32)
+        begin = tl.sum(tl.where(lane < lead, kept, 0), 0)
+        begin += tl.maximum(tl.minimum(top, newline_end) - newline_begin, 0)
+        begin += tl.where((thumbnail == 0) & (band > 0), thumbnail_newline, 0)
+        end = begin + tl.sum(tl.where((lane >= lead) & (lane < lead + tiles), kept, 0), 0)
+        end = tl.minimum(end + tl.sum(has_newline, 0), promised)
+
+        # The kept patches: for each patch row and tile a bit mask of columns; and how many a patch row has.
+        g = tl.arange(0, BAND)
+        column = tl.arange(0, SIDE_PAD)[None, :]
+        words = tl.zeros([SIDE_PAD, BAND], tl.int64)
+        length = tl.zeros([SIDE_PAD], tl.int32)
+        for i in range(0, tiles):
+            crop = (first + lead + i).to(tl.int64)
+            k = tl.sum(tl.where(lane == lead + i, kept, 0), 0)
+            keep = kept_patches(scores, ranks, valid, crop, k, side, patches, SIDE_PAD, WIDE)
+            word = tl.sum(keep.to(tl.int64) << column.to(tl.int64), 1)
+            words = tl.where(g[None, :] == i, word[:, None], words)
+            length += tl.sum(keep.to(tl.int32), 1)
+
+        # Rows of the image after each patch row, its newline included; then each tile fills its part.
+        row_end = begin + tl.cumsum(length + has_newline, 0)
+        place = row_end - length - has_newline
+        index += tl.load(image + FIRST_ROW).to(tl.int64)
+        for i in range(0, tiles):
+            word = tl.sum(tl.where(g[None, :] == i, words, 0), 1)
+            bit = ((word[:, None] >> column.to(tl.int64)) & 1).to(tl.int32)
+            row = place[:, None] + tl.cumsum(bit, 1) - bit
+            source = (first + lead + i) * patches + r[:, None] * side + column
+            tl.store(index + row, source, mask=(bit != 0) & (row < end))
+            place += tl.sum(bit, 1)
+        tl.store(index + place, tl.full([SIDE_PAD], -1, tl.int32), mask=(has_newline != 0) & (place < end))
+
+        # The last band fills what budgets and masks leave of the promised rows.
+        filled = tl.minimum(tl.max(row_end, 0), end)
+        end = tl.where(band == bands - 1, promised, end)
+        for start in range(filled, end, FILL):
+            row = start + tl.arange(0, FILL)
+            tl.store(index + row, tl.full([FILL], -2, tl.int32), mask=row < end)
+
+
+@triton.jit
+def gather_rows_kernel(
+    features,
+    index,
+    tokens,
+    feature_strides,
+    total,
+    patches,
+    width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image = table + tl.program_id(1) * WIDTH
-    crops = tl.load(image + CROPS)
-    promised = tl.load(image + TABLE_ROWS)
-    if program <= promised // ROWS + crops + 1:
-        first = tl.load(image + FIRST_CROP)
-        thumbnail = tl.load(image + THUMBNAIL)
-        grid_width = tl.load(image + GRID_WIDTH)
-        newline_begin = tl.load(image + NEWLINE_BEGIN)
-        newline_end = tl.load(image + NEWLINE_END)
-        thumbnail_newline = tl.load(image + THUMBNAIL_NEWLINE)
-
-        # Kept patches, one lane per crop. Lanes are in sequence order, also with the thumbnail last.
-        lane = tl.arange(0, LANES)
-        inside = lane < crops
-        is_thumbnail = inside & (lane == thumbnail)
-        is_tile = inside & (lane != thumbnail)
-        if valid_counts is not None:
-            cap = tl.load(valid_counts + first + lane, mask=inside, other=0)
-            cap = tl.minimum(cap, patches).to(tl.int64)
-        else:
-            cap = tl.where(inside, patches, 0).to(tl.int64)
-        budget = tl.load(budgets + first + lane, mask=inside, other=0).to(tl.int64)
-        kept_here = tl.where(inside, tl.maximum(tl.minimum(budget, cap), 0), 0).to(tl.int32)
-
-        # Where each band ends among the rows of the image, held at the lane of the band's last crop.
-        first_tile = (thumbnail == 0).to(tl.int32)
-        thumbnail_band = tl.where(thumbnail > 0, (crops - 1) // grid_width, thumbnail)
-        tile = lane - first_tile
-        band = tl.where(is_thumbnail, thumbnail_band, first_tile + tile // grid_width)
-        is_last = is_thumbnail | (is_tile & (tile % grid_width == grid_width - 1))
-        top = tile // grid_width * side  # of a tile band, in stitched patch rows
-        newlines = tl.minimum(top + side, newline_end) - tl.maximum(top, newline_begin)
-        newlines = tl.where(is_thumbnail, thumbnail_newline, tl.maximum(newlines, 0))
-        end = tl.cumsum(kept_here + tl.where(is_last, newlines, 0), 0)
-
-        # The rows of this program: each band starts a new block of ROWS; rows that stay empty are a last
-        # band.
-        mine = tl.sum((is_last & (end // ROWS + band + 1 <= program)).to(tl.int32), 0)
-        begin = tl.max(tl.where(is_last & (band < mine), end, 0), 0)
-        stop = tl.max(tl.where(is_last & (band == mine), end, 0), 0)
-        block = (program - mine) * ROWS
-        j = block + tl.arange(0, ROWS)
-        is_band = mine <= tl.max(tl.where(is_last, band, -1), 0)
-        stop = tl.where(is_band, tl.minimum(stop, promised), promised)
-        live = (j >= begin) & (j < stop)
-        row_base = tl.load(image + FIRST_ROW).to(tl.int64)
-
-        # The kept patches of the band: for each patch row and tile a bit mask of columns, and its count.
-        is_stitched = mine != thumbnail_band
-        lead = tl.where(is_stitched, first_tile + (mine - first_tile) * grid_width, thumbnail)
-        width_of_band = tl.minimum(tl.where(is_stitched, grid_width, 1), crops - lead)
-        r = tl.arange(0, SIDE_PAD)
-        g = tl.arange(0, BAND)
-        words = tl.zeros([SIDE_PAD, BAND], tl.int64)
-        counts = tl.zeros([SIDE_PAD, BAND], tl.int32)
-        for i in range(0, width_of_band):
-            kept_of_tile = tl.sum(tl.where(lane == lead + i, kept_here, 0), 0)
-            crop_of_tile = (first + lead + i).to(tl.int64)
-            keep = kept_patches(
-                scores, ranks, valid, crop_of_tile, kept_of_tile, side, patches, SIDE_PAD, WIDE
-            )
-            word = tl.sum(keep.to(tl.int64) << tl.arange(0, SIDE_PAD).to(tl.int64)[None, :], 1)
-            words = tl.where(g[None, :] == i, word[:, None], words)
-            counts = tl.where(g[None, :] == i, tl.sum(keep.to(tl.int32), 1)[:, None], counts)
-
-        # Where each patch row ends, including its newline.
-        length = tl.sum(counts, 1)
-        stitched = (mine - first_tile) * side + r
-        has_newline = tl.where(
-            is_stitched,
-            (r < side) & (stitched >= newline_begin) & (stitched < newline_end),
-            (r == side - 1) & (thumbnail_newline != 0),
-        ).to(tl.int32)
-        row_end = tl.cumsum(length + has_newline, 0)
-
-        # The source of each row: patch row, place in it, tile, place in that tile, column.
-        row = tl.sum((row_end[None, :] <= (j - begin)[:, None]).to(tl.int32), 1)
-        here = r[None, :] == row[:, None]
-        place = j - begin - tl.sum(tl.where(here, (row_end - length - has_newline)[None, :], 0), 1)
-        is_patch = place < tl.sum(tl.where(here, length[None, :], 0), 1)
-        if BAND * SIDE_PAD <= 256:
-            row_words = tl.sum(tl.where(here[:, :, None], words[None, :, :], 0), 1)
-            row_counts = tl.sum(tl.where(here[:, :, None], counts[None, :, :], 0), 1)
-            # A cumulative sum; Triton up to 3.6 cannot take tl.cumsum of a reduction of three dimensions.
-            up_to = g[None, :, None] >= g[None, None, :]
-            ends = tl.sum(tl.where(up_to, row_counts[:, None, :], 0), 2)
-        else:  # row by row: all at once would not fit into registers
-            step = tl.arange(0, ROWS)
-            row_words = tl.zeros([ROWS, BAND], tl.int64)
-            row_counts = tl.zeros([ROWS, BAND], tl.int32)
-            for i in range(0, ROWS):
-                wanted = (r == tl.sum(tl.where(step == i, row, 0), 0))[:, None]
-                one_word = tl.sum(tl.where(wanted, words, 0), 0)[None, :]
-                one_count = tl.sum(tl.where(wanted, counts, 0), 0)[None, :]
-                row_words = tl.where(step[:, None] == i, one_word, row_words)
-                row_counts = tl.where(step[:, None] == i, one_count, row_counts)
-            ends = tl.cumsum(row_counts, 1)
-        column_tile = tl.sum((ends <= place[:, None]).to(tl.int32), 1)
-        of_tile = g[None, :] == column_tile[:, None]
-        place -= tl.sum(tl.where(of_tile, ends - row_counts, 0), 1)
-        bits = tl.sum(tl.where(of_tile, row_words, 0), 1)[:, None] >> r.to(tl.int64)[None, :]
-        column = tl.sum((tl.cumsum((bits & 1).to(tl.int32), 1) <= place[:, None]).to(tl.int32), 1)
-
-        found = live & is_patch
-        crop = first + lead + column_tile
-        patch = row * side + column
-        source = tl.where(is_patch, crop * patches + patch, tl.where(is_band, -1, -2))
-        tl.store(index + row_base + j, source, mask=live)
-        base = features + crop.to(tl.int64) * feature_strides[0] + patch.to(tl.int64) * feature_strides[1]
-        d = tl.arange(0, COLUMNS)
-        out = tokens + (row_base + j) * width
-        for chunk in tl.static_range(CHUNKS):
-            feature = chunk * COLUMNS + d
-            in_d = (feature < width)[None, :]
-            value = tl.load(
-                base[:, None] + feature[None, :] * feature_strides[2], mask=found[:, None] & in_d, other=0.0
-            )
-            tl.store(out[:, None] + feature[None, :], value, mask=live[:, None] & in_d)
+    """``tokens[row] = features[index[row]]``, 0 where the index is negative."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, COLUMNS)
+    source = tl.load(index + row, mask=row < total, other=-1)
+    crop = source // patches
+    base = features + crop.to(tl.int64) * feature_strides[0]
+    base += (source - crop * patches).to(tl.int64) * feature_strides[1]
+    out = tokens + row.to(tl.int64) * width
+    for chunk in tl.static_range(CHUNKS):
+        feature = chunk * COLUMNS + d
+        place = base[:, None] + feature[None, :] * feature_strides[2]
+        in_d = (feature < width)[None, :]
+        value = tl.load(place, mask=(source >= 0)[:, None] & in_d, other=0.0)
+        tl.store(out[:, None] + feature[None, :], value, mask=(row < total)[:, None] & in_d)
 
 
 def check_features(features) -> None:
@@ -237,10 +216,9 @@ def floor_segments(segments: Segments, budgets, valid_counts) -> Segments:
     return Segments(tuple(images), segments.side)
 
 
-def programs_of(image: Segment, length: int, rows: int) -> int:
-    """Upper bound on the programs of an image: the last block of each band may be partial."""
-    bands = image.tiles // image.grid_width + (image.thumbnail >= 0)
-    return length // rows + bands + 1
+def bands_of(image: Segment) -> int:
+    """Bands of an image: grid rows of tiles, and the thumbnail."""
+    return image.tiles // image.grid_width + (image.thumbnail >= 0)
 
 
 def segmented_topk_gather(
@@ -259,34 +237,41 @@ def segmented_topk_gather(
         budgets = tile_budgets(signals, valid_counts, segments, allocation)
     if allocation != "exact":
         segments = floor_segments(segments, budgets, valid_counts)
-    options = _launch.configuration("segmented_topk_gather", patches, device)
-    columns = min(options.pop("COLUMNS"), power_of_2(width, 16))
     total = sum(segments.lengths)
     tokens = torch.empty((total, width), dtype=features.dtype, device=device)
     index = torch.empty((total,), dtype=torch.int32, device=device)
-    images = zip(segments.images, segments.lengths, strict=True)
     _launch.launch(
-        segmented_topk_gather_kernel,
-        (max(programs_of(*image, options["ROWS"]) for image in images), len(segments.images)),
-        features=features,
+        select_kernel,
+        (max(map(bands_of, segments.images)), len(segments.images)),
         scores=scores.contiguous() if ranks is None else None,
         ranks=None if ranks is None else ranks.contiguous(),
         valid=as_bytes(valid),
         valid_counts=None if valid_counts is None else valid_counts.contiguous(),
         budgets=budgets.budgets.contiguous(),
         table=segments.table(device),
-        tokens=tokens,
         index=index,
-        feature_strides=features.stride(),
         side=segments.side,
         patches=patches,
-        width=width,
         LANES=LANES,
         SIDE_PAD=power_of_2(segments.side, 4),
         BAND=power_of_2(max(min(image.grid_width, image.crops) for image in segments.images)),
-        COLUMNS=columns,
-        CHUNKS=triton.cdiv(width, columns),
         WIDE=patches > 1023,
+        enable_fp_fusion=True,
+        **_launch.configuration("select", patches, device),
+    )
+    options = _launch.configuration("gather_rows", width, device)
+    options["COLUMNS"] = min(options["COLUMNS"], power_of_2(width, 16))
+    _launch.launch(
+        gather_rows_kernel,
+        (triton.cdiv(total, options["ROWS"]),),
+        features=features,
+        index=index,
+        tokens=tokens,
+        feature_strides=features.stride(),
+        total=total,
+        patches=patches,
+        width=width,
+        CHUNKS=triton.cdiv(width, options["COLUMNS"]),
         enable_fp_fusion=True,
         **options,
     )

@@ -7,7 +7,8 @@
 Shapes: table [B, columns] int32, valid_counts [T] int32 or int64, up to four signals [T] in fp32, fp16 or
 bf16; budgets and weights [T] int32, shares [T] fp32. All contiguous.
 
-Grid (B,): one program per image, one lane per crop. Shares are fp32; from the weights on all arithmetic is in
+Grid (B,): one program per image, one lane per crop. The latency of a program is the cost: one warp, so
+that no reduction crosses warps, and few reductions. Shares are fp32; from the weights on all arithmetic is in
 integers, so budgets equal those of the reference on the same weights, and the weights are returned for the
 check. There are always LANES lanes: the order of sums must not depend on the other images of the batch.
 
@@ -26,27 +27,26 @@ from .common import CROPS, FIRST_CROP, THUMBNAIL, THUMBNAIL_TOKENS, TILE_TOKENS,
 
 LANES = 64  # crops of an image: 63 tiles and a thumbnail
 FIXED_POINT = tl.constexpr(16777216.0)
+TILE = tl.constexpr(1 << 40)  # above any sum of weights
 
 
 @triton.jit
-def normalised(values, temperature, crop, is_tile):
+def normalised(values, temperature, crop, is_tile, tiles):
     """A signal normalised to sum 1 over the tiles: softmax, or division by the sum without a temperature.
 
     Equal parts where the sum is zero or beyond fp32.
     """
     v = tl.load(values + crop, mask=is_tile, other=0.0).to(tl.float32)
-    count = tl.sum(is_tile.to(tl.int32), 0).to(tl.float32)
     if temperature is not None:
         top = tl.max(tl.where(is_tile, v, float("-inf")), 0)
         e = tl.where(is_tile, tl.exp(tl.div_rn(v - top, temperature)), 0.0)
     else:
         e = tl.where(is_tile & ((v > 0.0) | (v != v)), v, 0.0)
     total = tl.sum(e, 0)
-    share = tl.div_rn(e, tl.where(total > 0.0, total, 1.0) + tl.zeros_like(e))
-    whole = tl.sum(tl.where(is_tile, share, 0.0), 0)
-    even = tl.div_rn(tl.full(share.shape, 1.0, tl.float32), tl.maximum(count, 1.0) + tl.zeros_like(share))
-    share = tl.where((whole > 0.5) & (whole < 1.5), share, even)  # NaN is neither
-    return tl.where(is_tile, share, 0.0)
+    has_sum = (total > 0.0) & (total < float("inf"))  # NaN is neither
+    part = tl.where(has_sum, e, 1.0)
+    whole = tl.where(has_sum, total, tl.maximum(tiles, 1).to(tl.float32))
+    return tl.where(is_tile, tl.div_rn(part, whole + tl.zeros_like(e)), 0.0)
 
 
 @triton.jit
@@ -62,36 +62,35 @@ def apportion(weight, cap, is_tile, total):
     """Largest remainder with caps, in int64 (docs/method.md, 3): sums to ``min(total, Σ cap)``.
 
     Tiles whose quota reaches their cap are fixed at the cap and removed, until none is left to fix; quotas
-    are compared by cross-multiplication. At most 63 tiles of 4096 patches and weights of 2²⁴: products stay
-    below 2⁴³.
+    are compared by cross-multiplication. At most 63 tiles of 4096 patches and weights that sum to about 2²⁴:
+    products stay below 2⁴³, sort keys below 2³¹.
     """
     lane = tl.arange(0, weight.shape[0])
     cap = tl.where(is_tile, cap, 0)
     active = cap > 0
     left = tl.minimum(total, tl.sum(cap, 0))
     budget = tl.zeros_like(cap)
-    whole = tl.sum(tl.where(active, weight, 0), 0)
-    w = tl.where(whole > 0, weight, 1)
-    whole = tl.where(whole > 0, whole, tl.sum(active.to(tl.int64), 0))
-    full = active & (left * w >= cap * whole)
-    some = tl.sum(full.to(tl.int32), 0)
-    while some > 0:
-        budget = tl.where(full, cap, budget)
-        left -= tl.sum(tl.where(full, cap, 0), 0)
-        active = active & (full == 0)
-        whole = tl.sum(tl.where(active, weight, 0), 0)
+    w, whole, fixed = budget, left, left + 1  # the loop sets them, and runs at least once
+    while fixed > 0:
+        # One sum for the weights and, above them, the number of tiles: these are equal where all weigh 0.
+        both = tl.sum(tl.where(active, weight + TILE, 0), 0)
+        whole = both % TILE
         w = tl.where(whole > 0, weight, 1)
-        whole = tl.where(whole > 0, whole, tl.sum(active.to(tl.int64), 0))
+        whole = tl.where(whole > 0, whole, both // TILE)
         full = active & (left * w >= cap * whole)
-        some = tl.sum(full.to(tl.int32), 0)
+        budget = tl.where(full, cap, budget)
+        active = active & (full == 0)
+        fixed = tl.sum(tl.where(full, cap, 0), 0)
+        left -= fixed
     product = tl.where(active, left * w, 0)
     whole = tl.maximum(whole, 1)
     quota = product // whole
     remainder = product - quota * whole
     left -= tl.sum(quota, 0)
     # Sort key of each tile, larger where it comes first: by remainder, then by lower index.
-    order = tl.where(active, remainder * weight.shape[0] + (weight.shape[0] - 1 - lane), -1)
-    before = tl.sum((order[None, :] > order[:, None]).to(tl.int64), 1)
+    order = remainder.to(tl.int32) * weight.shape[0] + (weight.shape[0] - 1 - lane)
+    order = tl.where(active, order, -1)
+    before = tl.sum((order[:, None] > order[None, :]).to(tl.int32), 0)  # over rows: each thread by itself
     return budget + quota + (active & (before < left)).to(tl.int64)
 
 
@@ -120,12 +119,14 @@ def tile_budgets_kernel(
     image = table + tl.program_id(0) * WIDTH
     lane = tl.arange(0, LANES)
     crop = tl.load(image + FIRST_CROP) + lane
-    inside = lane < tl.load(image + CROPS)
+    crops = tl.load(image + CROPS)
     thumbnail = tl.load(image + THUMBNAIL)
+    tiles = crops - (thumbnail >= 0).to(tl.int32)
+    inside = lane < crops
     is_tile = inside & (lane != thumbnail)
     share = tl.zeros([LANES], tl.float32)
     for s in tl.static_range(len(signals)):
-        share += signal_weights[s] * normalised(signals[s], temperatures[s], crop, is_tile)
+        share += signal_weights[s] * normalised(signals[s], temperatures[s], crop, is_tile, tiles)
     weight = fixed_point(share)
     cap = tl.load(valid_counts + crop, mask=inside, other=0)
     cap = tl.maximum(tl.minimum(cap, patches), 0).to(tl.int64)
