@@ -157,7 +157,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     """
     ids, pixels, features = inputs.get("input_ids"), inputs.get("pixel_values"), features_of(inputs)
     encoder, config = handle.encoder, handle.config
-    sizes = handle.adapter.image_sizes(inputs, handle.parts)
+    sizes = handle.image_sizes(inputs)
     is_new = pixels is not None or features is not None
     cache = _cache_of(inputs)
     in_cache = getattr(cache, _HELD, ())

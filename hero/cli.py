@@ -93,7 +93,7 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
         return result
 
     with torch.inference_mode():
-        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        crops, plan = encoder.prepare(inputs["pixel_values"], handle.image_sizes(inputs))
         encoded = timed("encode", encoder.encode, crops, plan)
         scored = timed("score", encoder.score, encoded, plan, text)
         budgets = timed("budget", encoder.budget, scored, plan)
@@ -252,7 +252,7 @@ def _run_show(args: argparse.Namespace) -> None:
         inputs = loaded.inputs(image, args.question or "")
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
-            selection = handle.encoder(inputs["pixel_values"], inputs["image_sizes"], text)
+            selection = handle.encoder(inputs["pixel_values"], handle.image_sizes(inputs), text)
     save_image(visualize(image, selection), save)
     kept, full = sum(selection.lengths), selection.layout[0].full_tokens
     print(f"{kept} of {full} visual tokens kept, picture in {save}")
@@ -278,11 +278,16 @@ def _run_bench(args: argparse.Namespace) -> None:
                 attached = _attach(loaded, config, relevance, cuda_graphs=args.cuda_graphs or "auto")
                 handle = stack.enter_context(attached)
             inputs = loaded.inputs(image, question)
-            images = inputs["pixel_values"], inputs["image_sizes"].cpu()
+            stock = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+            sizes = None if handle is None else torch.as_tensor(handle.image_sizes(inputs)).cpu()
             text = None if handle is None else _text(handle, loaded, question)
             seconds = []
             for function in (
-                lambda: handle.encoder(*images, text) if handle else model.model.get_image_features(*images),
+                lambda: (
+                    handle.encoder(inputs["pixel_values"], sizes, text)
+                    if handle
+                    else model.model.get_image_features(**stock)
+                ),
                 lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False),
             ):
                 function()  # warm up

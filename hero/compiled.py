@@ -84,7 +84,6 @@ def run(
         encoded.features,
         [one.scores for one in found],
         [one.entropy for one in found],
-        [one.ranks for one in found if one.ranks is not None],
         encoded.pixel_values.detach(),
         *(None if one is None else one.detach() for one in others),
         table,
@@ -134,7 +133,6 @@ def _choose(
     features: Tensor,
     scores: Sequence[Tensor],
     entropy: Sequence[Tensor],
-    ranks: Sequence[Tensor],
     pixel_values: Tensor,
     cls: Tensor | None,
     pooled: Tensor | None,
@@ -148,9 +146,8 @@ def _choose(
     """The tensors of a selection, tokens before the projector."""
     encoder = _ENCODERS[name]
     plan = _plan_of(name, pixel_values, table, sizes)
-    ranked = iter(ranks)
     attention = {
-        rows: Finalized(mean, spread, next(ranked) if plan.rows[rows].ranked else None)
+        rows: Finalized(mean, spread, None)
         for rows, mean, spread in zip(plan.rows, scores, entropy, strict=True)
     }
     encoded = Encoded(features, cls, pooled, attention, pixel_values, None, keys, patches)
@@ -160,7 +157,7 @@ def _choose(
 
 
 @_choose.register_fake
-def _(features, scores, entropy, ranks, pixel_values, cls, pooled, keys, patches, text, table, sizes, name):
+def _(features, scores, entropy, pixel_values, cls, pooled, keys, patches, text, table, sizes, name):
     total = torch.library.get_ctx().new_dynamic_size()
     crops, count, width = features.shape
 

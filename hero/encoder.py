@@ -224,9 +224,7 @@ class HeroVisionEncoder(nn.Module):
             features, patches = features.split((width * (len(states) - 1), width), dim=-1)
         plan = plan.to(features.device)
         attention = {
-            name: hk.finalize_scores(
-                collector.result().to(plan.device), valid=plan.valid, rank=plan.rows[name].ranked
-            )
+            name: hk.finalize_scores(collector.result().to(plan.device), valid=plan.valid)
             for name, collector in collectors.items()
         }
         return Encoded(
@@ -316,7 +314,7 @@ class HeroVisionEncoder(nn.Module):
             valid=plan.valid,
             budgets=budgets,
             allocation=self.config.allocation,
-            ranks=scored.ranks if replaced is None else replaced.ranks,
+            ranks=None if replaced is None else replaced.ranks,
             valid_counts=plan.valid_counts,
         )
         if replaced is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -69,6 +70,11 @@ class Handle:
     def last(self) -> Selection | None:
         """The selection of this thread's last call, without tokens; ``None`` before the first."""
         return self._last.value
+
+    def image_sizes(self, inputs: Mapping[str, Any]) -> Any:
+        """(height, width) of each image of a call, from the arguments of ``forward`` or ``generate``, as the
+        encoder takes them; ``None`` if there is no image."""
+        return self.adapter.image_sizes(inputs, self.parts)
 
     def count_tokens(self, image_size: Sequence[int]) -> int:
         """Visual tokens of an image of (height, width) pixels; see :func:`hero.count_tokens`."""

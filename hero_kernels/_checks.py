@@ -59,9 +59,10 @@ def check_tensor(
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
-    fits = value.dim() == len(shape) and all(
-        not isinstance(size, int) or size == actual for size, actual in zip(shape, value.shape, strict=True)
-    )
+    fits = value.dim() == len(shape)
+    if fits:
+        for size, actual in zip(shape, value.shape, strict=True):
+            fits = fits and (size == actual or isinstance(size, str))
     if not fits:
         raise ValueError(f"{name}: expected shape {_shape(shape)}, got {describe(value)}")
     if device is not None and value.device != device:

@@ -11,7 +11,6 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
 from importlib import resources
 
@@ -55,7 +54,9 @@ def run(name: str, device: torch.device, **arguments):
     """
     launch = kernel(name, device.type)
     if launch is not None:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(**arguments)
+        with torch.cuda.device(device):
             return launch(**arguments)
     if SWITCHES.require_kernel and device.type != "cpu":
         raise RuntimeError(

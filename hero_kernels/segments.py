@@ -151,6 +151,26 @@ class Segments:
         return self.first_crops[-1]
 
     @cached_property
+    def total(self) -> int:
+        """Packed rows of the batch."""
+        return sum(self.lengths)
+
+    @cached_property
+    def bands(self) -> int:
+        """The most bands of an image: grid rows of tiles, and the thumbnail."""
+        return max(image.tiles // image.grid_width + (image.thumbnail >= 0) for image in self.images)
+
+    @cached_property
+    def widest_band(self) -> int:
+        """The most crops of a band."""
+        return max(min(image.grid_width, image.crops) for image in self.images)
+
+    @cached_property
+    def most_crops(self) -> int:
+        """The most crops of an image."""
+        return max(image.crops for image in self.images)
+
+    @cached_property
     def first_crops(self) -> tuple[int, ...]:
         """First crop of each image, and at the end T."""
         return tuple(accumulate((image.crops for image in self.images), initial=0))

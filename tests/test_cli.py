@@ -485,7 +485,10 @@ def test_only_a_clip_checkpoint_is_a_clip_model(capsys, monkeypatch):
 def test_other_models_are_refused_by_type(capsys, monkeypatch, clip):
     monkeypatch.setattr(checkpoints, "_model", None)
     line = refused(capsys, "show", IMAGE, "--model", str(clip))
-    assert line == f"hero: --model: expected a checkpoint of type llava_next, got {str(clip)!r} of type clip"
+    assert (
+        line
+        == f"hero: --model: expected a checkpoint of type llava or llava_next, got {str(clip)!r} of type clip"
+    )
 
 
 def test_checkpoints_lack_no_weights(capsys, tmp_path, clip):

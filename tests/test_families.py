@@ -10,6 +10,7 @@ from transformers import SiglipVisionModel
 from transformers.cache_utils import DynamicCache
 
 import hero
+from hero import cli
 from hero.models import tower_for
 
 FAMILIES = {
@@ -261,3 +262,18 @@ def test_a_subclass_runs_as_a_whole():
         ]
     assert torch.equal(found[0].index, found[1].index) and torch.equal(found[0].tokens, found[1].tokens)
     hero.detach(tower)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next, siglip"])
+def test_command_line(name, capsys, tmp_path):
+    model_of(name).save_pretrained(tmp_path / "model")
+    processor_of(name).save_pretrained(tmp_path / "model")
+    tiny_image(90, 120).save(tmp_path / "image.png")
+    given = (str(tmp_path / "image.png"), "what is this", "--model", str(tmp_path / "model"))
+    picture = str(tmp_path / "picture.png")
+    assert cli.main(["ask", *given, "--save", picture, "--max-new-tokens", "3"]) == 0
+    assert cli.main(["show", *given[:1], *given[2:], "--save", picture]) == 0
+    assert cli.main(["bench", *given[:1], *given[2:], "--keep", "0.5", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    with hero.attach(model_of(name), keep_ratio=0.2) as handle:
+        assert f" {handle.count_tokens((90, 120))} visual tokens, first token" in out

@@ -87,12 +87,14 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
 
     seen = []
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_dispatch, "launcher", lambda name: lambda **arguments: seen.append([*current]))
     monkeypatch.setattr(_dispatch.SWITCHES, "interpret", True)
     second = torch.device("cuda:1")
     _dispatch.run("segmented_topk", second)
+    _dispatch.run("segmented_topk", torch.device("cuda:0"))
     _dispatch.run("segmented_topk", torch.device("cpu"))
-    assert seen == [[second], []] and not current
+    assert seen == [[second], [], []] and not current
 
 
 RECORD = Path(__file__).parents[1] / "bench" / "results" / "h200_kernels.json"

@@ -305,17 +305,6 @@ def test_no_synchronisation(model, policy):
             assert replaced.values.shape == (len(valid), 2, 32) and replaced.ranks.dtype == torch.int16
 
 
-def test_merging_after_a_replaced_score_stage(model):
-    """Scores without their order: the merging finds it."""
-    inputs = batch(tiny_processor(), "two sizes")
-    with hero.attach(model, policy="visionzip", keep_ratio=0.5) as handle, torch.no_grad():
-        encoder, score = handle.encoder, handle.encoder.score
-        whole = encoder(inputs["pixel_values"], inputs["image_sizes"])
-        encoder.score = lambda *args: dataclasses.replace(score(*args), ranks=None)
-        again = encoder(inputs["pixel_values"], inputs["image_sizes"])
-    assert torch.equal(whole.index, again.index) and torch.equal(whole.tokens, again.tokens)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("policy", PEERS)
 def test_half_precision(policy, dtype):
@@ -556,7 +545,7 @@ class _ByPatch(Policy):
     """Patches by the question, tiles by their best patch and rows of other layers."""
 
     def rows(self, depth, feature_layer):
-        return {"middle": Rows.mean([], [2, 3], ranked=False)}
+        return {"middle": Rows.mean([], [2, 3])}
 
     def needs(self, with_relevance):
         return Needs(relevance=True, patch_relevance=True)
@@ -642,7 +631,7 @@ class _Thumbnail(Policy):
 
     def score(self, observed):
         patches = observed.attention["patches"]
-        return Scored(patches.scores, (signals.equal_shares(observed.valid),), patches.ranks)
+        return Scored(patches.scores, (signals.equal_shares(observed.valid),))
 
 
 def test_a_policy_of_a_user_works_as_one_of_ours(model):
@@ -697,7 +686,6 @@ def test_the_policy_of_the_readme(model):
             assert model(**inputs).logits.isfinite().all()
         selection = given["handle"].last
         assert selection.policy == given["handle"].config.policy.name
-        assert given["handle"].config.policy.power == 2.0
         assert selection.lengths == [given["handle"].count_tokens((120, 90))]
     finally:
         if "handle" in given:

@@ -61,7 +61,7 @@ class Deep(policies.Policy):
 
     def score(self, observed: policies.Observed) -> policies.Scored:
         patches = observed.attention[policies.PATCHES]
-        return policies.Scored(patches.scores, (hk.TileSignal(patches.entropy, self.weight),), patches.ranks)
+        return policies.Scored(patches.scores, (hk.TileSignal(patches.entropy, self.weight),))
 
 
 def own(model: nn.Module) -> hero.Handle:

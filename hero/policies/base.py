@@ -32,18 +32,16 @@ class Rows(NamedTuple):
 
     Attributes:
         thumbnail, tiles: weights by 0-based layer.
-        ranked: whether :func:`hero_kernels.finalize_scores` should also rank the patches.
     """
 
     thumbnail: Mapping[int, float]
     tiles: Mapping[int, float]
-    ranked: bool = True
 
     @classmethod
-    def mean(cls, thumbnail: Sequence[int], tiles: Sequence[int], *, ranked: bool = True) -> Rows:
+    def mean(cls, thumbnail: Sequence[int], tiles: Sequence[int]) -> Rows:
         """The mean over layers; an empty sequence reads no layer."""
         first, second = ({layer: 1.0 / len(layers) for layer in layers} for layers in (thumbnail, tiles))
-        return cls(first, second, ranked)
+        return cls(first, second)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -75,7 +73,7 @@ class Observed:
 
     Attributes:
         attention: the policy's attention rows by name, finalised (:class:`hero_kernels.Finalized`: scores
-            ``[T, P]`` fp32, entropy ``[T]`` fp32, ranks ``[T, P]`` int16 or ``None``).
+            ``[T, P]`` fp32, entropy ``[T]`` fp32).
         valid: ``[T, P]`` bool, patches that are not padding.
         cls: ``[T, C]``, the CLS feature of the encoder's last layer, if the policy needs it.
         layouts: the :class:`hero.layout.ImageLayout` of each image.
@@ -103,12 +101,10 @@ class Scored:
     Attributes:
         scores: ``[T, P]`` fp32, patch scores.
         signals: the signals that divide each image's tile tokens among its tiles.
-        ranks: ``[T, P]`` int16, the order of ``scores`` if it is known.
     """
 
     scores: Tensor
     signals: tuple[TileSignal, ...]
-    ranks: Tensor | None = None
 
 
 class Replacement(NamedTuple):

@@ -35,4 +35,4 @@ class FasterVLM(Policy):
         from .. import signals
 
         patches = observed.attention[PATCHES]
-        return Scored(patches.scores, (signals.equal_shares(observed.valid),), patches.ranks)
+        return Scored(patches.scores, (signals.equal_shares(observed.valid),))

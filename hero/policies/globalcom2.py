@@ -40,7 +40,7 @@ class GlobalCom2(Policy):
     requires_thumbnail = True
 
     def rows(self, depth, feature_layer):
-        return {PATCHES: Rows.mean([feature_layer], [feature_layer], ranked=False)}
+        return {PATCHES: Rows.mean([feature_layer], [feature_layer])}
 
     def constants(self, layouts):
         from .. import signals

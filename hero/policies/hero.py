@@ -127,7 +127,7 @@ class Hero(LayerPolicy):
             found.append(TileSignal(observed.relevance(), weights.relevance, self.temperature_clip))
         if weights.entropy:
             found.append(TileSignal(signals.concentration(patches.entropy, observed.valid), weights.entropy))
-        return Scored(patches.scores, tuple(found), patches.ranks)
+        return Scored(patches.scores, tuple(found))
 
 
 def _weights(value: object) -> SignalWeights:

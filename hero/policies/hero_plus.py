@@ -64,4 +64,4 @@ class HeroPlus(LayerPolicy):
         if observed.relevance is not None:
             cosine = observed.relevance() / self.temperature_clip
             share = share * signals.tile_softmax(cosine, observed.places, BETA)
-        return Scored(patches.scores, (TileSignal(share, 1.0),), patches.ranks)
+        return Scored(patches.scores, (TileSignal(share, 1.0),))

@@ -42,7 +42,7 @@ class HiRED(Policy):
     def rows(self, depth, feature_layer):
         return {
             PATCHES: Rows.mean([feature_layer], [feature_layer]),
-            "regions": Rows.mean([0], [], ranked=False),
+            "regions": Rows.mean([0], []),
         }
 
     def constants(self, layouts):
@@ -58,4 +58,4 @@ class HiRED(Policy):
         patches = observed.attention[PATCHES]
         scores = observed.attention["regions"].scores
         sums = signals.region_sums(scores, observed.places, observed.constants["regions"])
-        return Scored(patches.scores, (TileSignal(sums, 1.0),), patches.ranks)
+        return Scored(patches.scores, (TileSignal(sums, 1.0),))

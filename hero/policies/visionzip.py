@@ -48,7 +48,7 @@ class VisionZip(Policy):
         from .. import signals
 
         patches = observed.attention[PATCHES]
-        return Scored(patches.scores, (signals.equal_shares(observed.valid),), patches.ranks)
+        return Scored(patches.scores, (signals.equal_shares(observed.valid),))
 
     def replace(self, features, keys, scored, budgets, valid):
         import torch
@@ -64,10 +64,7 @@ class VisionZip(Policy):
         kept = torch.minimum(budgets.budgets.long(), valid.sum(1))
         contextual = kept * part // whole
         dominant = kept - contextual
-        if scored.ranks is None:
-            chosen = hk.segmented_topk(scored.scores, dominant, valid)
-        else:
-            chosen = valid & (scored.ranks < dominant[:, None])
+        chosen = hk.segmented_topk(scored.scores, dominant, valid)
         left = valid & ~chosen
         place = left.cumsum(1) - 1  # among the patches left
         step = left.sum(1).div(contextual.clamp_min(1), rounding_mode="floor").clamp_min(1)

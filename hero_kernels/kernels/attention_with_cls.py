@@ -29,6 +29,7 @@ from .common import (
     TO_UNITS,
     UNITS,
     alignment,
+    blocks,
     checked_total,
     finish_rows,
     matmul_options,
@@ -156,7 +157,7 @@ def attention_with_cls(query, key, value, scale, weight, out, second_softmax):
     options = _launch.configuration(name, padded, key.device)
     _launch.launch(
         attention_with_cls_kernel,
-        (1 + triton.cdiv(tokens, options["BLOCK_M"]), heads, crops),
+        (1 + blocks(tokens, options["BLOCK_M"]), heads, crops),
         query=query,
         key=key,
         value=value,

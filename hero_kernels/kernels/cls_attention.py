@@ -25,6 +25,7 @@ from .common import (
     TO_UNITS,
     UNITS,
     alignment,
+    blocks,
     checked_total,
     finish_rows,
     power_of_2,
@@ -131,7 +132,7 @@ def cls_attention_kernel(
 def row_blocks(patches: int, block: int) -> dict[str, int]:
     """Shape of the register array that holds the logits of a row."""
     block = min(block, power_of_2(patches, 16))
-    return {"BLOCK": block, "BLOCKS": power_of_2(triton.cdiv(patches, block))}
+    return {"BLOCK": block, "BLOCKS": power_of_2(blocks(patches, block))}
 
 
 def check_patches(patches: int) -> None:

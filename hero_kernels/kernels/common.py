@@ -73,8 +73,16 @@ def valid_patches(valid, t, p, inside, patches):
 
 
 def power_of_2(size: int, least: int = 1) -> int:
-    """The smallest power of two that is at least ``size`` and ``least``."""
-    return max(least, triton.next_power_of_2(size))
+    """The smallest power of two that is at least ``size`` and ``least``.
+
+    Triton's own functions take microseconds: they serve kernels too.
+    """
+    return max(least, 1 << (size - 1).bit_length() if size > 0 else 0)
+
+
+def blocks(size: int, block: int) -> int:
+    """The number of blocks that hold ``size`` elements."""
+    return -(-size // block)
 
 
 def alignment(*tensors: torch.Tensor) -> int:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from .. import _launch
 from ..segments import Finalized
-from .common import as_bytes, order_key, power_of_2, valid_patches
+from .common import as_bytes, blocks, order_key, power_of_2, valid_patches
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def finalize_scores(rows, valid, rank):
     options = _launch.configuration("finalize", patches, rows.device)
     _launch.launch(
         finalize_scores_kernel,
-        (max(triton.cdiv(patches, options["SLICE"]), 1) if rank else 1, crops),
+        (max(blocks(patches, options["SLICE"]), 1) if rank else 1, crops),
         rows=rows,
         valid=as_bytes(valid),
         scores=scores,

@@ -29,6 +29,7 @@ from .common import (
     TO_UNITS,
     UNITS,
     alignment,
+    blocks,
     checked_total,
     finish_rows,
     matmul_options,
@@ -230,7 +231,7 @@ def received_attention(query, key, scale, weight, out):
         "enable_fp_fusion": False,  # the passes round as each other
         **_launch.configuration(name, main + rest, key.device),
     }
-    _launch.launch(received_log_sums_kernel, (triton.cdiv(tokens, shared["BLOCK_M"]), heads, crops), **shared)
-    grid = (triton.cdiv(tokens, shared["BLOCK_N"]), heads, crops)
+    _launch.launch(received_log_sums_kernel, (blocks(tokens, shared["BLOCK_M"]), heads, crops), **shared)
+    grid = (blocks(tokens, shared["BLOCK_N"]), heads, crops)
     _launch.launch(received_columns_kernel, grid, rows=rows, ADD=add, **shared)
     return finish_rows(rows, out)

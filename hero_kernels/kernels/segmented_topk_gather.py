@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .. import _launch
-from ..segments import Gathered, Segment, Segments
+from ..segments import Gathered, Segments
 from .common import (
     CROPS,
     FIRST_CROP,
@@ -43,6 +43,7 @@ from .common import (
     THUMBNAIL_NEWLINE,
     WIDTH,
     as_bytes,
+    blocks,
     order_key,
     power_of_2,
     valid_patches,
@@ -216,11 +217,6 @@ def floor_segments(segments: Segments, budgets, valid_counts) -> Segments:
     return Segments(tuple(images), segments.side)
 
 
-def bands_of(image: Segment) -> int:
-    """Bands of an image: grid rows of tiles, and the thumbnail."""
-    return image.tiles // image.grid_width + (image.thumbnail >= 0)
-
-
 def segmented_topk_gather(
     features, scores, segments, valid, budgets, signals, allocation, ranks, valid_counts
 ):
@@ -237,12 +233,12 @@ def segmented_topk_gather(
         budgets = tile_budgets(signals, valid_counts, segments, allocation)
     if allocation != "exact":
         segments = floor_segments(segments, budgets, valid_counts)
-    total = sum(segments.lengths)
+    total = segments.total
     tokens = torch.empty((total, width), dtype=features.dtype, device=device)
     index = torch.empty((total,), dtype=torch.int32, device=device)
     _launch.launch(
         select_kernel,
-        (max(map(bands_of, segments.images)), len(segments.images)),
+        (segments.bands, len(segments.images)),
         scores=scores.contiguous() if ranks is None else None,
         ranks=None if ranks is None else ranks.contiguous(),
         valid=as_bytes(valid),
@@ -254,7 +250,7 @@ def segmented_topk_gather(
         patches=patches,
         LANES=LANES,
         SIDE_PAD=power_of_2(segments.side, 4),
-        BAND=power_of_2(max(min(image.grid_width, image.crops) for image in segments.images)),
+        BAND=power_of_2(segments.widest_band),
         WIDE=patches > 1023,
         enable_fp_fusion=True,
         **_launch.configuration("select", patches, device),
@@ -263,7 +259,7 @@ def segmented_topk_gather(
     options["COLUMNS"] = min(options["COLUMNS"], power_of_2(width, 16))
     _launch.launch(
         gather_rows_kernel,
-        (triton.cdiv(total, options["ROWS"]),),
+        (blocks(total, options["ROWS"]),),
         features=features,
         index=index,
         tokens=tokens,
@@ -271,7 +267,7 @@ def segmented_topk_gather(
         total=total,
         patches=patches,
         width=width,
-        CHUNKS=triton.cdiv(width, options["COLUMNS"]),
+        CHUNKS=blocks(width, options["COLUMNS"]),
         enable_fp_fusion=True,
         **options,
     )

@@ -28,6 +28,7 @@ from .common import CROPS, FIRST_CROP, THUMBNAIL, THUMBNAIL_TOKENS, TILE_TOKENS,
 LANES = 64  # crops of an image: 63 tiles and a thumbnail
 FIXED_POINT = tl.constexpr(16777216.0)
 TILE = tl.constexpr(1 << 40)  # above any sum of weights
+TINY = torch.finfo(torch.float32).tiny
 
 
 @triton.jit
@@ -144,11 +145,10 @@ def tile_budgets_kernel(
 
 def check_crops(segments) -> None:
     """Raise ``ValueError`` for images with more crops than a program has lanes."""
-    for number, image in enumerate(segments.images):
-        if image.crops > LANES:
-            raise ValueError(
-                f"segments.images[{number}]: expected at most {LANES} crops on a GPU, got {image.crops}"
-            )
+    if segments.most_crops > LANES:
+        number = [image.crops for image in segments.images].index(segments.most_crops)
+        expected = f"at most {LANES} crops on a GPU, got {segments.most_crops}"
+        raise ValueError(f"segments.images[{number}]: expected {expected}")
 
 
 def tile_budgets(signals, valid_counts, segments, allocation):
@@ -168,8 +168,7 @@ def tile_budgets(signals, valid_counts, segments, allocation):
         signals=tuple(signal.values.contiguous() for signal in signals),
         # Triton would pass numbers too small for fp32 as fp64.
         signal_weights=tuple(
-            part if part >= torch.finfo(torch.float32).tiny else 0.0
-            for part in (float(signal.weight / total) for signal in signals)
+            part if part >= TINY else 0.0 for part in (float(signal.weight / total) for signal in signals)
         ),
         temperatures=tuple(None if s.temperature is None else float(s.temperature) for s in signals),
         **result._asdict(),
