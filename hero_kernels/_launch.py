@@ -1,7 +1,7 @@
 """The function that launches kernels, and their tuned configurations, which are data.
 
 A configuration file ``configs/NAME.json`` maps a kernel to rows ``{"upto": size, ...}`` in ascending order. A
-launch uses the first row with ``size <= upto``; the size is a head width or a number of patches.
+launch uses the first row with ``size <= upto``; the size is a head width, a number of patches or of features.
 ``default.json`` serves every GPU without a file of its own, ``amd.json`` AMD GPUs, which do not support
 ``maxnreg`` (it keeps ptxas from spilling registers for higher occupancy). ``python -m bench.tune`` writes the
 file of one GPU, whose rows also have their measured time and its ``source``. It is named after the device,
