@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -196,7 +197,7 @@ def _ask(
 ) -> None:
     """Answer one question with all tokens and with the kept ones; print both and save the picture."""
     from . import visualize
-    from .images import save_image
+    from .images import as_seen, save_image
 
     with _attach(loaded, _configs(args)[0], loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
@@ -217,7 +218,8 @@ def _ask(
     )
     print("  stages        " + ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items()))
     # Last, so that the answer is out if the picture cannot be written.
-    save_image(visualize(image, selection, title=f"{question} → {kept.text}"), save)
+    picture = visualize(as_seen(image, selection), selection, title=f"{question} → {kept.text}")
+    save_image(picture, save)
     print(f"  picture       {save}\n")
 
 
@@ -244,7 +246,7 @@ def _run_show(args: argparse.Namespace) -> None:
     import torch
 
     from . import visualize
-    from .images import save_image
+    from .images import as_seen, save_image
 
     loaded = _load(args)
     relevance = loaded.relevance if args.question else None
@@ -253,7 +255,7 @@ def _run_show(args: argparse.Namespace) -> None:
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
             selection = handle.encoder(inputs["pixel_values"], handle.image_sizes(inputs), text)
-    save_image(visualize(image, selection), save)
+    save_image(visualize(as_seen(image, selection), selection), save)
     kept, full = sum(selection.lengths), selection.layout[0].full_tokens
     print(f"{kept} of {full} visual tokens kept, picture in {save}")
 
@@ -278,19 +280,19 @@ def _run_bench(args: argparse.Namespace) -> None:
                 attached = _attach(loaded, config, relevance, cuda_graphs=args.cuda_graphs or "auto")
                 handle = stack.enter_context(attached)
             inputs = loaded.inputs(image, question)
-            stock = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-            sizes = None if handle is None else torch.as_tensor(handle.image_sizes(inputs)).cpu()
-            text = None if handle is None else _text(handle, loaded, question)
+            if handle is None:
+                given = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+                vision = partial(model.model.get_image_features, **given)
+            else:
+                sizes, text = (
+                    torch.as_tensor(handle.image_sizes(inputs)).cpu(),
+                    _text(handle, loaded, question),
+                )
+                vision = partial(handle.encoder, inputs["pixel_values"], sizes, text)
             seconds = []
-            for function in (
-                lambda: (
-                    handle.encoder(inputs["pixel_values"], sizes, text)
-                    if handle
-                    else model.model.get_image_features(**stock)
-                ),
-                lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False),
-            ):
-                function()  # warm up
+            for function in (vision, lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False)):
+                for _ in range(3):  # the second call records a CUDA graph
+                    function()
                 seconds.append(_timed(function)[1])
         return loaded.visual_tokens(inputs), *seconds
 

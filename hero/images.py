@@ -6,7 +6,7 @@ import importlib.util
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -15,7 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ._checks import error
 from ._version import __version__
 
-__all__ = ["check_writable", "open_image", "read", "save_image"]
+if TYPE_CHECKING:
+    from .selection import Selection
+
+__all__ = ["as_seen", "check_writable", "open_image", "read", "save_image"]
 
 
 def open_image(source: str | os.PathLike, size: tuple[int, int] | None = None) -> Image.Image:
@@ -106,6 +109,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     shares = np.nan_to_num(np.clip((values - low) / (high - low or 1.0), 0, 1))
     return Image.fromarray((shares * 255 + 0.5).astype(np.uint8))
+
+
+def as_seen(image: Image.Image, selection: Selection) -> Image.Image:
+    """The part of an image that a model saw: the middle square, for models that take one crop."""
+    height, width = (int(side) for side in selection.image_sizes[0])
+    return image if selection.geometry.pinpoints else ImageOps.fit(image, (width, height))
 
 
 def check_writable(option: str, path: Path) -> None:
