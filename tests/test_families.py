@@ -35,6 +35,7 @@ def slow(name):
     return pytest.param(name, marks=pytest.mark.slow)
 
 
+NAMES = [name if name in ("llava_next, siglip", "llava") else slow(name) for name in FAMILIES]
 FEW_CASES = [
     case if case in ("one image", "two sizes", "two images in a prompt") else slow(case) for case in CASES
 ]
@@ -70,7 +71,7 @@ def attached(name, which, **options):
 
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("case", FEW_CASES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_everything_kept_is_the_stock_model(name, case, which):
     model, inputs = model_of(name), batch(processor_of(name), case)
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -90,7 +91,7 @@ def test_everything_kept_is_the_stock_model(name, case, which):
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("rule", FEW_RULES)
 @pytest.mark.parametrize("case", FEW_CASES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_selection_and_logits(name, case, rule, which):
     inputs = batch(processor_of(name), case)
     rows, results, _ = reference_of(name)._rows(inputs, rule_of(RULES[rule]), None, None)
@@ -117,7 +118,7 @@ GENERATIONS = {
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("how", [how if how in ("greedy", "beams") else slow(how) for how in GENERATIONS])
 @pytest.mark.parametrize("case", ["two sizes", slow("one image")])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_generation(name, case, how, which):
     options = {"do_sample": False, "max_new_tokens": 5, **GENERATIONS[how]}
     reference = reference_of(name)
@@ -136,7 +137,7 @@ def test_generation(name, case, how, which):
 
 
 @pytest.mark.parametrize("which", PROCESSORS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients(name, which):
     inputs = batch(processor_of(name), "one image")
     inputs["labels"] = inputs["input_ids"].clone()
@@ -154,7 +155,7 @@ def test_loss_and_gradients(name, which):
 
 
 @pytest.mark.parametrize("which", PROCESSORS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_second_turn(name, which):
     """With the cache, and a new image, as without it."""
     model, words = model_of(name), tiny_tokenizer()("and that one ?", return_tensors="pt")["input_ids"]
@@ -184,7 +185,7 @@ def test_a_second_turn(name, which):
         assert torch.equal(last, model.generate(input_ids=turn, attention_mask=mask, **images, **options))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_processor_counts(name):
     """``count_tokens``, the processor's two counts and the model's tokens are the same."""
     handle, processor = attached(name, "patched", keep_ratio=0.3)
