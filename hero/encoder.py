@@ -429,7 +429,7 @@ class HeroVisionEncoder(nn.Module):
         graphs, tower = self.cuda_graphs, self.vision_tower
         if graphs is None:
             return None, "cuda_graphs=False"
-        given = {name: value for name, value in kwargs.items() if value not in (None, False)}
+        given = {name: value for name, value in kwargs.items() if not (value is None or value is False)}
         reason = graphs.refusal(tower, partial(self._tower.is_plain, tower), crops, given)
         if reason:
             return None, reason
