@@ -101,6 +101,9 @@ class HeroVisionEncoder(nn.Module):
         check_supported(policy, self.rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
         if config.attention == "fused" and not self._tower.has_cls:
             raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
+        if relevance is not None and not self._tower.has_cls:
+            expected = "None for an encoder whose pixels are not normalised as CLIP's"
+            raise error(ValueError, "relevance", expected, relevance)
         if needs.second_softmax and not self._tower.has_cls:
             raise error(ValueError, "second_softmax", "False for an encoder without CLS", True)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)

@@ -4,7 +4,16 @@ import functools
 
 import pytest
 import torch
-from independent import CACHE, CASES, Independent, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
+from independent import (
+    CACHE,
+    CASES,
+    Independent,
+    tiny_clip,
+    tiny_image,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, config_of, rule_of
 from transformers import SiglipVisionModel
 from transformers.cache_utils import DynamicCache
@@ -215,6 +224,9 @@ def test_a_tower_without_cls():
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             hero.attach(model, **options)
+    relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
+    with pytest.raises(ValueError, match=r"^relevance: expected None for an encoder whose pixels"):
+        hero.attach(model, tokenizer=tiny_tokenizer(), relevance=relevance)
     for policy in ("hero", "hero+", "uniform", "random"):
         with hero.attach(model, tokenizer=tiny_tokenizer(), policy=policy, keep_ratio=0.3) as handle:
             with torch.no_grad():
