@@ -763,10 +763,10 @@ def test_a_new_process_continues_after_the_variant_that_ended_it(monkeypatch, tm
 def test_a_run_of_the_tests_that_is_out_of_time_counts_what_ran(tmp_path):
     """Interrupted, pytest still writes its summary."""
     test = tmp_path / "test_one.py"
-    code = A_TEST.replace("MARK", "gpu") + "    import time; time.sleep(60 * (number == 1))\n"
+    code = A_TEST.replace("MARK", "gpu") + "    import time; time.sleep(120 * (number == 1))\n"
     test.write_text(code.replace("[1, 2]", "[2, 1]"), encoding="utf-8")
     (tmp_path / "conftest.py").write_text("", encoding="utf-8")
-    result = device.run_tests([test], tmp_path, 15)
+    result = device.run_tests([test], tmp_path, 30)
     assert result["status"] == "stopped: out of time"
     assert result["counts"] == {"failed": 1} and result["failures"] == ["test_one.py::test_number[2]"]
 
