@@ -1,8 +1,8 @@
 """The encoder under ``torch.compile``: one graph, in which image sizes are symbolic integers.
 
-Three operators take the sizes: one tells which crops belong to images, one what the tower must know of each
-crop, one runs all stages between the tower and the projector. They make the plan while they run, so the graph
-does not depend on the sizes.
+Two operators take the sizes: one tells what the tower must know of each crop, one runs all stages between
+the tower and the projector. They make the plan while they run, so the graph does not depend on the sizes. Of
+a padded batch the tower runs the padding too: the compiler does not know how many crops are real.
 """
 
 from __future__ import annotations
@@ -64,14 +64,12 @@ def run(
     if encoder.config.allocation != "exact":
         expected = "'exact' in compiled code, where no shape may depend on data"
         raise error(ValueError, "allocation", expected, encoder.config.allocation)
-    # Operators read a tensor's values; an integer is compiled as a constant until it is seen to change.
-    table = image_sizes.clone() if isinstance(image_sizes, Tensor) else None
-    pairs = [(height, width) for height, width in image_sizes] if table is None else []
+    table, pairs = _sizes(image_sizes)
     sizes = [side for pair in pairs for side in pair]
-    if pixel_values.ndim == 5:
-        pixel_values = pixel_values.flatten(0, 1).index_select(0, _crops(pixel_values, table, sizes, name))
+    padded = pixel_values.shape[1] if pixel_values.ndim == 5 else -1
+    pixel_values = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
     count = sum(len(rows.layers) for rows in encoder.rows.values())
-    valid, weights = _plan(pixel_values, table, sizes, name, count)
+    valid, weights = _plan(pixel_values, table, sizes, name, count, padded)
     plan = CropPlan(valid, weights, encoder.rows, pixel_values.device)
     encoded = encoder.encode(pixel_values, plan, **kwargs)
     replaces = type(encoder.config.policy).replace is not Policy.replace
@@ -80,7 +78,7 @@ def run(
         raise ValueError(f"policy {encoder.config.policy.name!r}: expected {expected}, got gradients")
     found = list(encoded.attention.values())
     others = encoded.cls, encoded.pooled, encoded.keys, encoded.patches, text
-    tensors = _choose(
+    *tensors, _ = _choose(
         encoded.features,
         [one.scores for one in found],
         [one.entropy for one in found],
@@ -89,40 +87,60 @@ def run(
         table,
         sizes,
         name,
+        padded,
     )
-    return tensors, pairs if table is None else table, encoded
+    return tuple(tensors), pairs if table is None else table, encoded
 
 
-def _plan_of(name: str, pixel_values: Tensor, table: Tensor | None, sizes: Sequence[int]) -> Plan:
+def _sizes(image_sizes: Any) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """The sizes as a tensor, or as pairs.
+
+    Operators read a tensor's values; an integer is compiled as a constant until it is seen to change.
+    """
+    if isinstance(image_sizes, Tensor):
+        if image_sizes.shape[0] == 0:
+            raise ValueError("image_sizes: expected at least one image, got none")
+        return image_sizes.clone(), []
+    expected = "image_sizes: expected a tensor [B, 2] or pairs of integers in compiled code"
+    if not isinstance(image_sizes, (list, tuple)):
+        raise TypeError(f"{expected}, got another type")
+    if len(image_sizes) == 0:
+        raise ValueError("image_sizes: expected at least one image, got none")
+    for size in image_sizes:
+        if not isinstance(size, (list, tuple)) or len(size) != 2 or isinstance(size[0], Tensor):
+            raise TypeError(f"{expected}, got other elements")
+    return None, [(height, width) for height, width in image_sizes]
+
+
+def _plan_of(
+    name: str, pixel_values: Tensor, table: Tensor | None, sizes: Sequence[int], padded: int
+) -> tuple[Plan, Tensor | None]:
+    """The plan, and where its crops are among those of a batch that is padded to so many crops an image."""
     pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
     plan = _ENCODERS[name].plan(pairs if table is None else table, pixel_values.device)
-    check_crops(pixel_values.shape, plan.layouts)
-    return plan
-
-
-@torch.library.custom_op("hero::crops", mutates_args=(), **_UNSAFE)
-def _crops(pixel_values: Tensor, table: Tensor | None, sizes: Sequence[int], name: str) -> Tensor:
-    """``[T]`` int64, which crops of ``[B, crops, 3, S, S]`` are not padding."""
-    places = _plan_of(name, pixel_values, table, sizes).places
-    return places.images * pixel_values.shape[1] + places.crops
-
-
-@_crops.register_fake
-def _(pixel_values, table, sizes, name):
-    return pixel_values.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+    rest = pixel_values.shape[1:]
+    shape = pixel_values.shape if padded < 0 else (len(pixel_values) // max(padded, 1), padded, *rest)
+    check_crops(shape, plan.layouts)
+    if len(plan.places.images) == len(pixel_values):
+        return plan, None
+    return plan, plan.places.images * padded + plan.places.crops
 
 
 @torch.library.custom_op("hero::plan", mutates_args=(), **_UNSAFE)
 def _plan(
-    crops: Tensor, table: Tensor | None, sizes: Sequence[int], name: str, count: int
+    crops: Tensor, table: Tensor | None, sizes: Sequence[int], name: str, count: int, padded: int
 ) -> tuple[Tensor, Tensor]:
-    """``[T, P]`` bool, valid patches, and ``[count, T]`` fp32, the weights of the layers."""
-    plan = _plan_of(name, crops, table, sizes)
-    return plan.valid.clone(), plan.layer_weights.clone()
+    """``[T, P]`` bool, valid patches, and ``[count, T]`` fp32, the weights of the layers; 0 for padding."""
+    plan, places = _plan_of(name, crops, table, sizes, padded)
+    if places is None:
+        return plan.valid.clone(), plan.layer_weights.clone()
+    valid = plan.valid.new_zeros((len(crops), plan.valid.shape[1]))
+    weights = plan.layer_weights.new_zeros((count, len(crops)))
+    return valid.index_copy(0, places, plan.valid), weights.index_copy(1, places, plan.layer_weights)
 
 
 @_plan.register_fake
-def _(crops, table, sizes, name, count):
+def _(crops, table, sizes, name, count, padded):
     patches = _ENCODERS[name].geometry.side ** 2
     valid = crops.new_empty((crops.shape[0], patches), dtype=torch.bool)
     return valid, crops.new_empty((count, crops.shape[0]), dtype=torch.float32)
@@ -142,24 +160,45 @@ def _choose(
     table: Tensor | None,
     sizes: Sequence[int],
     name: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of a selection, tokens before the projector."""
+    padded: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a selection, tokens before the projector; and ``[total]`` int64, the row's source among
+    the features, −1 for none."""
     encoder = _ENCODERS[name]
-    plan = _plan_of(name, pixel_values, table, sizes)
+    plan, places = _plan_of(name, pixel_values, table, sizes, padded)
+
+    def real(tensor: Tensor | None) -> Any:
+        return tensor if tensor is None or places is None else tensor[places.to(tensor.device)]
+
     attention = {
-        rows: Finalized(mean, spread, None)
+        rows: Finalized(real(mean), real(spread), None)
         for rows, mean, spread in zip(plan.rows, scores, entropy, strict=True)
     }
-    encoded = Encoded(features, cls, pooled, attention, pixel_values, None, keys, patches)
+    encoded = Encoded(
+        features=real(features),
+        cls=real(cls),
+        pooled=real(pooled),
+        attention=attention,
+        pixel_values=real(pixel_values),
+        keys=real(keys),
+        patches=real(patches),
+    )
     tensors, _ = encoder.choose(encoded, plan, encoder.text_embeddings(plan, text))
+    source = tensors[1].long()
+    if places is not None:
+        count = features.shape[1]
+        moved = places.to(source.device)[source.clamp_min(0) // count] * count + source % count
+        source = torch.where(source < 0, source, moved)
     # An operator returns neither its inputs, as these scores may be, nor what outlives it.
-    return *tensors[:-1], tensors[-1].clone(), plan.to(features.device).cu_seqlens.clone()
+    return *tensors[:-1], tensors[-1].clone(), plan.to(features.device).cu_seqlens.clone(), source
 
 
 @_choose.register_fake
-def _(features, scores, entropy, pixel_values, cls, pooled, keys, patches, text, table, sizes, name):
+def _(features, scores, entropy, pixel_values, cls, pooled, keys, patches, text, table, sizes, name, padded):
     total = torch.library.get_ctx().new_dynamic_size()
     crops, count, width = features.shape
+    if padded != -1:
+        crops = torch.library.get_ctx().new_dynamic_size()
 
     def empty(*shape, dtype=torch.float32):
         return features.new_empty(shape, dtype=dtype)
@@ -171,24 +210,28 @@ def _(features, scores, entropy, pixel_values, cls, pooled, keys, patches, text,
         empty(crops),
         empty(crops, count),
         empty((len(sizes) // 2 if table is None else len(table)) + 1, dtype=torch.int32),
+        empty(total, dtype=torch.int64),
     )
 
 
 def _save(ctx, inputs, output):
     ctx.shape = inputs[0].shape
-    ctx.others = [
-        [None] * len(value) if isinstance(value, list) and value and isinstance(value[0], Tensor) else None
-        for value in inputs[1:]
-    ]
-    ctx.save_for_backward(output[1])
+    ctx.others = [_no_gradient(value) for value in inputs[1:]]
+    ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[1:])
+
+
+def _no_gradient(value: Any) -> Any:
+    """``None``, or one for each tensor of a list; autograd takes an empty list for one of tensors."""
+    is_tensors = isinstance(value, (list, tuple)) and all(isinstance(one, Tensor) for one in value)
+    return [None] * len(value) if is_tensors else None
 
 
 def _gradients(ctx, grad, *_):
     """The gradient of each row goes to the row's source; no two rows have the same source."""
-    (index,) = ctx.saved_tensors
+    (source,) = ctx.saved_tensors
     crops, patches, width = ctx.shape
-    place = torch.where(index < 0, crops * patches, index).long()
+    place = torch.where(source < 0, crops * patches, source)
     features = grad.new_zeros((crops * patches + 1, width)).index_copy(0, place, grad)
     return features[:-1].view(ctx.shape), *ctx.others
 
