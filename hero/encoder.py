@@ -38,8 +38,8 @@ class HeroVisionEncoder(nn.Module):
     :meth:`score`, :meth:`budget`, :meth:`select`, :meth:`project`.
 
     Args:
-        vision_tower: a transformers ``CLIPVisionModel``. Attention modules that score patches are changed
-            until :meth:`remove`.
+        vision_tower: a transformers ``CLIPVisionModel`` or ``SiglipVisionModel``. Its attention modules that
+            score patches are changed until :meth:`remove`.
         projector: maps features to the language model's width; ``None`` leaves them as they are.
         config: what to keep; ``HeroConfig()`` if ``None``.
         geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1 and

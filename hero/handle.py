@@ -183,7 +183,7 @@ def attach(
     ``generate``, ``forward``, chat templates and pipelines go on working. A pickled copy is a stock one.
 
     Args:
-        model: a supported model, e.g. ``LlavaNextForConditionalGeneration``.
+        model: ``LlavaNextForConditionalGeneration`` or ``LlavaForConditionalGeneration``.
         processor: its processor, which then emits only as many image placeholders as are kept. With
             ``None``, prompts of the stock length are shortened on entry instead.
         config: what to keep, or

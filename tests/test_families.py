@@ -243,6 +243,12 @@ def test_a_tower_without_cls():
         hero.attach(model, processor)
 
 
+def test_the_processor_of_another_family_is_refused():
+    for name, other, kind in (("llava", "llava_next", "Llava"), ("llava_next, siglip", "llava", "LlavaNext")):
+        with pytest.raises(TypeError, match=rf"^processor: expected a {kind}Processor, got "):
+            hero.attach(model_of(name), tiny_processor(other))
+
+
 def test_layers_that_are_not_needed_are_skipped(monkeypatch):
     model, ran = model_of("llava_next, siglip"), []
     layers = model.model.vision_tower.encoder.layers

@@ -113,7 +113,8 @@ class LlavaAdapter(Adapter):
         return None if images is None else [(parts.geometry.crop_size,) * 2] * len(images)
 
     def check_processor(self, processor, parts):
-        if getattr(processor, "image_processor", None) is None or not hasattr(processor, "patch_size"):
+        is_one = getattr(processor, "image_processor", None) is not None and hasattr(processor, "patch_size")
+        if not is_one or hasattr(processor, "_get_number_of_features"):  # that of LLaVA-NeXT has it
             raise TypeError(f"processor: expected a LlavaProcessor, got {type(processor).__name__}")
         check_crops(processor, parts)
 
