@@ -50,6 +50,8 @@ def run(command: Sequence[str | Path], log: Path, seconds: float) -> dict[str, o
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # signals reach the processes it starts
+            # A shell ignores SIGINT in what it starts in the background, and so would every child.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     clock, stopped = Clock(max(seconds, 1)), None
     while process.poll() is None and not stopped:
