@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["CudaGraphs", "Path"]
@@ -180,6 +181,8 @@ class CudaGraphs:
             return "torch.no_grad() or torch.inference_mode()", "gradients enabled"
         if given:
             return "no arguments for the vision tower", ", ".join(sorted(given))
+        if torch_module._has_any_global_hook():
+            return "no global hooks of modules", "global hooks"
         if module.training:
             return "a module in eval mode", "training mode"
         if value.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
