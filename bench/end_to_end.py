@@ -136,7 +136,7 @@ class Bench:
             *self._copy(),
             keep_ratio=variant.keep,
             relevance=self.subject.relevance if variant.text else None,
-            **({"cuda_graphs": False} if variant.eager else {}),
+            cuda_graphs=False if variant.eager else "auto",
         )
 
     def _geometry(self) -> hero.Geometry:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hero_kernels import Finalized
+from hero_kernels._library import features_gradient, no_gradient
 
 from ._checks import error
 from .plan import CropPlan, Plan, check_crops, check_pixels
@@ -43,7 +44,7 @@ def run(
     encoder: Any,
     name: str,
     pixel_values: Tensor,
-    image_sizes: Sequence[Sequence[int]],
+    image_sizes: Tensor | Sequence[Sequence[int]],
     text: Tensor | None,
     **kwargs,
 ) -> tuple[tuple[Tensor, ...], Any, Encoded]:
@@ -216,24 +217,13 @@ def _(features, scores, entropy, pixel_values, cls, pooled, keys, patches, text,
 
 def _save(ctx, inputs, output):
     ctx.shape = inputs[0].shape
-    ctx.others = [_no_gradient(value) for value in inputs[1:]]
+    ctx.others = [no_gradient(value) for value in inputs[1:]]
     ctx.save_for_backward(output[-1])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _no_gradient(value: Any) -> Any:
-    """``None``, or one for each tensor of a list; autograd takes an empty list for one of tensors."""
-    is_tensors = isinstance(value, (list, tuple)) and all(isinstance(one, Tensor) for one in value)
-    return [None] * len(value) if is_tensors else None
-
-
 def _gradients(ctx, grad, *_):
-    """The gradient of each row goes to the row's source; no two rows have the same source."""
-    (source,) = ctx.saved_tensors
-    crops, patches, width = ctx.shape
-    place = torch.where(source < 0, crops * patches, source)
-    features = grad.new_zeros((crops * patches + 1, width)).index_copy(0, place, grad)
-    return features[:-1].view(ctx.shape), *ctx.others
+    return features_gradient(grad, *ctx.saved_tensors, ctx.shape), *ctx.others
 
 
 _choose.register_autograd(_gradients, setup_context=_save)

@@ -60,11 +60,8 @@ class Handle:
         self._owners: list[object] = []
 
     def __repr__(self) -> str:
-        state = "" if self._is_attached() else ", removed"
+        state = "" if self.model.__dict__.get("_hero") is self else ", removed"
         return f"<hero.Handle of {type(self.model).__name__}: {self.config}{state}>"
-
-    def _is_attached(self) -> bool:
-        return self.model.__dict__.get("_hero") is self
 
     @property
     def last(self) -> Selection | None:

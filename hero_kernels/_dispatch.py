@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import reference
+from . import _launch, reference
 from ._env import SWITCHES
 
 __all__ = ["fused_attention_is_faster", "implementations", "is_plain", "kernel", "launcher", "run"]
@@ -89,9 +89,8 @@ def fused_attention_is_faster(device: torch.device, dtype: torch.dtype, width: i
     """
     if device.type != "cuda" or kernel("attention_with_cls", "cuda") is None:
         return False
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    wanted = str(dtype).removeprefix("torch."), width, tokens
-    return any(name.startswith(row[0]) and row[1:] == wanted for row in _measured_attention())
+    name, wanted = torch.cuda.get_device_name(device), (str(dtype).removeprefix("torch."), width, tokens)
+    return any(row[1:] == wanted and _launch.serves(row[0], name) for row in _measured_attention())
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:

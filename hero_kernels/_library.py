@@ -160,7 +160,7 @@ def _register_gradient(name: str, saved: Callable, backward: Callable, count: in
 
     def context(ctx, inputs, output):
         saved(ctx, _unpack(name, inputs), output)
-        ctx.others = [_no_gradient(value) for value in inputs[count:]]
+        ctx.others = [no_gradient(value) for value in inputs[count:]]
         ctx.mark_non_differentiable(*output[1:])
 
     def gradients(ctx, grad, *_):
@@ -169,7 +169,7 @@ def _register_gradient(name: str, saved: Callable, backward: Callable, count: in
     torch.library.register_autograd(f"hero_kernels::{name}", gradients, setup_context=context, lib=_LIBRARY)
 
 
-def _no_gradient(value):
+def no_gradient(value):
     """``None``; one for each tensor of a list; an empty list of numbers counts as a list of tensors."""
     is_tensors = isinstance(value, (list, tuple)) and all(isinstance(x, Tensor) for x in value)
     return [None] * len(value) if is_tensors else None
@@ -239,7 +239,7 @@ def _promised(result: Gathered, segments: Segments) -> tuple[Tensor, Tensor]:
     """Tokens and index at the lengths that the segments promise; the reference's depend on the data."""
     if result.lengths == segments.lengths:
         return result.tokens, result.index
-    tokens = result.tokens.new_zeros((sum(segments.lengths), result.tokens.shape[1]))
+    tokens = result.tokens.new_zeros((segments.total, result.tokens.shape[1]))
     index = result.index.new_full((len(tokens),), -2)
     begin, place = 0, 0
     for length, promised in zip(result.lengths, segments.lengths, strict=True):
@@ -251,7 +251,7 @@ def _promised(result: Gathered, segments: Segments) -> tuple[Tensor, Tensor]:
 
 
 def _gather_fake(features, segments, budgets, **_):
-    total = sum(segments.lengths)
+    total = segments.total
     tokens = features.new_empty((total, features.shape[2]))
     index = features.new_empty((total,), dtype=torch.int32)
     return tokens, index, *_budgets_fake(features, features.shape[0] if budgets is None else 0)
@@ -262,13 +262,21 @@ def _save_gather(ctx, arguments, output):
     ctx.save_for_backward(output[1])
 
 
-def _gather_backward(ctx, grad):
-    """The gradient of each row goes to the row's source; no two rows have the same source."""
-    (index,) = ctx.saved_tensors
-    crops, patches, width = ctx.shape
+def features_gradient(grad: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradient of each row goes to the row's source: ``crop · P + patch``, negative for none. No two rows
+    have the same source.
+
+    Args:
+        shape: of the features, ``[T, P, D]``.
+    """
+    crops, patches, width = shape
     place = torch.where(index < 0, crops * patches, index).long()
     features = grad.new_zeros((crops * patches + 1, width)).index_copy_(0, place, grad)
-    return (features[:-1].view(ctx.shape),)
+    return features[:-1].view(shape)
+
+
+def _gather_backward(ctx, grad):
+    return (features_gradient(grad, *ctx.saved_tensors, ctx.shape),)
 
 
 _register("cls_attention", "Tensor", _cls_rows)

@@ -14,7 +14,7 @@ from independent import (
     tiny_processor,
     tiny_tokenizer,
 )
-from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, config_of, rule_of
+from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, batch, config_of, rule_of
 from transformers import SiglipVisionModel
 from transformers.cache_utils import DynamicCache
 
@@ -63,12 +63,6 @@ def reference_of(name):
 
 def processor_of(name):
     return tiny_processor(FAMILIES[name]["family"], FAMILIES[name].get("tower", "clip"))
-
-
-def batch(processor, case):
-    texts, sizes = CASES[case]
-    images = [tiny_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
 def attached(name, which, **options):

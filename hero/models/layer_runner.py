@@ -46,15 +46,12 @@ class TowerKind(Tower):
         tower = unwrapped(tower)
         return tower.config.image_size, tower.config.patch_size
 
-    def is_plain(self, tower):
-        return self._is_plain(tower, 0)
-
     def run(self, tower, pixel_values, states, *, cls=True, scored=(), whole=False, **kwargs):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         cls, last, pooled = cls and self.has_cls, None, None
         scored = max(scored, default=-1)
         output = None
-        if whole or kwargs or not self._is_plain(tower, max(*states, scored + 1)):
+        if whole or kwargs or not self.is_plain(tower, max(*states, scored + 1)):
             hidden, output = _run_whole(tower, pixel_values, states, **kwargs)
             if self.has_cls:
                 last, pooled = output.last_hidden_state[:, 0], output.pooler_output
@@ -64,7 +61,7 @@ class TowerKind(Tower):
         features = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)
         return TowerOutput(features[:, 1:] if self.has_cls else features, last, pooled, output)
 
-    def _is_plain(self, tower: nn.Module, layers: int) -> bool:
+    def is_plain(self, tower: nn.Module, layers: int = 0) -> bool:
         """Whether layers can be run one by one: it bypasses nothing that the user put on the tower.
 
         Args:

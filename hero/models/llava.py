@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..layout import Geometry
 from . import tower_for
 from .base import Adapter, Parts, Patch, Tower
 
-__all__ = ["ADAPTER", "check_crops", "check_strategy", "kept_features"]
+__all__ = ["ADAPTER", "check_crops", "check_strategy", "kept_features", "parts_of"]
 
 # What towers take; transformers 5.24 hands on more.
 _TOWER_ARGUMENTS = ("output_hidden_states", "output_attentions", "interpolate_pos_encoding")
@@ -33,6 +33,24 @@ def kept_features(
     output = BaseModelOutputWithPooling() if output is None else output
     output.pooler_output = tokens
     return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def parts_of(
+    model: nn.Module, pinpoints: tuple[tuple[int, int], ...], image_newline: Callable[[], Tensor] | None
+) -> Parts:
+    """The parts of a model whose modules have the names of LLaVA's."""
+    config, tower = model.config, tower_for(model.model.vision_tower)
+    check_strategy(config.vision_feature_select_strategy, tower)
+    crop_size, patch_size = tower.geometry(model.model.vision_tower)
+    layer = config.vision_feature_layer
+    return Parts(
+        vision_tower=model.model.vision_tower,
+        projector=model.model.multi_modal_projector,
+        image_newline=image_newline,
+        geometry=Geometry(crop_size, patch_size, pinpoints, newlines=image_newline is not None),
+        feature_layer=layer if isinstance(layer, int) else tuple(layer),
+        image_token_id=config.image_token_id,
+    )
 
 
 def check_strategy(strategy: str, tower: Tower) -> None:
@@ -93,18 +111,7 @@ def get_num_multimodal_tokens(self, original, image_sizes=None, **kwargs):
 
 class LlavaAdapter(Adapter):
     def parts(self, model):
-        config, tower = model.config, tower_for(model.model.vision_tower)
-        check_strategy(config.vision_feature_select_strategy, tower)
-        crop_size, patch_size = tower.geometry(model.model.vision_tower)
-        layer = config.vision_feature_layer
-        return Parts(
-            vision_tower=model.model.vision_tower,
-            projector=model.model.multi_modal_projector,
-            image_newline=None,
-            geometry=Geometry(crop_size, patch_size, (), newlines=False),
-            feature_layer=layer if isinstance(layer, int) else tuple(layer),
-            image_token_id=config.image_token_id,
-        )
+        return parts_of(model, (), None)
 
     def image_sizes(self, inputs, parts) -> Sequence[tuple[int, int]] | None:
         images = inputs.get("pixel_values")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from ..layout import Geometry
-from . import tower_for
-from .base import Adapter, Parts, Patch, parameter
-from .llava import check_crops, check_strategy, kept_features
+from .base import Adapter, Patch, parameter
+from .llava import check_crops, kept_features, parts_of
 
 __all__ = ["ADAPTER"]
 
@@ -40,18 +38,8 @@ def get_number_of_features(self, original, orig_height, orig_width, height, widt
 
 class LlavaNextAdapter(Adapter):
     def parts(self, model):
-        config, tower = model.config, tower_for(model.model.vision_tower)
-        check_strategy(config.vision_feature_select_strategy, tower)
-        crop_size, patch_size = tower.geometry(model.model.vision_tower)
-        layer = config.vision_feature_layer
-        return Parts(
-            vision_tower=model.model.vision_tower,
-            projector=model.model.multi_modal_projector,
-            image_newline=functools.partial(parameter, model.model, "image_newline"),
-            geometry=Geometry(crop_size, patch_size, _pairs(config.image_grid_pinpoints)),
-            feature_layer=layer if isinstance(layer, int) else tuple(layer),
-            image_token_id=config.image_token_id,
-        )
+        newline = functools.partial(parameter, model.model, "image_newline")
+        return parts_of(model, _pairs(model.config.image_grid_pinpoints), newline)
 
     def check_processor(self, processor, parts):
         image_processor = getattr(processor, "image_processor", None)
