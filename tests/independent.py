@@ -1,5 +1,7 @@
 """Slow reference for dropping visual tokens in LLaVA-NeXT and LLaVA-1.5, with CLIP or SigLIP towers.
 
+``independent_families.py`` adds the other families.
+
 It is written from the specification alone and shares no code with the package under test. Everything is
 done one crop, one tile and one token at a time, in plain Python: float64 for signals, integers and fractions
 for budgets. The only things borrowed from transformers are the model itself (run with eager attention, one
@@ -85,7 +87,7 @@ class ImageResult:
 
     Attributes:
         index: In packed order, ``global_crop * P + patch`` of a kept patch, ``-1`` of a newline.
-        budgets: Kept patches of each crop, thumbnail first.
+        budgets: Kept patches of each crop, in the model's order (thumbnail first in LLaVA).
         shares: Share of each crop before quantisation, 0.0 for the thumbnail.
         scores: Patch scores, ``[crops][P]``.
         tokens: ``[n, D_llm]``, the projected features and newline rows in the order of ``index``.
@@ -102,15 +104,35 @@ class ImageResult:
 class Layout:
     """What follows from the size of one image alone. Crops are numbered within the image here.
 
+    Crop 0 is the thumbnail here wherever the model has it; `number` tells the place in the model's order.
+
     Attributes:
         crops: Number of crops, thumbnail included.
         rows: The rows of the stitched tile grid that un-padding keeps; each is a list of ``(crop, patch)``.
         valid: For each crop the patches that un-padding keeps, ascending. All of them for the thumbnail.
+        thumbnail_last: The model has the thumbnail behind the tiles, and the tiles one after the other
+            instead of stitched.
     """
 
     crops: int
     rows: list[list[tuple[int, int]]]
     valid: list[list[int]]
+    thumbnail_last: bool = False
+
+    @property
+    def inputs(self) -> int:
+        """Number of crops that go through the vision tower."""
+        return self.crops
+
+    def number(self, crop: int) -> int:
+        """The number of a crop in the model's order."""
+        return (crop - 1) % self.crops if self.thumbnail_last else crop
+
+    def in_order(self, values: Sequence[Any]) -> list[Any]:
+        """Values of the crops, thumbnail first, in the model's order."""
+        return [
+            values[(place + 1) % self.crops if self.thumbnail_last else place] for place in range(self.crops)
+        ]
 
 
 @dataclass
@@ -161,13 +183,14 @@ def quantised(shares: Sequence[float]) -> list[int]:
     return [math.floor(Fraction(share) * SHARE_ONE + Fraction(1, 2)) for share in shares]
 
 
-def plan(rule: Rule, patches: int, valid: Sequence[int]) -> tuple[int, int, int]:
+def plan(rule: Rule, patches: int, valid: Sequence[int], room: int | None = None) -> tuple[int, int, int]:
     """Counts that follow from the layout alone.
 
     Args:
         rule: The rule.
         patches: P.
         valid: Number of valid patches of each tile.
+        room: What the ratio of the tiles refers to, P times the tiles if None.
 
     Returns:
         The thumbnail's budget, the budget B of all tiles together, and the M of the ``floor`` allocation.
@@ -185,7 +208,7 @@ def plan(rule: Rule, patches: int, valid: Sequence[int]) -> tuple[int, int, int]
     if rule.keep_ratio is None or not 0.0 < rule.keep_ratio <= 1.0:
         raise ValueError(f"keep_ratio={rule.keep_ratio}")
     thumbnail = floor_ratio(rule.keep_ratio * patches)
-    multiplier = floor_ratio(rule.keep_ratio * (tiles * patches))
+    multiplier = floor_ratio(rule.keep_ratio * (tiles * patches if room is None else room))
     return thumbnail, min(multiplier, total), multiplier
 
 
@@ -271,6 +294,16 @@ def numbers(tensor: torch.Tensor) -> list[float]:
     return [float(x) for x in tensor.detach().float().cpu().reshape(-1).tolist()]
 
 
+def one_number(value: int | Sequence[int]) -> int:
+    """The side of a square that is given by one number or by two."""
+    if isinstance(value, int):
+        return value
+    height, width = value
+    if height != width:
+        raise ValueError(f"{height} x {width} is no square")
+    return height
+
+
 def padding_side(mask: Sequence[Sequence[int]]) -> str:
     """The side a batch was padded on: ``left`` if nothing says otherwise."""
     if any(row[0] == 0 for row in mask):
@@ -311,13 +344,35 @@ class Independent:
         self.model = own.eval().requires_grad_(False)
 
         self.config = config = own.config
-        self.has_cls = config.vision_config.model_type == "clip_vision_model"
-        if config.vision_feature_select_strategy != ("default" if self.has_cls else "full"):
+        self.has_cls = config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
+        wanted = "default" if self.has_cls else "full"
+        if getattr(config, "vision_feature_select_strategy", wanted) != wanted:
             raise ValueError("vision_feature_select_strategy must drop the CLS token, if there is one")
-        self.crop_size: int = config.vision_config.image_size
-        self.side: int = self.crop_size // config.vision_config.patch_size
+        self.crop_size: int = one_number(config.vision_config.image_size)
+        self.tower_side: int = self.crop_size // one_number(config.vision_config.patch_size)
+        self.side: int = self.tower_side // self.merge
         self.patches: int = self.side * self.side
         self.device = own.lm_head.weight.device
+
+    # -------------------------------------------------------------------------------- parts of the model
+
+    @property
+    def merge(self) -> int:
+        """A token is a square of so many patches a side; P counts tokens."""
+        return 1
+
+    @property
+    def vision_tower(self) -> torch.nn.Module:
+        return self.model.model.vision_tower
+
+    @property
+    def projector(self) -> torch.nn.Module:
+        """What makes a token for the language model of a token's features."""
+        return self.model.model.multi_modal_projector
+
+    @property
+    def language_model(self) -> torch.nn.Module:
+        return self.model.model.language_model
 
     # -------------------------------------------------------------------------------- layout
 
@@ -352,12 +407,26 @@ class Independent:
 
     def stock_index(self, layout: Layout) -> list[int]:
         """The stock sequence: ``crop * P + patch`` with the image's own crop numbers, ``-1`` a newline."""
-        index = list(range(self.patches))
-        for row in layout.rows:
-            for crop, patch in row:
-                index.append(crop * self.patches + patch)
-            index.append(NEWLINE)
+        index = []
+        for place in self.order(layout):
+            index.append(NEWLINE if place is None else layout.number(place[0]) * self.patches + place[1])
         return index
+
+    def order(self, layout: Layout) -> list[tuple[int, int] | None]:
+        """The stock sequence as pairs of crop (0 is the thumbnail) and patch, None a newline."""
+        thumbnail: list[tuple[int, int] | None] = [(0, patch) for patch in range(self.patches)]
+        if layout.thumbnail_last:
+            tiles = [(tile, patch) for tile in range(1, layout.crops) for patch in range(self.patches)]
+            return [*tiles, *thumbnail]
+        sequence = thumbnail
+        for row in layout.rows:
+            sequence.extend(row)
+            sequence.append(None)
+        return sequence
+
+    def runs(self, layout: Layout) -> list[list[int]]:
+        """The stock sequence, cut where the prompt has other tokens between the placeholders of an image."""
+        return [self.stock_index(layout)]
 
     # -------------------------------------------------------------------------------- images
 
@@ -368,14 +437,14 @@ class Independent:
                 raise ValueError(f"{len(pixel_values)} images in pixel_values, {len(layouts)} sizes")
             crops = []
             for image, layout in zip(pixel_values, layouts, strict=True):
-                if len(image) < layout.crops:
-                    raise ValueError(f"{len(image)} crops in pixel_values, {layout.crops} by its size")
-                for crop in range(layout.crops):
+                if len(image) < layout.inputs:
+                    raise ValueError(f"{len(image)} crops in pixel_values, {layout.inputs} by its size")
+                for crop in range(layout.inputs):
                     crops.append(image[crop])
             return crops
         if pixel_values.dim() != 4:
             raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}")
-        expected = sum(layout.crops for layout in layouts)
+        expected = sum(layout.inputs for layout in layouts)
         if len(pixel_values) != expected:
             raise ValueError(f"{len(pixel_values)} crops in pixel_values, {expected} by the image sizes")
         return list(pixel_values)
@@ -388,20 +457,38 @@ class Independent:
         Args:
             attentions: Of one crop, for each encoder layer ``[1, heads, N, N]``.
             layers: The layers to average.
-            again: Apply a second softmax over the P values of each head.
+            again: Apply a second softmax over the values of each head.
+
+        Returns:
+            P scores. That of a token of several patches is the mean of theirs.
         """
         if not layers or min(layers) < 0 or max(layers) >= len(attentions):
             raise ValueError(f"layers {tuple(layers)} of a tower of {len(attentions)}")
-        total = [0.0] * self.patches
+        patches = self.tower_side**2
+        total = [0.0] * patches
         for layer in layers:
             maps = attentions[layer][0]
             for head in range(len(maps)):
                 row = numbers(maps[head, 0])[1:] if self.has_cls else numbers(maps[head].double().mean(0))
                 if again:
                     row = softmax(row)
-                for patch in range(self.patches):
+                for patch in range(patches):
                     total[patch] += row[patch] / (len(maps) * len(layers))
-        return total
+        if self.merge == 1:
+            return total
+        return [
+            math.fsum(total[patch] for patch in self.patches_of(token)) / self.merge**2
+            for token in range(self.patches)
+        ]
+
+    def patches_of(self, token: int) -> list[int]:
+        """The patches of a token, row by row."""
+        top, left = (place * self.merge for place in divmod(token, self.side))
+        return [
+            (top + down) * self.tower_side + left + right
+            for down in range(self.merge)
+            for right in range(self.merge)
+        ]
 
     def tile_shares(
         self,
@@ -453,6 +540,10 @@ class Independent:
         """`plan` of an image with so many valid patches a tile."""
         return plan(rule, self.patches, valid)
 
+    def _plan(self, rule: Rule, layout: Layout) -> tuple[int, int, int]:
+        """`plan` of an image of this layout."""
+        return self.plan(rule, [len(patches) for patches in layout.valid[1:]])
+
     @torch.no_grad()
     def images(
         self,
@@ -474,21 +565,36 @@ class Independent:
         sizes = [[int(x) for x in size] for size in image_sizes]
         layouts = [self.layout(size) for size in sizes]
         crops = self.crop_list(pixel_values, layouts)
+        return self._results(layouts, crops, rule, text_embeddings, image_embeddings)
+
+    def _results(
+        self,
+        layouts: Sequence[Layout],
+        crops: Sequence[torch.Tensor],
+        rule: Rule,
+        text_embeddings: torch.Tensor | None,
+        image_embeddings: torch.Tensor | None,
+    ) -> list[ImageResult]:
+        """`images` where layouts and crops are known."""
         if image_embeddings is not None and len(image_embeddings) != len(crops):
             raise ValueError(f"{len(image_embeddings)} image embeddings for {len(crops)} crops")
         if text_embeddings is not None and len(text_embeddings) != len(layouts):
             raise ValueError(f"{len(text_embeddings)} text embeddings for {len(layouts)} images")
 
         results = []
-        first = 0
+        first = start = 0  # the image's first crop, as they are numbered and among those of the tower
         for image, layout in enumerate(layouts):
-            own = crops[first : first + layout.crops]
+            own = crops[start : start + layout.inputs]
             text = None if text_embeddings is None else numbers(text_embeddings[image])
             pictures = None
             if image_embeddings is not None:
-                pictures = [numbers(image_embeddings[first + crop]) for crop in range(layout.crops)]
+                if layout.inputs != layout.crops:
+                    raise ValueError("relevance is for tiles that the tower sees")
+                places = [start + layout.number(crop) for crop in range(layout.crops)]
+                pictures = [numbers(image_embeddings[place]) for place in places]
             results.append(self._image(own, layout, rule, first, text, pictures))
             first += layout.crops
+            start += layout.inputs
         return results
 
     def _image(
@@ -501,25 +607,9 @@ class Independent:
         image_embeddings: Sequence[Sequence[float]] | None,
     ) -> ImageResult:
         """One image, whose first crop has the global number ``first``."""
-        scores: list[list[float]] = []
-        cls: list[list[float]] = []
-        features: list[torch.Tensor] = []
-        for crop, pixels in enumerate(crops):
-            out = self.model.model.vision_tower(
-                pixels[None].to(self.device),
-                output_attentions=True,
-                output_hidden_states=True,
-                return_dict=True,
-            )
-            layers = rule.thumbnail_layers if crop == 0 else rule.tile_layers
-            scores.append(self.patch_scores(out.attentions, layers, rule.second_softmax))
-            own = self._features(out.hidden_states)[0]
-            features.append(own[1:] if self.has_cls else own)
-            stand_in = own[layout.valid[crop]].double().mean(0)
-            cls.append(numbers(out.last_hidden_state[0, 0] if self.has_cls else stand_in))
-
+        scores, cls, features = self._encoded(crops, layout, rule)
         valid = [len(patches) for patches in layout.valid[1:]]
-        thumbnail, budget, multiplier = self.plan(rule, valid)
+        thumbnail, budget, multiplier = self._plan(rule, layout)
         shares: list[float] = []
         budgets: list[int] = []
         if valid:
@@ -534,7 +624,52 @@ class Independent:
         budgets = [thumbnail, *budgets]
         kept = [select(scores[crop], layout.valid[crop], budgets[crop]) for crop in range(layout.crops)]
         index, tokens = self._sequence(layout, first, kept, features)
-        return ImageResult(index, budgets, [0.0, *shares], scores, tokens)
+        listed = (layout.in_order(values) for values in (budgets, [0.0, *shares], scores))
+        return ImageResult(index, *listed, tokens)
+
+    def _encoded(
+        self, crops: Sequence[torch.Tensor], layout: Layout, rule: Rule
+    ) -> tuple[list[list[float]], list[list[float]], list[torch.Tensor]]:
+        """Scores ``[P]``, CLS vector (or what stands for it) and tokens' features ``[P, C]`` of each crop.
+
+        The crops come in the model's order, the results with the thumbnail first.
+        """
+        scores: list[list[float]] = []
+        cls: list[list[float]] = []
+        features: list[torch.Tensor] = []
+        for crop in range(layout.crops):
+            out = self.vision_tower(
+                crops[layout.number(crop)][None].to(self.device),
+                output_attentions=True,
+                output_hidden_states=True,
+                return_dict=True,
+            )
+            layers = rule.thumbnail_layers if crop == 0 else rule.tile_layers
+            scores.append(self.patch_scores(out.attentions, layers, rule.second_softmax))
+            own = self._tower_features(out)[0]
+            patches = own[1:] if self.has_cls else own
+            if self.has_cls:
+                cls.append(numbers(self._cls(out)))
+            else:
+                seen = [patch for token in layout.valid[crop] for patch in self.patches_of(token)]
+                # A tile that is all padding has no mean. Its share does not matter: it can keep nothing.
+                mean = patches[seen].double().mean(0) if seen else torch.zeros(own.shape[1])
+                cls.append(numbers(mean))
+            if self.merge > 1:
+                tokens = []
+                for token in range(self.patches):
+                    tokens.append(torch.cat([patches[patch] for patch in self.patches_of(token)]))
+                patches = torch.stack(tokens)
+            features.append(patches)
+        return scores, cls, features
+
+    def _tower_features(self, out: Any) -> torch.Tensor:
+        """The features that the model uses, CLS still there."""
+        return self._features(out.hidden_states)
+
+    def _cls(self, out: Any) -> torch.Tensor:
+        """CLS behind the last layer, before any norm that follows."""
+        return out.last_hidden_state[0, 0]
 
     def _sequence(self, layout: Layout, first: int, kept, features) -> tuple[list[int], torch.Tensor]:
         """Index and tokens of an image: ``kept`` patches of each crop, newlines, in the stock order.
@@ -545,18 +680,24 @@ class Independent:
         tokens: list[torch.Tensor] = []
 
         def keep(crop: int, patch: int) -> None:
-            index.append((first + crop) * self.patches + patch)
-            tokens.append(self.model.model.multi_modal_projector(features[crop][patch][None, None])[0, 0])
+            index.append((first + layout.number(crop)) * self.patches + patch)
+            tokens.append(self._token(layout, crop, features[crop][patch]))
 
-        for patch in kept[0]:
-            keep(0, patch)
-        for row in layout.rows:
-            for crop, patch in row:
-                if patch in kept[crop]:
-                    keep(crop, patch)
-            index.append(NEWLINE)
-            tokens.append(self.model.model.image_newline.to(self.model.dtype))
+        for place in self.order(layout):
+            if place is None:
+                index.append(NEWLINE)
+                tokens.append(self.model.model.image_newline.to(self.model.dtype))
+            elif place[1] in kept[place[0]]:
+                keep(*place)
+        if not tokens:
+            return index, self.model.get_input_embeddings().weight.new_empty(
+                0, self.model.lm_head.in_features
+            )
         return index, torch.stack(tokens)
+
+    def _token(self, layout: Layout, crop: int, feature: torch.Tensor) -> torch.Tensor:
+        """What the language model gets of a token's feature."""
+        return self.projector(feature[None, None])[0, 0]
 
     def _features(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
         """The hidden states that the model uses, CLS still there."""
@@ -583,15 +724,16 @@ class Independent:
         layouts: list[Layout] = []
         results: list[ImageResult] = []
         if inputs.get("pixel_values") is not None:
-            sizes = inputs.get(
-                "image_sizes", [(self.crop_size, self.crop_size)] * len(inputs["pixel_values"])
-            )
-            layouts = [self.layout([int(x) for x in size]) for size in sizes]
-            results = self.images(inputs["pixel_values"], sizes, rule, text_embeddings, image_embeddings)
+            layouts, crops = self._read(inputs)
+            results = self._results(layouts, crops, rule, text_embeddings, image_embeddings)
+        pending: list[tuple[int, list[int]]] = []  # runs of placeholders that are still to come
+        firsts, steps = [0], [0] * len(layouts)
+        for image, layout in enumerate(layouts):
+            pending.extend((image, run) for run in self.runs(layout))
+            firsts.append(firsts[-1] + layout.crops)
 
         embed = self.model.get_input_embeddings()
         rows = []
-        image = first = 0  # the next image and the global number of its thumbnail
         for b in range(len(ids)):
             real = [position for position in range(len(ids[b])) if mask[b][position]]
             if not real or real != list(range(real[0], real[-1] + 1)):
@@ -607,32 +749,35 @@ class Independent:
                         targets.append(labels[b][position])
                     position += 1
                     continue
-                if image == len(results):
+                if not pending:
                     raise ValueError(f"row {b}: a placeholder without an image")
-                stock = self.stock_index(layouts[image])
+                image, stock = pending.pop(0)
                 run = ids[b][position : min(position + len(stock), end)]
                 if run != [self.config.image_token_id] * len(stock):
                     raise ValueError(f"row {b}: image {image} does not have its {len(stock)} placeholders")
                 # Walk the stock sequence of the image: what is not kept falls out, with its label.
-                step = 0
                 result = results[image]
                 for offset, code in enumerate(stock):
-                    wanted = code if code == NEWLINE else code + first * self.patches
-                    if step < len(result.index) and result.index[step] == wanted:
-                        vectors.append(result.tokens[step])
+                    wanted = code if code == NEWLINE else code + firsts[image] * self.patches
+                    if steps[image] < len(result.index) and result.index[steps[image]] == wanted:
+                        vectors.append(result.tokens[steps[image]])
                         if labels is not None:
                             targets.append(labels[b][position + offset])
-                        step += 1
-                assert step == len(result.index)
+                        steps[image] += 1
                 position += len(stock)
-                first += layouts[image].crops
-                image += 1
             dtype = embed.weight.dtype
             embeds = torch.stack([vector.to(self.device, dtype) for vector in vectors])
             rows.append(Row(embeds, None if labels is None else targets))
-        if image != len(results):
-            raise ValueError(f"{len(results)} images, placeholders for {image}")
+        if pending:
+            raise ValueError(f"{len(results)} images, placeholders for {pending[0][0]}")
+        assert steps == [len(result.index) for result in results]
         return rows, results, padding_side(mask)
+
+    def _read(self, inputs: Mapping[str, Any]) -> tuple[list[Layout], list[torch.Tensor]]:
+        """The layouts of a batch's images and their crops in global order."""
+        sizes = inputs.get("image_sizes", [(self.crop_size, self.crop_size)] * len(inputs["pixel_values"]))
+        layouts = [self.layout([int(x) for x in size]) for size in sizes]
+        return layouts, self.crop_list(inputs["pixel_values"], layouts)
 
     @torch.no_grad()
     def inputs(
@@ -679,7 +824,7 @@ class Independent:
 
     def _forward(self, embeds: torch.Tensor) -> torch.Tensor:
         """Logits ``[n, V]`` of one row ``[n, D_llm]``, with an all-ones mask and without a cache."""
-        out = self.model.model.language_model(
+        out = self.language_model(
             inputs_embeds=embeds[None],
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long, device=self.device),
             use_cache=False,

@@ -1,0 +1,378 @@
+"""The reference of ``independent.py`` for InternVL, with tiny models of it.
+
+    reference = independent_of(tiny_model(family="internvl"))
+    inputs = batch_of(tiny_processor("internvl"), "internvl", "two sizes")
+    rows, results, _ = reference._rows(inputs, Rule(keep_ratio=0.3), None, None)
+
+As in ``independent.py``, crops and tokens are taken one at a time, and nothing is shared with the package
+under test. Here a *token* is what the language model gets: with merging it stands for a square of patches,
+and P counts tokens. Features are made into tokens by plain indexing, not by the models' own pixel shuffle.
+
+``python independent_families.py [family ...]`` checks that keeping everything gives the stock model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import independent
+import numpy as np
+import torch
+import transformers
+from independent import CROP, IGNORE, NEWLINE, Independent, Layout, Rule, tiny_tokenizer
+from PIL import Image
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+# ----------------------------------------------------------------------------------------------------
+# references
+
+
+def independent_of(model: PreTrainedModel) -> Independent:
+    """The reference for a model of any family."""
+    references = {"internvl": InternVLReference}
+    return references.get(model.config.model_type, Independent)(model)
+
+
+class ThumbnailLast(Independent):
+    """Tiles one after the other, then the thumbnail; no grid, no newlines, no padding inside a crop."""
+
+    def crops_layout(self, crops: int) -> Layout:
+        """The layout of an image of so many crops. One crop alone is a thumbnail."""
+        everything = list(range(self.patches))
+        return Layout(crops=crops, rows=[], valid=[everything] * crops, thumbnail_last=True)
+
+    def layout(self, image_size: Sequence[int]) -> Layout:
+        raise TypeError("the size of an image alone does not say how the processor cuts it")
+
+    def placeholder_runs(self, inputs: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+        """For each row the runs of placeholders, as ``(first position, length)``."""
+        found = []
+        for ids in inputs["input_ids"].tolist():
+            runs: list[tuple[int, int]] = []
+            for position, token in enumerate(ids):
+                if token != self.config.image_token_id:
+                    continue
+                if runs and sum(runs[-1]) == position:
+                    runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+                else:
+                    runs.append((position, 1))
+            found.append(runs)
+        return found
+
+
+class InternVLReference(ThumbnailLast):
+    """A tower with CLS, whose last norm belongs to the features, but not to the CLS vector of saliency."""
+
+    @property
+    def merge(self) -> int:
+        return round(1 / self.config.downsample_ratio)
+
+    def _tower_features(self, out: Any) -> torch.Tensor:
+        layer = self.config.vision_feature_layer
+        return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+
+    def _cls(self, out: Any) -> torch.Tensor:
+        return out.hidden_states[-1][0, 0]
+
+    def _read(self, inputs: Mapping[str, Any]) -> tuple[list[Layout], list[torch.Tensor]]:
+        """Each image is one run of placeholders between ``<img>`` and ``</img>``."""
+        layouts = []
+        for runs in self.placeholder_runs(inputs):
+            for _, length in runs:
+                if length % self.patches:
+                    raise ValueError(f"{length} placeholders are no whole number of crops")
+                layouts.append(self.crops_layout(length // self.patches))
+        return layouts, self.crop_list(inputs["pixel_values"], layouts)
+
+
+# ----------------------------------------------------------------------------------------------------
+# tiny models
+
+SPECIAL = [
+    *("<image>", "<video>", "<img>", "</img>", "<IMG_CONTEXT>", "<fake_token_around_image>", "<global-img>"),
+    "<end_of_utterance>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+]
+"""Special tokens of the families. Only ``<image>`` is one of `tiny_tokenizer`'s words."""
+
+VOCABULARY = 160
+"""Vocabulary size of the families' models."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "internvl": {"family": "internvl"},
+    "internvl, qk-norm": {
+        "family": "internvl",
+        "vision": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+    },
+}
+"""Name: arguments of `tiny_model`."""
+
+
+def family_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with the families' special tokens behind its words, which keep their numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    vocabulary = [word for word, _ in words]
+    vocabulary += [word for word in SPECIAL if word not in vocabulary]
+    assert len(vocabulary) <= VOCABULARY
+    model = models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    fast = Tokenizer(model)
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+            "image_token": "<image>",
+        },
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL}, replace_extra_special_tokens=False)
+    assert len(tokenizer) == len(vocabulary)
+    return tokenizer
+
+
+def _number(word: str) -> int:
+    return family_tokenizer().convert_tokens_to_ids(word)
+
+
+def _processor(name: str, *parts: Any, **options: Any) -> ProcessorMixin:
+    """The stock class without its look at the video processor, which wants torchvision."""
+    stock = getattr(transformers, f"{name}Processor")
+    ignore = {"check_argument_for_proper_class": lambda self, *names: None}
+    return type(stock.__name__, (stock,), ignore)(*parts, **options)
+
+
+def _image_processor(name: str, **options: Any) -> Any:
+    """The stock image processor, the one on PIL if there is one."""
+    found = getattr(transformers, f"{name}ImageProcessorPil", None)
+    return (found or getattr(transformers, f"{name}ImageProcessor"))(**options)
+
+
+def tiny_processor(family: str = "llava_next", tower: str = "clip", **options: Any) -> ProcessorMixin:
+    """A stock processor for `tiny_model`.
+
+    Args:
+        family: A family of `FAMILIES`, or one of ``independent.tiny_processor``.
+        tower: For the latter.
+        **options: Fields of the image processor to set or replace.
+    """
+    square = {"height": CROP, "width": CROP}
+    if family == "internvl":
+        images = _image_processor("GotOcr2", **{"size": square, **options})
+        return _processor("InternVL", images, family_tokenizer(), None, image_seq_length=16)
+    assert not options
+    return independent.tiny_processor(family, tower)
+
+
+def tiny_model(
+    seed: int = 0,
+    *,
+    family: str = "llava_next",
+    vision: Mapping[str, Any] | None = None,
+    vision_layers: int = 6,
+    attn: str | None = None,
+    **kw: Any,
+) -> PreTrainedModel:
+    """A random model of two text layers, whose weights are scaled up so that attention is not uniform.
+
+    Args:
+        seed: Seed of the weights; the global generator is left as it was.
+        family: A family of `FAMILIES`, or one of ``independent.tiny_model``.
+        vision: Fields of the tower's config to set or replace.
+        vision_layers: Layers of the vision tower.
+        attn: Attention implementation, transformers' choice if None.
+        **kw: Fields of the model's config to set or replace.
+    """
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": vision_layers,
+        "num_attention_heads": 4,
+        "image_size": CROP,
+    }
+    vision = dict(vision or {})
+    fields: dict[str, Any]
+    if family == "internvl":
+        name = "InternVL"
+        square = {"image_size": [CROP, CROP], "patch_size": [7, 7]}
+        fields = {
+            "vision_config": {**tower, **square, **vision},
+            "text_config": {"model_type": "qwen2", **text},
+            "image_token_id": _number("<IMG_CONTEXT>"),
+            "image_seq_length": 16,
+        }
+    else:
+        assert not vision
+        return independent.tiny_model(seed, family=family, vision_layers=vision_layers, attn=attn, **kw)
+    config = getattr(transformers, f"{name}Config")(**{**fields, **kw})
+    if attn is not None:
+        config._attn_implementation = attn
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "position_embedding" in name or "cls_token" in name:
+                    parameter.normal_(std=0.3)  # InternVL's are born as zeros
+                elif "lambda_" in name:
+                    parameter.fill_(1.0)  # at 0.1 CLS would hardly hear of the patches
+                elif parameter.dim() > 1:
+                    parameter.mul_(7.0 if "vision" in name else 3.0)
+                elif "vision" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)  # else norms and biases do little
+    model.generation_config.pad_token_id = 1
+    model.generation_config.bos_token_id = 2
+    model.generation_config.eos_token_id = None
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# prompts
+
+ONE = "USER : <image> what is in this picture ? ASSISTANT :"
+TWO = "USER : <image> describe ASSISTANT :"
+PAIR = "USER : <image> and <image> describe the two pictures ASSISTANT :"
+TEXT = "USER : what is that ? ASSISTANT :"
+
+CASES: dict[str, list[tuple[str, list[tuple[int, int]]]]] = {
+    "one image": [(ONE, [(120, 90)])],
+    "two sizes": [(ONE, [(60, 170)]), (TWO, [(100, 110)])],
+    "two images in a prompt": [(PAIR, [(100, 60), (50, 50)])],
+    "a row without an image": [(TWO, [(90, 100)]), (TEXT, []), (PAIR, [(40, 130), (70, 70)])],
+}
+"""Name: for each row its prompt, with ``<image>`` in every family, and its pictures' heights and widths."""
+
+OWN_CASES: dict[str, dict[str, list[tuple[str, list[tuple[int, int]]]]]] = {
+    "internvl": {"one crop": [(TWO, [(50, 50)])]},
+}
+"""Cases of a family."""
+
+
+def cases_of(family: str) -> dict[str, list[tuple[str, list[tuple[int, int]]]]]:
+    """All cases of a family."""
+    return {**CASES, **OWN_CASES.get(family, {})}
+
+
+def tiny_picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Blocks of different colour and noise, so that tiles differ and get different shares."""
+    random = np.random.RandomState(seed)
+    colour, strength = random.uniform(0, 255, (9, 9, 3)), random.uniform(0, 120, (9, 9, 1))
+    down, right = np.arange(height) * 9 // height, np.arange(width) * 9 // width
+    noise = random.uniform(-1, 1, (height, width, 3)) * strength[down][:, right]
+    return Image.fromarray((colour[down][:, right] + noise).clip(0, 255).astype(np.uint8))
+
+
+def batch_of(processor: ProcessorMixin, family: str, case: str, **kwargs: Any) -> BatchFeature:
+    """The processor's output for a case, padded."""
+    rows = cases_of(family)[case]
+    texts = [text.replace("<image>", processor.image_token) for text, _ in rows]
+    images, seed = [], 0
+    for _, sizes in rows:
+        images.append([tiny_picture(height, width, seed + i) for i, (height, width) in enumerate(sizes)])
+        seed += len(sizes)
+    images = [image for own in images for image in own]
+    return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------
+# self-check
+
+
+def _check(name: str, case: str, side: str, dtype: torch.dtype) -> None:
+    """Keeping everything gives the stock model, keeping less the promised counts."""
+    family = FAMILIES[name]["family"]
+    model, processor = tiny_model(**FAMILIES[name]).to(dtype), tiny_processor(family)
+    reference, everything = independent_of(model), Rule(keep_ratio=1.0)
+    batch = batch_of(processor, family, case, padding_side=side)
+    mask = batch["attention_mask"]
+    labels = batch["input_ids"].clone()
+    labels[(labels == model.config.image_token_id) | (mask == 0)] = IGNORE
+    for b in range(len(mask)):
+        labels[b, int(mask[b].argmax())] = IGNORE
+    labelled = {**batch, "labels": labels}
+    prepared = reference.inputs(labelled, everything)
+    assert prepared["attention_mask"].equal(mask) and prepared["labels"].equal(labels)
+    with torch.no_grad():
+        stock = model(**batch, labels=labels)
+    far = abs(reference.loss(labelled, everything) - float(stock.loss))
+    for b, row in enumerate(reference.logits(batch, everything)):
+        real = stock.logits[b, mask[b].bool()]
+        assert row.shape == real.shape
+        far = max(far, float((row - real).abs().max() / real.abs().max()))
+    crops = [len(result.budgets) for result in prepared["results"]]
+    print(f"{dtype!s:14} {name:20} {case:23} {side:5} crops {crops}: {far:.1e}")
+    assert far <= 1e-5
+    if side == "left":
+        generated = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        assert reference.greedy(batch, everything, 4) == generated[:, -4:].tolist()
+    for rule in (
+        Rule(keep_ratio=0.03),
+        Rule(keep_ratio=0.3),
+        Rule(keep_ratio=0.5, entropy=1.0),
+        Rule(keep_tokens=17),
+        Rule(keep_ratio=0.3, allocation="floor"),
+    ):
+        _check_counts(reference, batch, rule)
+
+
+def _check_counts(reference: Independent, batch: Mapping[str, Any], rule: Rule) -> None:
+    """The number of kept tokens follows from the layout and the rule; the order is stock's."""
+    rows, results, _ = reference._rows(batch, rule, None, None)
+    layouts, _ = reference._read(batch)
+    first = 0
+    for layout, result in zip(layouts, results, strict=True):
+        thumbnail, budget, _ = reference._plan(rule, layout)
+        assert result.budgets[layout.number(0)] == thumbnail
+        got = sum(result.budgets) - thumbnail
+        assert got == budget if rule.allocation == "exact" else got <= budget
+        newlines = result.index.count(NEWLINE)
+        assert newlines == len(layout.rows)
+        assert len(result.index) == thumbnail + got + newlines == len(result.tokens)
+        stock = iter(reference.stock_index(layout))
+        shift = first * reference.patches
+        assert all((code if code == NEWLINE else code - shift) in stock for code in result.index)
+        first += layout.crops
+    full = int(batch["attention_mask"].sum())
+    gone = sum(
+        len(reference.stock_index(layout)) - len(result.index)
+        for layout, result in zip(layouts, results, strict=True)
+    )
+    assert sum(len(row.embeds) for row in rows) == full - gone
+
+
+def _main(names: Sequence[str]) -> None:
+    """The self-check."""
+    torch.set_num_threads(1)
+    for name in names or FAMILIES:
+        for dtype in (torch.float32, torch.float64):
+            for case in cases_of(FAMILIES[name]["family"]):
+                for side in ("left", "right") if dtype == torch.float32 else ("left",):
+                    _check(name, case, side, dtype)
+    print("transformers", transformers.__version__, "ok")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
