@@ -639,7 +639,7 @@ class Independent:
         features: list[torch.Tensor] = []
         for crop in range(layout.crops):
             out = self.vision_tower(
-                crops[layout.number(crop)][None].to(self.device),
+                crops[layout.number(crop)][None].to(self.device, self.model.dtype),
                 output_attentions=True,
                 output_hidden_states=True,
                 return_dict=True,

@@ -1,4 +1,4 @@
-"""The reference of ``independent.py`` for InternVL, with tiny models of it.
+"""The reference of ``independent.py`` for InternVL, SmolVLM and Idefics3, with tiny models of them.
 
     reference = independent_of(tiny_model(family="internvl"))
     inputs = batch_of(tiny_processor("internvl"), "internvl", "two sizes")
@@ -31,7 +31,11 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast,
 
 def independent_of(model: PreTrainedModel) -> Independent:
     """The reference for a model of any family."""
-    references = {"internvl": InternVLReference}
+    references = {
+        "internvl": InternVLReference,
+        "smolvlm": IdeficsReference,
+        "idefics3": IdeficsReference,
+    }
     return references.get(model.config.model_type, Independent)(model)
 
 
@@ -87,6 +91,52 @@ class InternVLReference(ThumbnailLast):
         return layouts, self.crop_list(inputs["pixel_values"], layouts)
 
 
+class IdeficsReference(ThumbnailLast):
+    """SmolVLM and Idefics3: no CLS; a run of placeholders for each crop, which may become empty."""
+
+    @property
+    def merge(self) -> int:
+        return self.config.scale_factor
+
+    @property
+    def vision_tower(self) -> torch.nn.Module:
+        return self.model.model.vision_model
+
+    @property
+    def projector(self) -> torch.nn.Module:
+        return self.model.model.connector.modality_projection
+
+    @property
+    def language_model(self) -> torch.nn.Module:
+        return self.model.model.text_model
+
+    def _tower_features(self, out: Any) -> torch.Tensor:
+        return out.last_hidden_state  # behind post_layernorm
+
+    def runs(self, layout: Layout) -> list[list[int]]:
+        codes = self.stock_index(layout)
+        return [codes[start : start + self.patches] for start in range(0, len(codes), self.patches)]
+
+    def _read(self, inputs: Mapping[str, Any]) -> tuple[list[Layout], list[torch.Tensor]]:
+        """The run behind ``<global-img>`` is a thumbnail and ends an image; the runs before are its tiles."""
+        layouts, crops = [], []
+        ids = inputs["input_ids"].tolist()
+        for b, runs in enumerate(self.placeholder_runs(inputs)):
+            tiles = 0
+            for position, length in runs:
+                if length != self.patches:
+                    raise ValueError(f"row {b}: a run of {length} placeholders")
+                if ids[b][position - 1] == _number("<global-img>"):
+                    layouts.append(self.crops_layout(tiles + 1))
+                    tiles = 0
+                else:
+                    tiles += 1
+            if tiles:
+                raise ValueError(f"row {b}: tiles without a thumbnail")
+            crops.extend(inputs["pixel_values"][b][crop] for crop in range(len(runs)))
+        return layouts, crops
+
+
 # ----------------------------------------------------------------------------------------------------
 # tiny models
 
@@ -100,14 +150,23 @@ SPECIAL = [
 VOCABULARY = 160
 """Vocabulary size of the families' models."""
 
+NAMES = {"internvl": "InternVL", "smolvlm": "SmolVLM", "idefics3": "Idefics3"}
+"""How the families' classes begin."""
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "internvl": {"family": "internvl"},
     "internvl, qk-norm": {
         "family": "internvl",
         "vision": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
     },
+    "smolvlm": {"family": "smolvlm"},
+    "smolvlm, not split": {"family": "smolvlm"},
+    "idefics3": {"family": "idefics3"},
 }
 """Name: arguments of `tiny_model`."""
+
+PROCESSOR_OPTIONS: dict[str, dict[str, Any]] = {"smolvlm, not split": {"do_image_splitting": False}}
+"""Name: what `tiny_processor` gets beside the family, if anything."""
 
 
 def family_tokenizer() -> PreTrainedTokenizerFast:
@@ -171,8 +230,22 @@ def tiny_processor(family: str = "llava_next", tower: str = "clip", **options: A
     if family == "internvl":
         images = _image_processor("GotOcr2", **{"size": square, **options})
         return _processor("InternVL", images, family_tokenizer(), None, image_seq_length=16)
+    if family in ("smolvlm", "idefics3"):
+        name = NAMES[family]
+        edges = {"size": {"longest_edge": 3 * CROP}, "max_image_size": {"longest_edge": CROP}}
+        images = _image_processor(name, **{**edges, **options})
+        video = [None] if family == "smolvlm" else []
+        with_words = sys.modules[getattr(transformers, f"{name}Processor").__module__]
+        if getattr(with_words, "num2words", str) is None:
+            with_words.num2words = str  # counts frames of videos in words, and may not be installed
+        return _processor(name, images, family_tokenizer(), *video, image_seq_len=16)
     assert not options
     return independent.tiny_processor(family, tower)
+
+
+def processor_of(name: str) -> ProcessorMixin:
+    """The processor for an entry of `FAMILIES`."""
+    return tiny_processor(FAMILIES[name]["family"], **PROCESSOR_OPTIONS.get(name, {}))
 
 
 def tiny_model(
@@ -216,7 +289,6 @@ def tiny_model(
     vision = dict(vision or {})
     fields: dict[str, Any]
     if family == "internvl":
-        name = "InternVL"
         square = {"image_size": [CROP, CROP], "patch_size": [7, 7]}
         fields = {
             "vision_config": {**tower, **square, **vision},
@@ -224,15 +296,22 @@ def tiny_model(
             "image_token_id": _number("<IMG_CONTEXT>"),
             "image_seq_length": 16,
         }
+    elif family in ("smolvlm", "idefics3"):
+        fields = {
+            "vision_config": {**tower, "patch_size": 7, **vision},
+            "text_config": {"model_type": "llama", **text},
+            "image_token_id": _number("<image>"),
+            "scale_factor": 2,
+        }
     else:
         assert not vision
         return independent.tiny_model(seed, family=family, vision_layers=vision_layers, attn=attn, **kw)
-    config = getattr(transformers, f"{name}Config")(**{**fields, **kw})
+    config = getattr(transformers, f"{NAMES[family]}Config")(**{**fields, **kw})
     if attn is not None:
         config._attn_implementation = attn
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+        model = getattr(transformers, f"{NAMES[family]}ForConditionalGeneration")(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "position_embedding" in name or "cls_token" in name:
@@ -293,7 +372,8 @@ def batch_of(processor: ProcessorMixin, family: str, case: str, **kwargs: Any) -
     for _, sizes in rows:
         images.append([tiny_picture(height, width, seed + i) for i, (height, width) in enumerate(sizes)])
         seed += len(sizes)
-    images = [image for own in images for image in own]
+    if family not in ("smolvlm", "idefics3"):  # these take the pictures of each prompt in a list of their own
+        images = [image for own in images for image in own]
     return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
 
 
@@ -304,7 +384,7 @@ def batch_of(processor: ProcessorMixin, family: str, case: str, **kwargs: Any) -
 def _check(name: str, case: str, side: str, dtype: torch.dtype) -> None:
     """Keeping everything gives the stock model, keeping less the promised counts."""
     family = FAMILIES[name]["family"]
-    model, processor = tiny_model(**FAMILIES[name]).to(dtype), tiny_processor(family)
+    model, processor = tiny_model(**FAMILIES[name]).to(dtype), processor_of(name)
     reference, everything = independent_of(model), Rule(keep_ratio=1.0)
     batch = batch_of(processor, family, case, padding_side=side)
     mask = batch["attention_mask"]
