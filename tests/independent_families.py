@@ -1,4 +1,4 @@
-"""The reference of ``independent.py`` for InternVL, SmolVLM and Idefics3, with tiny models of them.
+"""The reference of ``independent.py`` for InternVL, LLaVA-OneVision, SmolVLM and Idefics3, with tiny models.
 
     reference = independent_of(tiny_model(family="internvl"))
     inputs = batch_of(tiny_processor("internvl"), "internvl", "two sizes")
@@ -13,17 +13,21 @@ and P counts tokens. Features are made into tokens by plain indexing, not by the
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import independent
 import numpy as np
 import torch
 import transformers
-from independent import CROP, IGNORE, NEWLINE, Independent, Layout, Rule, tiny_tokenizer
+from independent import CROP, IGNORE, NEWLINE, Independent, Layout, Rule, plan, tiny_tokenizer
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_processing_utils import select_best_resolution
 
 # ----------------------------------------------------------------------------------------------------
 # references
@@ -33,10 +37,159 @@ def independent_of(model: PreTrainedModel) -> Independent:
     """The reference for a model of any family."""
     references = {
         "internvl": InternVLReference,
+        "llava_onevision": OneVisionReference,
         "smolvlm": IdeficsReference,
         "idefics3": IdeficsReference,
     }
     return references.get(model.config.model_type, Independent)(model)
+
+
+@dataclass
+class ResizedLayout(Layout):
+    """A grid of tiles that the model resizes. `rows` and `valid` are of the resized grid.
+
+    Squares of P tokens of the resized grid, cut from its top left, stand for the tiles: the *cells*. Crop
+    ``1 + cell`` is a cell here; the last of a row or a column may lie partly outside the grid.
+
+    Attributes:
+        tiles: The layout before resizing, whose crops the tower sees.
+        corner: Row and column, in patches of all tiles, of the first patch that un-padding keeps.
+        columns: Tiles in a row.
+    """
+
+    tiles: Layout | None = None
+    corner: tuple[int, int] = (0, 0)
+    columns: int = 0
+
+    @property
+    def inputs(self) -> int:
+        return self.tiles.crops
+
+
+def resized(grid: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A grid ``[C, rows, columns]`` as the model resizes it."""
+    return torch.nn.functional.interpolate(
+        grid[None], size=(height, width), mode="bilinear", align_corners=False, antialias=False
+    )[0]
+
+
+def overlap(a: tuple[Fraction, Fraction], b: tuple[Fraction, Fraction]) -> Fraction:
+    """The length that two intervals have in common."""
+    return max(min(a[1], b[1]) - max(a[0], b[0]), Fraction(0))
+
+
+class OneVisionReference(Independent):
+    """As LLaVA-NeXT, but large grids are resized, and several images of a nested list are not tiled."""
+
+    def layout(self, image_size: Sequence[int]) -> Layout:
+        tiles = super().layout(image_size)
+        rows, columns = len(tiles.rows), len(tiles.rows[0]) if tiles.rows else 0
+        most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (most * self.patches))
+        if ratio <= 1.1:
+            return tiles
+        height, width = int(rows // ratio), int(columns // ratio)
+        cells_down, cells_right = math.ceil(height / self.side), math.ceil(width / self.side)
+        lines = []
+        for y in range(height):
+            line = []
+            for x in range(width):
+                cell = (y // self.side) * cells_right + x // self.side
+                line.append((1 + cell, (y % self.side) * self.side + x % self.side))
+            lines.append(line)
+        valid = [list(range(self.patches))]
+        for cell in range(1, 1 + cells_down * cells_right):
+            valid.append([token for line in lines for crop, token in line if crop == cell])
+        size = [int(x) for x in image_size]
+        _, grid_width = select_best_resolution(size, self.config.image_grid_pinpoints)
+        columns = grid_width // self.crop_size
+        crop, patch = tiles.rows[0][0]
+        corner = (
+            (crop - 1) // columns * self.side + patch // self.side,
+            (crop - 1) % columns * self.side + patch % self.side,
+        )
+        return ResizedLayout(
+            1 + cells_down * cells_right, lines, valid, tiles=tiles, corner=corner, columns=columns
+        )
+
+    def _read(self, inputs: Mapping[str, Any]) -> tuple[list[Layout], list[torch.Tensor]]:
+        sizes = [[int(x) for x in size] for size in inputs["image_sizes"]]
+        counts = inputs.get("batch_num_images")
+        counts = [1] * len(sizes) if counts is None else [int(count) for count in counts]
+        alone = [count == 1 for count in counts for _ in range(count)]
+        layouts = []
+        for size, tiled in zip(sizes, alone, strict=True):
+            single = Layout(crops=1, rows=[[]], valid=[list(range(self.patches))])
+            layouts.append(self.layout(size) if tiled else single)
+        return layouts, self.crop_list(inputs["pixel_values"], layouts)
+
+    def _plan(self, rule: Rule, layout: Layout) -> tuple[int, int, int]:
+        if not isinstance(layout, ResizedLayout):
+            return super()._plan(rule, layout)
+        valid = [len(tokens) for tokens in layout.valid[1:]]
+        return plan(rule, self.patches, valid, room=len(layout.rows) * len(layout.rows[0]))
+
+    def _encoded(
+        self, crops: Sequence[torch.Tensor], layout: Layout, rule: Rule
+    ) -> tuple[list[list[float]], list[list[float]], list[torch.Tensor]]:
+        """Of a resized image the scores, vectors and tokens of its cells, after the thumbnail's.
+
+        The tokens of cells have been through the projector already, as the model resizes behind it.
+        Outside the grid a score is 0.
+        """
+        if not isinstance(layout, ResizedLayout):
+            return super()._encoded(crops, layout, rule)
+        tiles = layout.tiles
+        scores, cls, features = super()._encoded(crops, tiles, rule)
+        height, width = len(layout.rows), len(layout.rows[0])
+        seen = torch.tensor([[scores[crop][patch] for crop, patch in row] for row in tiles.rows])
+        seen = resized(seen.float()[None], height, width)[0]
+        projected = [
+            torch.stack([self._token(tiles, crop, features[crop][patch]) for crop, patch in row])
+            for row in tiles.rows
+        ]
+        tokens = resized(torch.stack(projected).permute(2, 0, 1), height, width)
+
+        cell_scores = [[0.0] * self.patches for _ in layout.valid[1:]]
+        cell_tokens = [tokens.new_zeros(self.patches, len(tokens)) for _ in layout.valid[1:]]
+        for y, line in enumerate(layout.rows):
+            for x, (crop, token) in enumerate(line):
+                cell_scores[crop - 1][token] = float(seen[y, x])
+                cell_tokens[crop - 1][token] = tokens[:, y, x]
+        cell_cls = []
+        for cell in range(layout.crops - 1):
+            cell_cls.append(self._cell_vector(layout, cell, cls))
+        return [scores[0], *cell_scores], [cls[0], *cell_cls], [features[0], *cell_tokens]
+
+    def _cell_vector(self, layout: ResizedLayout, cell: int, cls: Sequence[Sequence[float]]) -> list[float]:
+        """The mean of the tiles' vectors, weighted by the area that the cell has in common with each."""
+        height, width = len(layout.rows), len(layout.rows[0])
+        rows, columns = len(layout.tiles.rows), len(layout.tiles.rows[0])
+        down, right = divmod(cell, math.ceil(width / self.side))
+
+        def interval(place: int, length: int, full: int, start: int) -> tuple[Fraction, Fraction]:
+            first, last = place * self.side, min((place + 1) * self.side, length)
+            return start + Fraction(first * full, length), start + Fraction(last * full, length)
+
+        own_rows = interval(down, height, rows, layout.corner[0])
+        own_columns = interval(right, width, columns, layout.corner[1])
+        areas = []
+        for tile in range(layout.tiles.crops - 1):
+            r, c = divmod(tile, layout.columns)
+            tile_rows = (Fraction(r * self.side), Fraction((r + 1) * self.side))
+            tile_columns = (Fraction(c * self.side), Fraction((c + 1) * self.side))
+            areas.append(overlap(own_rows, tile_rows) * overlap(own_columns, tile_columns))
+        assert sum(areas) == (own_rows[1] - own_rows[0]) * (own_columns[1] - own_columns[0])
+        weights = [float(area / sum(areas)) for area in areas]
+        return [
+            math.fsum(weight * vector[i] for weight, vector in zip(weights, cls[1:], strict=True))
+            for i in range(len(cls[0]))
+        ]
+
+    def _token(self, layout: Layout, crop: int, feature: torch.Tensor) -> torch.Tensor:
+        if isinstance(layout, ResizedLayout) and crop > 0:
+            return feature
+        return super()._token(layout, crop, feature)
 
 
 class ThumbnailLast(Independent):
@@ -150,8 +303,16 @@ SPECIAL = [
 VOCABULARY = 160
 """Vocabulary size of the families' models."""
 
-NAMES = {"internvl": "InternVL", "smolvlm": "SmolVLM", "idefics3": "Idefics3"}
+NAMES = {
+    "internvl": "InternVL",
+    "llava_onevision": "LlavaOnevision",
+    "smolvlm": "SmolVLM",
+    "idefics3": "Idefics3",
+}
 """How the families' classes begin."""
+
+PINPOINTS = [[CROP * rows, CROP * columns] for rows in range(1, 6) for columns in range(1, 6)]
+"""Resolutions of the tiny OneVision; grids of more than 10 tiles are resized."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "internvl": {"family": "internvl"},
@@ -159,6 +320,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "family": "internvl",
         "vision": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
     },
+    "llava_onevision": {"family": "llava_onevision"},
     "smolvlm": {"family": "smolvlm"},
     "smolvlm, not split": {"family": "smolvlm"},
     "idefics3": {"family": "idefics3"},
@@ -230,6 +392,11 @@ def tiny_processor(family: str = "llava_next", tower: str = "clip", **options: A
     if family == "internvl":
         images = _image_processor("GotOcr2", **{"size": square, **options})
         return _processor("InternVL", images, family_tokenizer(), None, image_seq_length=16)
+    if family == "llava_onevision":
+        fields = {"size": square, "image_grid_pinpoints": [list(one) for one in PINPOINTS], **options}
+        images = _image_processor("LlavaOnevision", **fields)
+        own = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+        return _processor("LlavaOnevision", images, family_tokenizer(), None, **own)
     if family in ("smolvlm", "idefics3"):
         name = NAMES[family]
         edges = {"size": {"longest_edge": 3 * CROP}, "max_image_size": {"longest_edge": CROP}}
@@ -296,6 +463,15 @@ def tiny_model(
             "image_token_id": _number("<IMG_CONTEXT>"),
             "image_seq_length": 16,
         }
+    elif family == "llava_onevision":
+        siglip = {"model_type": "siglip_vision_model", "patch_size": 14, "vision_use_head": False}
+        fields = {
+            "vision_config": {**tower, **siglip, **vision},
+            "text_config": {"model_type": "qwen2", **text},
+            "image_token_index": _number("<image>"),
+            "video_token_index": _number("<video>"),
+            "image_grid_pinpoints": [list(one) for one in PINPOINTS],
+        }
     elif family in ("smolvlm", "idefics3"):
         fields = {
             "vision_config": {**tower, "patch_size": 7, **vision},
@@ -318,8 +494,10 @@ def tiny_model(
                     parameter.normal_(std=0.3)  # InternVL's are born as zeros
                 elif "lambda_" in name:
                     parameter.fill_(1.0)  # at 0.1 CLS would hardly hear of the patches
+                elif parameter.dim() > 1 and "vision" in name:
+                    parameter.mul_(0.14 / parameter.std())  # at more, fp32 leaves too few digits
                 elif parameter.dim() > 1:
-                    parameter.mul_(7.0 if "vision" in name else 3.0)
+                    parameter.mul_(3.0)
                 elif "vision" in name:
                     parameter.add_(torch.randn_like(parameter) * 0.2)  # else norms and biases do little
     model.generation_config.pad_token_id = 1
@@ -346,8 +524,16 @@ CASES: dict[str, list[tuple[str, list[tuple[int, int]]]]] = {
 
 OWN_CASES: dict[str, dict[str, list[tuple[str, list[tuple[int, int]]]]]] = {
     "internvl": {"one crop": [(TWO, [(50, 50)])]},
+    "llava_onevision": {
+        "resized": [(ONE, [(230, 270)])],
+        "resized and not": [(PAIR, [(280, 160), (100, 60)]), (TWO, [(140, 300)])],
+        "no rows": [(ONE, [(10, 400)])],
+        "no columns": [(ONE, [(400, 10)]), (TWO, [(60, 80)])],
+        "nested": [(PAIR, [(230, 270), (60, 50)])],
+        "nested, a row alone": [(PAIR, [(50, 100), (60, 50)]), (TEXT, []), (TWO, [(260, 240)])],
+    },
 }
-"""Cases of a family."""
+"""Cases of a family. Where the name begins with "nested", the pictures of a row are a list of their own."""
 
 
 def cases_of(family: str) -> dict[str, list[tuple[str, list[tuple[int, int]]]]]:
@@ -372,7 +558,7 @@ def batch_of(processor: ProcessorMixin, family: str, case: str, **kwargs: Any) -
     for _, sizes in rows:
         images.append([tiny_picture(height, width, seed + i) for i, (height, width) in enumerate(sizes)])
         seed += len(sizes)
-    if family not in ("smolvlm", "idefics3"):  # these take the pictures of each prompt in a list of their own
+    if family not in ("smolvlm", "idefics3") and not case.startswith("nested"):
         images = [image for own in images for image in own]
     return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
 
@@ -408,6 +594,12 @@ def _check(name: str, case: str, side: str, dtype: torch.dtype) -> None:
     if side == "left":
         generated = model.generate(**batch, max_new_tokens=4, do_sample=False)
         assert reference.greedy(batch, everything, 4) == generated[:, -4:].tolist()
+        fewer = Rule(keep_ratio=0.3)
+        prepared = reference.inputs(batch, fewer)
+        reference.model.generation_config = model.generation_config
+        given = {key: prepared[key] for key in ("inputs_embeds", "attention_mask")}
+        generated = reference.model.generate(**given, max_new_tokens=4, do_sample=False)
+        assert reference.greedy(batch, fewer, 4) == generated.tolist()
     for rule in (
         Rule(keep_ratio=0.03),
         Rule(keep_ratio=0.3),
