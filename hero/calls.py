@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ._checks import error
 from .config import HeroConfig
 from .layout import ImageLayout
-from .prompt import images_of_rows, questions, shrink
+from .prompt import deal, images_of_rows, questions, shrink
 from .selection import Selection
 
 __all__ = ["Call", "current_call", "forward", "generate"]
@@ -32,13 +32,18 @@ _HELD = "_hero_images"
 
 @dataclass(frozen=True)
 class Held:
-    """An image in a key-value cache: its layout, number of tokens, what decided on them, and where it is."""
+    """An image in a key-value cache: its layout and runs, what decided on them, and where it is."""
 
     layout: ImageLayout
-    length: int
+    runs: tuple[int, ...]
     config: HeroConfig
     row: int = 0
     start: int = 0  # length of the cache before the turn of the image
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return sum(self.runs)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,30 @@ class Call:
     text: list[str] | None = None  # the question of each image
     rows: tuple[int, ...] = ()  # the prompt of each image
     layouts: tuple[ImageLayout, ...] = ()  # of each image: sizes are read once per call
-    lengths: tuple[int, ...] = ()  # its kept tokens
+    runs: tuple[tuple[int, ...], ...] = ()  # the lengths of its runs of placeholders
     held: tuple[Held, ...] = ()  # images that the cache holds already
     start: int = 0  # length of the cache
+    prompts: int = 0
     # Images encoded ahead, if the number of kept tokens depends on the data.
     encoded: tuple[Selection, object] | None = None
+
+    def repeated(self, pixel_values: Tensor, image_sizes: Any) -> tuple[list[int], list[int]]:
+        """The images, and the prompt of each, as older transformers repeat them for beams and sequences."""
+        if self.handle.adapter.has_run_per_crop:  # pixels of a prompt after another
+            repeats = len(pixel_values) // self.prompts
+            order = [
+                (number, row * repeats + copy)
+                for row in sorted(set(self.rows))
+                for copy in range(repeats)
+                for number, own in enumerate(self.rows)
+                if own == row
+            ]
+            return [number for number, _ in order], [row for _, row in order]
+        given, own = len(pixel_values), sum(layout.crops for layout in self.layouts)
+        if image_sizes is not None:
+            given, own = len(image_sizes), len(self.layouts)
+        order = [number for number in range(len(self.layouts)) for _ in range(given // own)]
+        return order, list(self.rows)
 
 
 _call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("hero_call", default=None)
@@ -156,8 +180,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             selection; an argument that is missing or cannot be shortened.
     """
     ids, pixels, features = inputs.get("input_ids"), inputs.get("pixel_values"), features_of(inputs)
-    encoder, config = handle.encoder, handle.config
-    sizes = handle.image_sizes(inputs)
+    encoder, config, adapter = handle.encoder, handle.config, handle.adapter
     is_new = pixels is not None or features is not None
     cache = _cache_of(inputs)
     in_cache = getattr(cache, _HELD, ())
@@ -166,9 +189,11 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     held = in_cache if whole else ()
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
-    if is_new and sizes is None:
+    old, new = handle.shown(ids, held) if is_new or held else ((), ())
+    layouts = handle.layouts(inputs, new)
+    if is_new and layouts is None:
         raise ValueError("image_sizes: expected (height, width) of each image, got None")
-    layouts = encoder.geometry.layouts(sizes) if sizes is not None and len(sizes) else ()
+    layouts = layouts or ()
     if ids is None and is_new and layouts:
         return inputs, replace(_of_embeddings(handle, inputs, layouts), held=in_cache, start=start)
     total = 0 if ids is None else int((ids == handle.image_token_id).sum()) if layouts or held else 0
@@ -177,49 +202,59 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     if not is_new:  # all images are in the cache
         held, layouts = _held_of_sizes(handle, held, layouts), ()
     _check_held(handle, held)
-    lengths = tuple(layout.kept_tokens(config) for layout in layouts)
-    if features is not None:
-        lengths = tuple(map(len, features.pooler_output))
-    before = [one.length for one in held]
     every = (*(one.layout for one in held), *layouts)
-    kept = [*before, *lengths]
-    written = [layout.kept_tokens(config) for layout in every]  # "floor" keeps fewer
-    full = [layout.full_tokens for layout in every]
-    now = next((counts for counts in (kept, written, full) if sum(counts) == total), None)
+    written = [adapter.runs(layout, layout.equal_counts(config)) for layout in every]
+    full = [adapter.runs(layout, layout.full_counts) for layout in every]
+    before = [one.runs for one in held]
+    kept = [*before, *written[len(held) :]]
+    if features is not None:
+        kept = [*before, *((len(tokens),) for tokens in features.pooler_output)]
+    seen = [tuple(length for _, length in image.runs) for image in (*old, *new)]
+    now = next(
+        (
+            runs
+            for runs in (kept, written, full)
+            if (runs == seen if adapter.reads_prompt else sum(map(sum, runs)) == total)
+        ),
+        None,
+    )
     if now is None:
+        counts = f" in runs of {seen}" if adapter.reads_prompt else ""
         raise ValueError(
-            f"input_ids: expected {sum(written)} image placeholders for the images (processor attached), "
-            f"or {sum(full)} (stock processor), got {total}"
+            f"input_ids: expected {sum(map(sum, written))} image placeholders for the images (processor "
+            f"attached), or {sum(map(sum, full))} (stock processor), got {total}{counts}"
             + (f"; the cache holds {len(held)} images" if whole and cache is not None else "")
         )
-    call, rows = None, []
+    call, rows = None, [image.row for image in new]
     if is_new:
         text = None
-        is_image = ids == handle.image_token_id
-        places = [(one.row, count) for one, count in zip(held, now, strict=False)]
-        rows = images_of_rows(is_image, now[len(held) :], places)
+        if not adapter.reads_prompt:
+            places = [(one.row, sum(runs)) for one, runs in zip(held, now, strict=False)]
+            lengths = [sum(runs) for runs in now[len(held) :]]
+            rows = images_of_rows(ids == handle.image_token_id, lengths, places)
         if encoder.needs_text:
             text = questions(ids, inputs.get("attention_mask"), handle.image_token_id, rows, handle.tokenizer)
-        call = Call(handle, text, tuple(rows), layouts, lengths, in_cache, start)
-        if config.allocation == "floor" and features is None:
-            # The number of kept tokens depends on the data: encode the images first.
-            layer, images = inputs.get("vision_feature_layer"), [one.image_size for one in layouts]
-            selection, output = handle.encode(pixels, images, text, feature_layer=layer)
-            kept = [*before, *selection.lengths]
-            call = replace(call, encoded=(selection, output), lengths=tuple(selection.lengths))
+        call = Call(handle, text, tuple(rows), layouts, tuple(kept[len(held) :]), in_cache, start, len(ids))
+        if features is None and (config.allocation == "floor" or adapter.has_run_per_crop):
+            # The lengths of the runs depend on the data: encode the images first.
+            layer = adapter.feature_layer(inputs.get("vision_feature_layer"))
+            crops = adapter.crops(pixels, layouts, rows, handle.parts)
+            selection, output = handle.encode(crops, layouts, text, feature_layer=layer)
+            runs = tuple(adapter.runs_of(selection))
+            kept = [*before, *runs]
+            call = replace(call, encoded=(selection, output), runs=runs)
     if now != kept:
-        adapter = handle.adapter
-        runs = [
-            pair
-            for _, layout, *counts in sorted(
-                zip([*(one.row for one in held), *rows], every, now, kept, strict=True), key=itemgetter(0)
-            )
-            for pair in zip(*(adapter.runs(layout, count) for count in counts), strict=True)
-        ]
+        images = sorted(
+            zip([*(one.row for one in held), *rows], now, kept, (*old, *new) or now, strict=True),
+            key=itemgetter(0),
+        )
+        if adapter.has_run_per_crop:
+            inputs, images = deal(inputs, images)
+        pairs = [pair for _, now, kept, _ in images for pair in zip(now, kept, strict=True)]
         pad = handle.model.generation_config.pad_token_id
         cached = sorted({*(one.start for one in held), start if whole else 0} - {0})
         inputs = shrink(
-            inputs, handle.image_token_id, runs, pad_token_id=0 if pad is None else pad, cached=cached
+            inputs, handle.image_token_id, pairs, pad_token_id=0 if pad is None else pad, cached=cached
         )
     return inputs, call
 
@@ -240,7 +275,7 @@ def _of_embeddings(handle: Handle, inputs: dict, layouts: tuple[ImageLayout, ...
                 f"kept, or input_ids, which are shortened, got {total} placeholders"
             )
         rows = images_of_rows(is_image, lengths)
-    return Call(handle, None, tuple(rows), layouts, lengths)
+    return Call(handle, None, tuple(rows), layouts, tuple((length,) for length in lengths))
 
 
 def _mask_of_padding(model: nn.Module, ids: Tensor, kwargs: dict) -> Tensor | None:
@@ -268,7 +303,7 @@ def _kept_of_cropped(held: Sequence[Held], length: int) -> tuple[Held, ...]:
     for one in held:
         if one.start < length < one.start + one.length:
             raise ValueError(
-                f"past_key_values: expected a cache that holds an image of {one.layout.image_size}, or was "
+                f"past_key_values: expected a cache that holds an image of {one.layout}, or was "
                 f"cropped to {one.start} positions, before its turn, got one cropped to {length}"
             )
     return tuple(one for one in held if one.start < length)
@@ -288,9 +323,10 @@ def _held_of_sizes(
                 "pixel_values: expected the images, or a cache that was filled with hero attached and holds "
                 "them, got neither"
             )
-        return tuple(Held(layout, layout.full_tokens, handle.config) for layout in layouts)
+        runs = (handle.adapter.runs(layout, layout.full_counts) for layout in layouts)
+        return tuple(Held(*one, handle.config) for one in zip(layouts, runs, strict=True))
     if layouts and tuple(one.layout for one in held) != tuple(layouts):
-        sizes = [one.layout.image_size for one in held], [one.image_size for one in layouts]
+        sizes = [str(one.layout) for one in held], [str(one) for one in layouts]
         raise ValueError(
             f"image_sizes: expected those of the images in the cache, {sizes[0]}, got {sizes[1]}"
         )
@@ -308,7 +344,7 @@ def _check_held(handle: Handle, held: Sequence[Held]) -> None:
             now, then = ({name: one[name] for name in sorted(changed & set(one))} for one in (now, then))
             count = one.layout.kept_tokens(config)
             raise ValueError(
-                f"past_key_values: expected {count} tokens of an image of {one.layout.image_size} {now}, got "
+                f"past_key_values: expected {count} tokens of an image of {one.layout} {now}, got "
                 f"{one.length} {then}: start a new cache"
             )
 
@@ -321,8 +357,8 @@ def _record(call: Call, inputs: Mapping[str, Any], output: object) -> None:
     if cache is None or int(cache.get_seq_length()) <= call.start:
         return
     new = (
-        Held(layout, length, call.handle.config, row, call.start)
-        for layout, length, row in zip(call.layouts, call.lengths, call.rows, strict=True)
+        Held(layout, runs, call.handle.config, row, call.start)
+        for layout, runs, row in zip(call.layouts, call.runs, call.rows, strict=True)
     )
     setattr(cache, _HELD, tuple(sorted((*call.held, *new), key=attrgetter("row"))))
 
@@ -344,15 +380,14 @@ def _check_generation(model: nn.Module, kwargs: Mapping[str, Any], call: Call) -
         raise ValueError(
             "prefill_chunk_size: expected None for images with transformers < 5.23, which drops them"
         )
-    # Before 5.19 transformers repeats the images of a row one by one.
-    if len(set(call.rows)) == len(call.rows) or _transformers_version() >= (5, 19):
+    if not call.handle.adapter.mixes_up_beams(call.layouts, call.rows, _transformers_version()):
         return
     names = ("num_beams", "num_return_sequences")
     counts = {name: _setting(model, kwargs, name) or 1 for name in names}
     if max(counts.values()) > 1:
         raise ValueError(
-            "num_beams, num_return_sequences: expected 1 for several images in a prompt with "
-            f"transformers < 5.19, which mixes them up, got {counts}"
+            "num_beams, num_return_sequences: expected 1 for these images with transformers < 5.19, which "
+            f"mixes them up, got {counts}"
         )
 
 

@@ -94,7 +94,7 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
         return result
 
     with torch.inference_mode():
-        crops, plan = encoder.prepare(inputs["pixel_values"], handle.image_sizes(inputs))
+        crops, plan = encoder.prepare(*handle.crops(inputs))
         encoded = timed("encode", encoder.encode, crops, plan)
         scored = timed("score", encoder.score, encoded, plan, text)
         budgets = timed("budget", encoder.budget, scored, plan)
@@ -254,7 +254,7 @@ def _run_show(args: argparse.Namespace) -> None:
         inputs = loaded.inputs(image, args.question or "")
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
-            selection = handle.encoder(inputs["pixel_values"], handle.image_sizes(inputs), text)
+            selection = handle.encoder(*handle.crops(inputs), text)
     save_image(visualize(as_seen(image, selection), selection), save)
     kept, full = sum(selection.lengths), selection.layout[0].full_tokens
     print(f"{kept} of {full} visual tokens kept, picture in {save}")
@@ -284,11 +284,7 @@ def _run_bench(args: argparse.Namespace) -> None:
                 given = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
                 vision = partial(model.model.get_image_features, **given)
             else:
-                sizes, text = (
-                    torch.as_tensor(handle.image_sizes(inputs)).cpu(),
-                    _text(handle, loaded, question),
-                )
-                vision = partial(handle.encoder, inputs["pixel_values"], sizes, text)
+                vision = partial(handle.encoder, *handle.crops(inputs), _text(handle, loaded, question))
             seconds = []
             for function in (vision, lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False)):
                 for _ in range(3):  # the second call records a CUDA graph

@@ -10,6 +10,7 @@ from typing import Any
 from ._checks import check_choice, check_integer, check_real, error
 from .layout import Geometry
 from .policies import Policy, make_policy
+from .tiling import Tiling
 
 __all__ = ["ALLOCATIONS", "DEFAULT_KEEP_RATIO", "HeroConfig", "count_tokens"]
 
@@ -105,7 +106,7 @@ def count_tokens(
     image_size: Sequence[int],
     *,
     geometry: Geometry | None = None,
-    pinpoints: Sequence[Sequence[int]] | None = None,
+    tiling: Tiling | Sequence[Sequence[int]] | None = None,
     crop_size: int | None = None,
     patch_size: int | None = None,
 ) -> int:
@@ -120,7 +121,7 @@ def count_tokens(
         config: what to keep.
         image_size: (height, width) in pixels.
         geometry: how the model cuts images; that of LLaVA-NeXT with CLIP-ViT-L/14-336 if ``None``.
-        pinpoints, crop_size, patch_size: fields of the geometry that differ from it.
+        tiling, crop_size, patch_size: fields of the geometry that differ from it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, by name.
@@ -129,7 +130,7 @@ def count_tokens(
         raise error(TypeError, "config", "hero.HeroConfig", config)
     if geometry is not None and not isinstance(geometry, Geometry):
         raise error(TypeError, "geometry", "hero.Geometry", geometry)
-    given: dict[str, Any] = {"pinpoints": pinpoints, "crop_size": crop_size, "patch_size": patch_size}
+    given: dict[str, Any] = {"tiling": tiling, "crop_size": crop_size, "patch_size": patch_size}
     given = {name: value for name, value in given.items() if value is not None}
     if geometry is not None and given:
         raise ValueError(f"geometry: expected it or {', '.join(given)}, got both")

@@ -17,13 +17,14 @@ from . import attention_rows, compiled
 from ._checks import check_flag, error
 from .config import HeroConfig
 from .cuda_graphs import CudaGraphs, Path
-from .layout import Geometry, grid_pinpoints
+from .layout import Geometry, Pinpoints, grid_pinpoints
 from .models import hidden_states, tower_for
 from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, with_image
 from .policies import Observed, Scored, check_supported
 from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
 from .signals import mean_features
+from .tokens import average, merge
 
 __all__ = ["HeroVisionEncoder"]
 
@@ -38,16 +39,18 @@ class HeroVisionEncoder(nn.Module):
     :meth:`score`, :meth:`budget`, :meth:`select`, :meth:`project`.
 
     Args:
-        vision_tower: a transformers ``CLIPVisionModel`` or ``SiglipVisionModel``. Its attention modules that
-            score patches are changed until :meth:`remove`.
+        vision_tower: a vision encoder of transformers: ``CLIPVisionModel``, ``SiglipVisionModel``,
+            ``InternVLVisionModel``, or that of Idefics3 or SmolVLM. Its attention modules that score patches
+            are changed until :meth:`remove`.
         projector: maps features to the language model's width; ``None`` leaves them as they are.
         config: what to keep; ``HeroConfig()`` if ``None``.
         geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1 and
-            1×3 of LLaVA-NeXT.
+            1×3 of LLaVA-NeXT. If its patches are m times the tower's, a token is m × m patches merged.
         image_newline: ``[D]`` embedding that ends each row of the stitched grid, or a function that returns
             it at each call; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to divide tokens among tiles by the question.
         feature_layer: the hidden state(s) that the model uses; several are concatenated.
+            ``"last_hidden_state"`` is the last one after the tower's last norm.
         cuda_graphs: replay the tower and its scores from a CUDA graph, one for each number of crops.
             ``"auto"`` does so on a GPU for up to 16 crops, from the second call with this number on, where
             nothing prevents it (gradients, hooks, wrappers, several devices); ``True`` raises an error where
@@ -67,7 +70,7 @@ class HeroVisionEncoder(nn.Module):
         geometry: Geometry | None = None,
         image_newline: Tensor | Callable[[], Tensor] | None = None,
         relevance: ClipRelevance | None = None,
-        feature_layer: int | Sequence[int] = -2,
+        feature_layer: int | str | Sequence[int] = -2,
         cuda_graphs: bool | str = "auto",
     ):
         super().__init__()
@@ -86,13 +89,15 @@ class HeroVisionEncoder(nn.Module):
         self._tower = tower_for(vision_tower)
         crop_size, patch_size = self._tower.geometry(vision_tower)
         if geometry is None:
-            geometry = Geometry(crop_size, patch_size, grid_pinpoints(crop_size))
-        elif (geometry.crop_size, geometry.patch_size) != (crop_size, patch_size * self._tower.merge):
-            expected = f"crops of {crop_size} px and patches of {patch_size} px"
+            geometry = Geometry(crop_size, patch_size, Pinpoints(grid_pinpoints(crop_size)))
+        self._merge, rest = divmod(geometry.patch_size, patch_size)
+        if geometry.crop_size != crop_size or rest or (crop_size // patch_size) % self._merge:
+            expected = f"crops of {crop_size} px and patches of {patch_size} px, or several merged"
             raise error(ValueError, "geometry", expected, (geometry.crop_size, geometry.patch_size))
         self.depth = len(self._tower.attention_modules(vision_tower))
         self._states = hidden_states(feature_layer, self.depth)
-        self._last_layer = max(max(self._states) - 1, 0)  # of the features; the first if they are embeddings
+        # Of the features; the first if they are embeddings.
+        self._last_layer = min(max(max(self._states) - 1, 0), self.depth - 1)
         policy = config.policy
         self.rows = policy.rows(self.depth, self._last_layer)
         self._needs = needs = policy.needs(relevance is not None)
@@ -190,7 +195,7 @@ class HeroVisionEncoder(nn.Module):
         pixel_values: Tensor,
         plan: CropPlan,
         *,
-        feature_layer: int | Sequence[int] | None = None,
+        feature_layer: int | str | Sequence[int] | None = None,
         whole: bool = False,
         **kwargs,
     ) -> Encoded:
@@ -225,19 +230,23 @@ class HeroVisionEncoder(nn.Module):
         if with_patches:
             width = features.shape[-1] // len(states)
             features, patches = features.split((width * (len(states) - 1), width), dim=-1)
-        plan = plan.to(features.device)
+        plan, m = plan.to(features.device), self._merge
+        features = merge(features, m)
         attention = {
-            name: hk.finalize_scores(collector.result().to(plan.device), valid=plan.valid)
+            name: hk.finalize_scores(average(collector.result().to(plan.device), m), valid=plan.valid)
             for name, collector in collectors.items()
         }
+        cls = ran.cls
+        if cls is None and self.needs_cls:  # of the patches, which are parts of a token's channels
+            cls = mean_features(features, plan.valid).unflatten(1, (m * m, -1)).mean(1)
         return Encoded(
             features=features,
-            cls=mean_features(features, plan.valid) if self.needs_cls and ran.cls is None else ran.cls,
+            cls=cls,
             pooled=ran.pooled,
             attention=attention,
             pixel_values=pixel_values,
             output=ran.output,
-            keys=keys[0].result().to(plan.device) if keys else None,
+            keys=average(keys[0].result().to(plan.device).mT, m).mT if keys else None,
             patches=patches,
             attention_ran="fused" if any(one.fused for one in collectors.values()) else "native",
         )
@@ -379,9 +388,10 @@ class HeroVisionEncoder(nn.Module):
         if lengths != plan.segments.lengths:  # "floor": the data decides
             counts = lengths
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
-        sizes = [layout.image_size for layout in plan.layouts]
         path = Path(not reason, reason, encoded.attention_ran)
-        return self._selection(sizes, (*self._projected(*tensors), cu_seqlens), path, counts), encoded.output
+        return self._selection(
+            plan.layouts, (*self._projected(*tensors), cu_seqlens), path, counts
+        ), encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -403,7 +413,7 @@ class HeroVisionEncoder(nn.Module):
         return self.project(tokens, index), index, *others
 
     def _selection(
-        self, sizes: Any, tensors: Sequence[Tensor], path: Path, counts: Sequence[int] | None = None
+        self, images: Any, tensors: Sequence[Tensor], path: Path, counts: Sequence[int] | None = None
     ) -> Selection:
         tokens, index, budgets, shares, scores, cu_seqlens = tensors
         return Selection(
@@ -413,7 +423,7 @@ class HeroVisionEncoder(nn.Module):
             budgets=budgets,
             shares=shares,
             scores=scores,
-            image_sizes=sizes,
+            images=images,
             geometry=self.geometry,
             config=self.config,
             counts=counts,

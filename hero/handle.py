@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from . import calls
 from ._checks import error
 from .config import HeroConfig
 from .encoder import HeroVisionEncoder
-from .models import Adapter, Parts, ProcessorCounts, adapter_for
+from .layout import Geometry, ImageLayout
+from .models import Adapter, Parts, ProcessorCounts, Shown, adapter_for
 from .patches import patch, put, restore
 from .relevance import ClipRelevance
 from .selection import Selection
@@ -47,6 +49,7 @@ class Handle:
         tokenizer,
         adapter: Adapter,
         parts: Parts,
+        geometry: Geometry,
     ):
         self.model = model
         self.processor = processor
@@ -54,7 +57,8 @@ class Handle:
         self.config = encoder.config
         self.tokenizer = tokenizer
         self.adapter = adapter
-        self.parts = parts
+        self.parts = dataclasses.replace(parts, geometry=geometry)
+        self._model_parts = parts
         self.image_token_id = parts.image_token_id
         self._last = _PerThread()
         self._owners: list[object] = []
@@ -68,10 +72,48 @@ class Handle:
         """The selection of this thread's last call, without tokens; ``None`` before the first."""
         return self._last.value
 
-    def image_sizes(self, inputs: Mapping[str, Any]) -> Any:
-        """(height, width) of each image of a call, from the arguments of ``forward`` or ``generate``, as the
-        encoder takes them; ``None`` if there is no image."""
-        return self.adapter.image_sizes(inputs, self.parts)
+    def shown(
+        self, ids: Tensor | None, held: Sequence[calls.Held] = ()
+    ) -> tuple[Sequence[Shown], Sequence[Shown]]:
+        """The images that prompts ``[B, L]`` show: those held in a cache, and the others.
+
+        Raises:
+            ValueError: no prompt, for families whose images only the prompt tells.
+        """
+        if not self.adapter.reads_prompt:
+            return (), ()
+        if ids is None:
+            raise ValueError(
+                "input_ids: expected the prompt, which tells which crops make an image, got None"
+            )
+        before = Counter(one.row for one in held)
+        old, new = [], []
+        for image in self.adapter.shown(ids, self.parts, self.tokenizer):
+            (old if before[image.row] > 0 else new).append(image)
+            before[image.row] -= 1
+        return old, new
+
+    def layouts(self, inputs: Mapping[str, Any], shown: Sequence[Shown]) -> tuple[ImageLayout, ...] | None:
+        """The images that a call encodes or names; ``None`` if its arguments tell none.
+
+        Args:
+            inputs: keyword arguments of ``forward`` or ``generate``.
+            shown: the images of the prompts that no cache holds.
+        """
+        found = self.adapter.layouts(inputs, self.parts, self.config, shown)
+        if found is None or not len(found):
+            return None if found is None else ()
+        return self.parts.geometry.layouts(found)
+
+    def crops(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[ImageLayout, ...]]:
+        """Pixels and images of a call, as the encoder takes them.
+
+        Args:
+            inputs: keyword arguments of ``forward`` or ``generate``, with pixels.
+        """
+        _, shown = self.shown(inputs.get("input_ids"))
+        layouts, rows = self.layouts(inputs, shown) or (), [image.row for image in shown]
+        return self.adapter.crops(inputs["pixel_values"], layouts, rows, self.parts), layouts
 
     def count_tokens(self, image_size: Sequence[int]) -> int:
         """Visual tokens of an image of (height, width) pixels; see :func:`hero.count_tokens`."""
@@ -101,7 +143,7 @@ class Handle:
         patch(model, "generate", calls.generate)
         put(model, "_replicate_for_data_parallel", _no_replicas)
         if processor is not None:
-            put(processor, "_hero", ProcessorCounts(self.config, self.encoder.geometry))
+            put(processor, "_hero", ProcessorCounts(self.adapter, self.config, self.parts.geometry))
             patches += self.adapter.processor_patches(processor)
             self._owners.append(processor)
         for one in patches:
@@ -115,22 +157,32 @@ class Handle:
         """Kept tokens of each image, and what the vision tower returned. Sets :attr:`last`.
 
         What the tower returned is ``None`` within a call of the model, where nobody sees it.
+
+        Args:
+            image_sizes: ``None`` for families whose images only the prompt of a call tells.
         """
         call = calls.current_call(self)
-        if call is not None and call.encoded is not None:
-            selection, output = call.encoded
-            images = selection.per_image()
+        if call is not None and call.layouts:
             # Beam search in older transformers repeats the images before they are encoded.
-            repeats = len(image_sizes) // len(images)
-            return [image for image in images for _ in range(repeats)], output
+            order, rows = call.repeated(pixel_values, image_sizes)
+            if call.encoded is not None:
+                selection, output = call.encoded
+                images = selection.per_image()
+                return [images[number] for number in order], output
+            layouts = [call.layouts[number] for number in order]
+            pixel_values = self.adapter.crops(pixel_values, layouts, rows, self.parts)
+            text = call.text if call.text is None else [call.text[number] for number in order]
+            selection, output = self.encode(
+                pixel_values, layouts, text, feature_layer=feature_layer, **kwargs
+            )
+            return selection.per_image(), output
         text = None
-        if call is not None:
-            text = call.text
-            if text is not None:  # likewise repeated
-                text = [one for one in text for _ in range(len(image_sizes) // len(text))]
-            if len(call.layouts) == len(image_sizes):
-                image_sizes = [layout.image_size for layout in call.layouts]
-        elif self.encoder.cuda_graphs is None or not self.encoder.cuda_graphs.required:
+        if image_sizes is None:
+            raise ValueError(
+                "pixel_values: expected a call of generate or forward, whose prompt tells which crops make "
+                "an image, got get_image_features alone"
+            )
+        if self.encoder.cuda_graphs is None or not self.encoder.cuda_graphs.required:
             kwargs["whole"] = True
         selection, output = self.encode(
             pixel_values, image_sizes, text, feature_layer=feature_layer, **kwargs
@@ -139,13 +191,14 @@ class Handle:
 
     def encode(self, pixel_values, image_sizes, text, **kwargs) -> tuple[Selection, object]:
         """Run the encoder on the parts that the model has now."""
-        parts = self.adapter.parts(self.model)
+        parts, attached = self.adapter.parts(self.model), self._model_parts
         for name in ("vision_tower", "projector"):
             if getattr(self.encoder, name) is not getattr(parts, name):
                 raise RuntimeError(f"the model's {name} was replaced after attach: attach again")
-        if parts.geometry != self.parts.geometry:
+        if parts.geometry != attached.geometry:
             raise RuntimeError(
-                "image_grid_pinpoints of the model's config changed after attach: attach again"
+                f"the model's configuration changed after attach: attach again (it cut images by "
+                f"{attached.geometry}, now by {parts.geometry})"
             )
         selection, output = self.encoder.run(pixel_values, image_sizes, text, **kwargs)
         self._last.value = dataclasses.replace(
@@ -180,7 +233,8 @@ def attach(
     ``generate``, ``forward``, chat templates and pipelines go on working. A pickled copy is a stock one.
 
     Args:
-        model: ``LlavaNextForConditionalGeneration`` or ``LlavaForConditionalGeneration``.
+        model: one of transformers' ``ForConditionalGeneration`` classes of LLaVA-1.5, LLaVA-NeXT,
+            LLaVA-OneVision, InternVL, Idefics3 and SmolVLM.
         processor: its processor, which then emits only as many image placeholders as are kept. With
             ``None``, prompts of the stock length are shortened on entry instead.
         config: what to keep, or
@@ -205,8 +259,9 @@ def attach(
     config = HeroConfig(**options) if config is None else config
     adapter = adapter_for(model)
     parts = adapter.parts(model)
+    geometry = parts.geometry
     if processor is not None:
-        adapter.check_processor(processor, parts)
+        geometry = adapter.check_processor(processor, parts)
         tokenizer = processor.tokenizer if tokenizer is None else tokenizer
     for name, target in (("model", model), ("processor", processor)):
         if target is not None and "_hero" in target.__dict__:
@@ -224,13 +279,13 @@ def attach(
         parts.vision_tower,
         parts.projector,
         config,
-        geometry=parts.geometry,
+        geometry=geometry,
         image_newline=parts.image_newline,
         relevance=relevance,
         feature_layer=parts.feature_layer,
         cuda_graphs=cuda_graphs,
     )
-    handle = Handle(model, processor, encoder, tokenizer, adapter, parts)
+    handle = Handle(model, processor, encoder, tokenizer, adapter, parts, geometry)
     handle._put()
     return handle
 

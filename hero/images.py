@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ._checks import error
 from ._version import __version__
+from .tiling import Whole
 
 if TYPE_CHECKING:
     from .selection import Selection
@@ -114,7 +115,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 def as_seen(image: Image.Image, selection: Selection) -> Image.Image:
     """The part of an image that a model saw: the middle square, for models that take one crop."""
     height, width = (int(side) for side in selection.image_sizes[0])
-    return image if selection.geometry.pinpoints else ImageOps.fit(image, (width, height))
+    is_cut = not isinstance(selection.geometry.tiling, Whole)
+    return image if is_cut else ImageOps.fit(image, (width, height))
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -1,6 +1,6 @@
 """What follows from image sizes alone: tiles, padding and token counts. Standard library only.
 
-Floating-point steps are those of transformers' ``select_best_resolution`` and ``unpad_image``, in the same
+Floating-point steps are those of transformers' ``unpad_image`` and ``pack_image_features``, in the same
 order, since the number of tokens depends on their rounding.
 """
 
@@ -13,8 +13,9 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from ._checks import check_integer, count, error
+from .tiling import Pinpoints, Tiling, Whole
 
-__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "Keep", "grid_pinpoints"]
+__all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "Keep", "Pinpoints", "grid_pinpoints"]
 
 LLAVA_NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # (rows, columns) of tiles
 
@@ -42,19 +43,22 @@ class Keep(Protocol):
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Crops and sequence of one image.
+    """Crops and sequence of one image. A patch is a visual token, of merged patches where the model merges.
 
     Attributes:
-        image_size: (height, width) in pixels.
+        image_size: (height, width) in pixels; ``None`` where the call does not tell it.
         grid: (rows, columns) of tiles; (0, 0) where there are none.
         side: p, patches along one side of a crop.
         rows, columns: half-open ranges of the stitched grid, in patches, that are not padding.
         thumbnail: ``"first"``, ``"last"`` or ``"none"``.
         stitched: whether the tiles of a grid row interleave, patch row by patch row.
         newlines: whether every remaining row of the stitched grid ends in a newline token.
+        grid_is_known: whether ``grid`` is the arrangement of the tiles, not just their number.
+        encoded: the layout of the crops that the encoder sees, where their grid is resized: this layout is
+            that of the resized grid, whose cells of p × p tokens act as tiles. Otherwise ``None``.
     """
 
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     grid: tuple[int, int]
     side: int
     rows: tuple[int, int]
@@ -62,6 +66,12 @@ class ImageLayout:
     thumbnail: str = "first"
     stitched: bool = True
     newlines: bool = True
+    grid_is_known: bool = True
+    encoded: ImageLayout | None = None
+
+    def __str__(self) -> str:
+        size = self.image_size
+        return f"{self.crops} crops" if size is None else f"{size} px"
 
     @property
     def tiles(self) -> int:
@@ -115,6 +125,17 @@ class ImageLayout:
         return tuple((bottom - top) * (right - left) for top, bottom, left, right in self.tile_rectangles)
 
     @property
+    def full_counts(self) -> list[int]:
+        """Tokens of each crop in the stock sequence."""
+        return self.per_crop(self.patches, self.valid_counts)
+
+    def equal_counts(self, config: Keep) -> list[int]:
+        """:meth:`budget`, as if tiles were all alike: what a prompt shows before the images are encoded."""
+        thumbnail, tiles = self.budget(config)
+        share, rest = divmod(tiles, max(self.tiles, 1))
+        return self.per_crop(thumbnail, [share + (tile < rest) for tile in range(self.tiles)])
+
+    @property
     def newline_count(self) -> int:
         """Newline tokens: one a remaining row of the grid; one in all where there is no grid."""
         if not self.newlines:
@@ -126,12 +147,17 @@ class ImageLayout:
         """Length of the stock sequence."""
         return self.patches * (self.thumbnail != "none") + sum(self.valid_counts) + self.newline_count
 
+    @property
+    def _tile_tokens(self) -> int:
+        """Tokens of the tiles that the keep ratio counts: with padding, or those of the resized grid."""
+        return self.tiles * self.patches if self.encoded is None else sum(self.valid_counts)
+
     def _quota(self, config: Keep) -> tuple[int, int]:
         """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
         if self.thumbnail == "none":
-            return 0, count(config.keep_ratio, config.keep_tokens, self.tiles * self.patches)
+            return 0, count(config.keep_ratio, config.keep_tokens, self._tile_tokens)
         given = config.keep_ratio, config.keep_tokens
-        divided = config.policy.divide(*given, self.patches, self.tiles)
+        divided = config.policy.divide(*given, self.patches, self._tile_tokens)
         fits = isinstance(divided, tuple) and len(divided) == 2 and all(type(n) is int for n in divided)
         if not fits or not 0 <= divided[0] <= self.patches or divided[1] < 0:
             expected = f"divide() to return two integers >= 0, the first at most {self.patches}"
@@ -157,6 +183,9 @@ class ImageLayout:
         return sum(self.budget(config)) + self.newline_count
 
 
+_LLAVA_NEXT = Pinpoints(LLAVA_NEXT_PINPOINTS)
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How a model cuts images: the size-independent part of a layout. Immutable and hashable.
@@ -164,9 +193,12 @@ class Geometry:
     Args:
         crop_size: side of a crop in pixels.
         patch_size: side of a visual token in pixels (of the merged token, where patches are merged).
-        pinpoints: (height, width) of the grids to choose from, in pixels, multiples of ``crop_size``;
-            empty for models that see a thumbnail only.
-        thumbnail, stitched, newlines: as in :class:`ImageLayout`.
+        tiling: how the grid of tiles follows from the image size: :class:`hero.tiling.Pinpoints`,
+            ``NearestAspect``, ``LongestEdge`` or ``Whole``. Pairs (height, width) in pixels are pinpoints,
+            none at all means ``Whole``.
+        thumbnail, stitched, newlines: as in :class:`ImageLayout`. An image without tiles is its thumbnail.
+        resized_beyond: the number of tiles whose patches a stitched grid may hold without being resized
+            (LLaVA-OneVision: 9 in ``"anyres_max_9"``); ``None`` if grids are never resized.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, by name.
@@ -174,30 +206,30 @@ class Geometry:
 
     crop_size: int = 336
     patch_size: int = 14
-    pinpoints: tuple[tuple[int, int], ...] = LLAVA_NEXT_PINPOINTS
+    tiling: Tiling = _LLAVA_NEXT
     thumbnail: str = "first"
     stitched: bool = True
     newlines: bool = True
+    resized_beyond: int | None = None
 
     def __post_init__(self) -> None:
         crop = check_integer("crop_size", self.crop_size)
         if crop < check_integer("patch_size", self.patch_size):
             raise ValueError(f"patch_size: expected at most crop_size {crop}, got {self.patch_size}")
-        if isinstance(self.pinpoints, str) or not isinstance(self.pinpoints, Sequence):
-            raise error(TypeError, "pinpoints", "pairs (height, width) in pixels", self.pinpoints)
-        pinpoints = []
-        for pinpoint in self.pinpoints:
-            if isinstance(pinpoint, str) or not isinstance(pinpoint, Sequence) or len(pinpoint) != 2:
-                raise error(TypeError, "pinpoints", "pairs (height, width) in pixels", pinpoint)
-            pair = tuple(check_integer("pinpoints", side, crop) for side in pinpoint)
-            if any(side % crop for side in pair):
-                raise ValueError(f"pinpoints: expected multiples of the crop size {crop}, got {pair}")
-            pinpoints.append(pair)
-        object.__setattr__(self, "pinpoints", tuple(pinpoints))
+        if not isinstance(self.tiling, Tiling):
+            pairs: Any = self.tiling
+            tiling = Whole() if isinstance(pairs, Sequence) and not pairs else Pinpoints(pairs)
+            object.__setattr__(self, "tiling", tiling)
+        if isinstance(self.tiling, Pinpoints):
+            for pair in self.tiling.sizes:
+                if any(side % crop for side in pair):
+                    raise ValueError(f"tiling: expected multiples of the crop size {crop}, got {pair}")
         if self.thumbnail not in ("first", "last", "none"):
             raise error(ValueError, "thumbnail", "'first', 'last' or 'none'", self.thumbnail)
-        if not pinpoints and self.thumbnail == "none":
-            raise ValueError("pinpoints: expected at least one where there is no thumbnail, got none")
+        if isinstance(self.tiling, Whole) and self.thumbnail == "none":
+            raise ValueError("tiling: expected one with tiles where there is no thumbnail, got none")
+        if self.resized_beyond is not None:
+            check_integer("resized_beyond", self.resized_beyond)
 
     @property
     def side(self) -> int:
@@ -212,13 +244,15 @@ class Geometry:
         """
         return self._layout("image_size", image_size)
 
-    def _layout(self, name: str, size: Sequence[int]) -> ImageLayout:
+    def _layout(self, name: str, size: Sequence[int] | ImageLayout) -> ImageLayout:
+        if isinstance(size, ImageLayout):
+            return size
         if isinstance(size, str) or not hasattr(size, "__len__") or len(size) != 2:
             raise error(TypeError, name, "(height, width) in pixels", size)
         return _layout(self, check_integer(name, size[0]), check_integer(name, size[1]))
 
     def layouts(self, image_sizes) -> tuple[ImageLayout, ...]:
-        """Layout of each image of a batch: ``[B, 2]`` (height, width), a tensor, an array or pairs.
+        """Layout of each image of a batch: ``[B, 2]`` (height, width), a tensor, array, pairs or layouts.
 
         Raises:
             TypeError, ValueError: not pairs of positive integers, or none.
@@ -231,30 +265,43 @@ class Geometry:
         sizes = [size.tolist() if hasattr(size, "tolist") else size for size in sizes]
         return tuple(self._layout(f"image_sizes[{number}]", size) for number, size in enumerate(sizes))
 
+    def of_grid(
+        self, grid: tuple[int, int], image_size: tuple[int, int] | None = None, *, is_known: bool = True
+    ) -> ImageLayout:
+        """Layout of an image that was stretched to a grid of (rows, columns) tiles, whatever its size.
+
+        Args:
+            is_known: whether this is the arrangement of the tiles, not just their number.
+        """
+        rows, columns = (0, grid[0] * self.side), (0, grid[1] * self.side)
+        return self._of(image_size, grid, rows, columns, grid_is_known=is_known)
+
+    def _of(self, image_size, grid, rows, columns, **fields) -> ImageLayout:
+        own = self.thumbnail, self.stitched, self.newlines
+        return ImageLayout(image_size, grid, self.side, rows, columns, *own, **fields)
+
+    def padded(self, image_size: tuple[int, int], grid: tuple[int, int]) -> ImageLayout:
+        """Layout of an image that was fitted into a grid of (rows, columns) tiles and padded."""
+        side = self.side
+        rows, columns = _unpadded(*image_size, grid[0] * side, grid[1] * side)
+        layout = self._of(image_size, grid, rows, columns)
+        if self.resized_beyond is None:
+            return layout
+        height, width = rows[1] - rows[0], columns[1] - columns[0]
+        ratio = math.sqrt(max(height * width, 0) / (self.resized_beyond * side**2))
+        if ratio <= 1.1:
+            return layout
+        height, width = int(height // ratio), int(width // ratio)
+        cells = math.ceil(height / side), math.ceil(width / side)
+        return self._of(image_size, cells, (0, height), (0, width), encoded=layout)
+
 
 @lru_cache(maxsize=4096)
 def _layout(geometry: Geometry, height: int, width: int) -> ImageLayout:
-    def layout(grid: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]) -> ImageLayout:
-        fields = geometry.thumbnail, geometry.stitched, geometry.newlines
-        return ImageLayout((height, width), grid, geometry.side, rows, columns, *fields)
-
-    if not geometry.pinpoints:
-        return layout((0, 0), (0, 0), (0, 0))
-    best_height, best_width = _best_resolution(height, width, geometry.pinpoints)
-    grid = best_height // geometry.crop_size, best_width // geometry.crop_size
-    return layout(grid, *_unpadded(height, width, grid[0] * geometry.side, grid[1] * geometry.side))
-
-
-def _best_resolution(height: int, width: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The pinpoint that keeps most of the image's pixels, then wastes least, then comes first."""
-    best, best_effective, best_wasted = pinpoints[0], 0, math.inf
-    for pinpoint in pinpoints:
-        scale = min(pinpoint[1] / width, pinpoint[0] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        wasted = pinpoint[0] * pinpoint[1] - effective
-        if effective > best_effective or (effective == best_effective and wasted < best_wasted):
-            best, best_effective, best_wasted = pinpoint, effective, wasted
-    return best
+    grid = geometry.tiling.grid(height, width, geometry.crop_size)
+    if geometry.tiling.pads:
+        return geometry.padded((height, width), grid)
+    return geometry.of_grid(grid, (height, width))
 
 
 def _unpadded(height: int, width: int, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -6,16 +6,16 @@ surplus from ``input_ids`` and the tensors aligned with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .relevance import question_of
 
-__all__ = ["images_of_rows", "questions", "shrink"]
+__all__ = ["deal", "images_of_rows", "questions", "shrink"]
 
 # Tensors aligned with input_ids, and what fills their padding.
 _ALIGNED = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
@@ -73,6 +73,56 @@ def questions(
     return [texts[row] for row in rows]
 
 
+Image: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], Any]
+
+
+def deal(inputs: Mapping[str, Any], images: Sequence[Image]) -> tuple[dict[str, Any], list[Image]]:
+    """Move placeholders among the runs of each image. Runs may be and become empty; separators stay between.
+
+    Args:
+        inputs: as in :func:`shrink`.
+        images: row, lengths of the runs now and as wanted, and the :class:`hero.models.Shown` of each image.
+
+    Returns:
+        a copy of ``inputs``, and the images with runs as wanted, but for a surplus in the last one.
+    """
+    ids, dealt = inputs["input_ids"], []
+    _check_aligned(inputs, ids)
+    order = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+    for row, now, wanted, shown in images:
+        lengths = (*wanted[:-1], sum(now) - sum(wanted[:-1]))
+        free = iter([at for begin, length in shown.runs for at in range(begin, begin + length)])
+        columns: list[int] = []
+        at = first = shown.runs[0][0]
+        for (begin, length), count in zip(shown.runs, lengths, strict=True):
+            columns += [*range(at, begin), *(next(free) for _ in range(count))]
+            at = begin + length
+        order[row, first:at] = torch.tensor(columns)
+        dealt.append((row, lengths, wanted, shown))
+    order = order.to(ids.device)
+    moved = dict(inputs)
+    for name in ("input_ids", *_ALIGNED):
+        if isinstance(inputs.get(name), Tensor) and inputs[name].shape == ids.shape:
+            moved[name] = inputs[name].gather(1, order.to(inputs[name].device))
+    if inputs.get("shift_labels") is not None:
+        moved["shift_labels"] = _of_next(inputs["shift_labels"], lambda labels: labels.gather(1, order))
+    return moved, dealt
+
+
+def _of_next(labels: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """Labels of the next position after positions were moved: it may be another one now."""
+    ignored = torch.full_like(labels[:, :1], -100)
+    moved = move(torch.cat([ignored, labels[:, :-1]], dim=1))
+    return torch.cat([moved[:, 1:], labels[:, -1:]], dim=1)
+
+
+def _check_aligned(inputs: Mapping[str, Any], ids: Tensor) -> None:
+    for name, value in inputs.items():
+        if name not in _KNOWN and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+            expected = "input_ids with as many placeholders as tokens are kept, or None"
+            raise ValueError(f"{name}: expected {expected}, got a tensor that cannot be shortened with them")
+
+
 def shrink(
     inputs: Mapping[str, Any],
     image_token_id: int,
@@ -106,10 +156,7 @@ def shrink(
     mask = torch.ones_like(ids) if given is None else given
     if mask.dim() != 2:
         raise ValueError(f"attention_mask: expected [B, L], got shape {tuple(mask.shape)}")
-    for name, value in inputs.items():
-        if name not in _KNOWN and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
-            expected = "input_ids with as many placeholders as tokens are kept, or None"
-            raise ValueError(f"{name}: expected {expected}, got a tensor that cannot be shortened with them")
+    _check_aligned(inputs, ids)
     length = ids.shape[1]
     past, mask = mask[:, :-length], mask[:, -length:]  # a mask may begin with what a cache holds
     is_image = ids == image_token_id
@@ -165,10 +212,8 @@ def shrink(
         if isinstance(values, Tensor) and values.shape == ids.shape:
             shortened[name] = repack(values, fill)
     labels = inputs.get("shift_labels")
-    if labels is not None:  # of the next position, which may be another one now
-        ignored = torch.full_like(labels[:, :1], -100)
-        packed = repack(torch.cat([ignored, labels[:, :-1]], dim=1), -100)
-        shortened["shift_labels"] = torch.cat([packed[:, 1:], labels[:, -1:]], dim=1)
+    if labels is not None:
+        shortened["shift_labels"] = _of_next(labels, lambda labels: repack(labels, -100))
     positions = inputs.get("position_ids")
     if positions is not None:
         before, after = (

@@ -58,7 +58,7 @@ class Selection:
         budgets: ``[T]`` int32, patches kept of each crop.
         shares: ``[T]`` fp32, each tile's share of its image's tile tokens before caps; 0 for thumbnails.
         scores: ``[T, P]`` fp32, the patch scores.
-        image_sizes: (height, width) of each image in pixels.
+        images: (height, width) in pixels, or layout, of each image.
         geometry: how the images were cut.
         config: what was kept.
         counts: rows of each image where they follow from the data (``allocation="floor"``).
@@ -71,7 +71,7 @@ class Selection:
     budgets: Tensor
     shares: Tensor
     scores: Tensor
-    image_sizes: Sequence[tuple[int, int]]
+    images: Sequence[tuple[int, int] | ImageLayout]
     geometry: Geometry
     config: HeroConfig
     counts: Sequence[int] | None = None
@@ -82,7 +82,12 @@ class Selection:
     @property
     def layout(self) -> tuple[ImageLayout, ...]:
         """The images of the batch."""
-        return self.geometry.layouts(self.image_sizes)
+        return self.geometry.layouts(self.images)
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int] | None]:
+        """(height, width) of each image in pixels; ``None`` where the call does not tell it."""
+        return [layout.image_size for layout in self.layout]
 
     @property
     def lengths(self) -> list[int]:

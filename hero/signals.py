@@ -174,6 +174,7 @@ def regions_of(layouts: Sequence[ImageLayout]) -> Tensor:
     The un-padded stitched grid and the thumbnail show the same picture, so a patch of one is a patch
     of the other stretched by p / rows and p / columns.
     """
+    _check_grids(layouts)
     areas = []
     for layout in layouts:
         side, areas_here = layout.side, torch.zeros((layout.crops, layout.side**2))
@@ -186,8 +187,17 @@ def regions_of(layouts: Sequence[ImageLayout]) -> Tensor:
     return torch.cat(areas)
 
 
+def _check_grids(layouts: Sequence[ImageLayout]) -> None:
+    if not all(layout.grid_is_known for layout in layouts):
+        raise ValueError(
+            "processor: expected one with hero attached for a policy that reads how tiles are arranged, which "
+            "this model's inputs do not tell, got None"
+        )
+
+
 def resize_of(layouts: Sequence[ImageLayout]) -> Resize:
     """How the thumbnail is resized to the un-padded grid of its image, for each crop; thumbnails stay."""
+    _check_grids(layouts)
     rows, columns = [], []
     for layout in layouts:
         itself = [(patch, patch, 0.0) for patch in range(layout.side)]

@@ -67,7 +67,7 @@ from hero.policies import Uniform
 class Corner(Uniform):
     alpha: float = 0.0
 
-    def divide(self, keep_ratio, keep_tokens, patches, tiles):
+    def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
         return int(self.alpha * 10), 20
 """
 

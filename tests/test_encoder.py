@@ -108,7 +108,7 @@ def test_without_projector_and_newlines(model, inputs):
     tower = model.model.vision_tower
     encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(keep_ratio=0.3, **LAYERS))
     try:
-        assert encoder.geometry.pinpoints == ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
+        assert encoder.geometry.tiling.sizes == ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))
         crops = encoder.geometry.layout(SIZES[0]).crops
         with torch.no_grad():
             pixels = inputs["pixel_values"][0][:crops]

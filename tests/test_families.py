@@ -2,19 +2,19 @@
 
 import functools
 
+import independent_families
 import pytest
 import torch
-from independent import (
-    CACHE,
-    CASES,
-    Independent,
-    tiny_clip,
-    tiny_image,
+from independent import CACHE, tiny_clip, tiny_image, tiny_tokenizer
+from independent_families import (
+    batch_of,
+    cases_of,
+    independent_of,
     tiny_model,
+    tiny_picture,
     tiny_processor,
-    tiny_tokenizer,
 )
-from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, batch, config_of, rule_of
+from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, config_of, rule_of
 from transformers import SiglipVisionModel
 from transformers.cache_utils import DynamicCache
 
@@ -31,6 +31,7 @@ FAMILIES = {
     },
     "llava": {"family": "llava"},
     "llava, siglip": {"family": "llava", "tower": "siglip"},
+    **independent_families.FAMILIES,
 }
 RULES = {
     **{f"{ratio}": {"keep_ratio": ratio} for ratio in (0.1, 0.3, 0.9)},
@@ -44,9 +45,13 @@ def slow(name):
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-NAMES = [name if name in ("llava_next, siglip", "llava") else slow(name) for name in FAMILIES]
-FEW_CASES = [
-    case if case in ("one image", "two sizes", "two images in a prompt") else slow(case) for case in CASES
+FAST = ("llava_next, siglip", "llava", "llava_onevision", "internvl", "smolvlm")
+NAMES = [name if name in FAST else slow(name) for name in FAMILIES]
+FAST_CASES = ("two sizes", "two images in a prompt", "resized and not", "nested")
+NAMES_AND_CASES = [
+    pytest.param(name, case, marks=[] if name in FAST and case in FAST_CASES else pytest.mark.slow)
+    for name, options in FAMILIES.items()
+    for case in cases_of(options["family"])
 ]
 FEW_RULES = [rule if rule in ("0.3", "floor") else slow(rule) for rule in RULES]
 
@@ -58,11 +63,16 @@ def model_of(name):
 
 @functools.cache
 def reference_of(name):
-    return Independent(model_of(name))
+    return independent_of(model_of(name))
 
 
 def processor_of(name):
-    return tiny_processor(FAMILIES[name]["family"], FAMILIES[name].get("tower", "clip"))
+    options = independent_families.PROCESSOR_OPTIONS.get(name, {})
+    return tiny_processor(FAMILIES[name]["family"], FAMILIES[name].get("tower", "clip"), **options)
+
+
+def batch(name, processor, case):
+    return batch_of(processor, FAMILIES[name]["family"], case)
 
 
 def attached(name, which, **options):
@@ -73,17 +83,16 @@ def attached(name, which, **options):
 
 
 @pytest.mark.parametrize("which", PROCESSORS)
-@pytest.mark.parametrize("case", FEW_CASES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "case"), NAMES_AND_CASES)
 def test_everything_kept_is_the_stock_model(name, case, which):
-    model, inputs = model_of(name), batch(processor_of(name), case)
+    model, inputs = model_of(name), batch(name, processor_of(name), case)
     options = {"max_new_tokens": 5, "do_sample": False}
     with torch.no_grad():
         stock = model(**inputs).logits
         answer = model.generate(**inputs, **options)
         handle, processor = attached(name, which, keep_ratio=1.0)
         with handle:
-            ours = batch(processor, case)
+            ours = batch(name, processor, case)
             assert torch.equal(ours["input_ids"], inputs["input_ids"])
             torch.testing.assert_close(model(**ours).logits, stock, rtol=0, atol=1e-6)
             assert handle.last is not None
@@ -93,15 +102,14 @@ def test_everything_kept_is_the_stock_model(name, case, which):
 
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("rule", FEW_RULES)
-@pytest.mark.parametrize("case", FEW_CASES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "case"), NAMES_AND_CASES)
 def test_selection_and_logits(name, case, rule, which):
-    inputs = batch(processor_of(name), case)
+    inputs = batch(name, processor_of(name), case)
     rows, results, _ = reference_of(name)._rows(inputs, rule_of(RULES[rule]), None, None)
     logits = [reference_of(name)._forward(row.embeds) for row in rows]
     handle, processor = attached(name, which, **RULES[rule])
     with handle, torch.no_grad():
-        output, last = model_of(name)(**batch(processor, case)).logits, handle.last
+        output, last = model_of(name)(**batch(name, processor, case)).logits, handle.last
     assert last.index.tolist() == [place for result in results for place in result.index]
     assert last.budgets.tolist() == [budget for result in results for budget in result.budgets]
     assert last.lengths == [len(result.index) for result in results]
@@ -126,14 +134,14 @@ def test_generation(name, case, how, which):
     options = {"do_sample": False, "max_new_tokens": 5, **GENERATIONS[how]}
     reference = reference_of(name)
     reference.model.generation_config = model_of(name).generation_config
-    given = reference.inputs(batch(processor_of(name), case), rule_of({"keep_ratio": 0.3}))
+    given = reference.inputs(batch(name, processor_of(name), case), rule_of({"keep_ratio": 0.3}))
     torch.manual_seed(0)
     wanted = reference.model.generate(
         inputs_embeds=given["inputs_embeds"], attention_mask=given["attention_mask"], **options
     )
     handle, processor = attached(name, which, keep_ratio=0.3)
     with handle:
-        inputs = batch(processor, case)
+        inputs = batch(name, processor, case)
         torch.manual_seed(0)
         output = model_of(name).generate(**inputs, **options)
     assert output[:, inputs["input_ids"].shape[1] :].tolist() == wanted.tolist()
@@ -142,13 +150,13 @@ def test_generation(name, case, how, which):
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients(name, which):
-    inputs = batch(processor_of(name), "one image")
+    inputs = batch(name, processor_of(name), "one image")
     inputs["labels"] = inputs["input_ids"].clone()
     wanted = reference_of(name).loss(inputs, rule_of({"keep_ratio": 0.3}))
     handle, processor = attached(name, which, keep_ratio=0.3)
     model = model_of(name)
     with handle:
-        ours = batch(processor, "one image")
+        ours = batch(name, processor, "one image")
         loss = model(**ours, labels=ours["input_ids"].clone()).loss
         loss.backward()
     assert float(loss) == pytest.approx(wanted, abs=1e-5)
@@ -165,7 +173,7 @@ def test_a_second_turn(name, which):
     options = {"max_new_tokens": 4, "do_sample": False}
     handle, processor = attached(name, which, keep_ratio=0.3)
     with handle:
-        first = batch(processor, "one image")
+        first = batch(name, processor, "one image")
         image = tiny_image(70, 60, 5)
         more = processor(images=[image], text=["<image> describe"], return_tensors="pt")
         cache = DynamicCache()

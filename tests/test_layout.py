@@ -37,7 +37,7 @@ def draw_geometry(draw: random.Random) -> Geometry:
 
 def draw_size(draw: random.Random, geometry: Geometry) -> tuple[int, int]:
     """Pixels of an image: ordinary, very narrow, a pixel wide, as a grid, or where a row is just gained."""
-    height, width = draw.choice(geometry.pinpoints)
+    height, width = draw.choice(geometry.tiling.sizes)
     kind = draw.choice(("any", "any", "narrow", "pixel", "grid", "edge", "edge"))
     if kind == "any":
         size = (int(10 ** draw.uniform(0, 3.7)), int(10 ** draw.uniform(0, 3.7)))
@@ -121,7 +121,7 @@ def test_against_transformers():
     for _ in range(GROUPS):
         geometry = draw_geometry(draw)
         config, ratio = draw_config(draw, geometry)
-        crop, pinpoints = geometry.crop_size, [list(pinpoint) for pinpoint in geometry.pinpoints]
+        crop, pinpoints = geometry.crop_size, [list(pinpoint) for pinpoint in geometry.tiling.sizes]
         tower = model.model.vision_tower.config
         tower.image_size, tower.patch_size = crop, geometry.patch_size
         model.config.image_grid_pinpoints = pinpoints
@@ -295,7 +295,7 @@ def test_half_to_the_thumbnail(policy, keep, size, budget):
     layout = LLAVA_NEXT.layout(size)
     assert layout.budget(config) == budget
     assert count_tokens(config, size) == sum(budget) + layout.newline_count
-    alone = Geometry(pinpoints=()).layout(size)  # nothing to halve with
+    alone = Geometry(tiling=()).layout(size)  # nothing to halve with
     assert alone.budget(config) == (min(config.keep_tokens or int(576 * config.keep_ratio), 576), 0)
 
 
@@ -309,15 +309,13 @@ def test_floor_ratio():
 
 def test_geometry_by_its_fields():
     config = HeroConfig(keep_ratio=0.5)
-    fields = {"pinpoints": [[56, 112], [112, 56]], "crop_size": 56, "patch_size": 14}
+    fields = {"tiling": [[56, 112], [112, 56]], "crop_size": 56, "patch_size": 14}
     geometry = Geometry(**fields)
-    assert geometry.pinpoints == ((56, 112), (112, 56))
+    assert geometry.tiling.sizes == ((56, 112), (112, 56))
     assert count_tokens(config, (50, 100), **fields) == 8 + 16 + 4
     assert count_tokens(config, (50, 100), geometry=geometry) == 8 + 16 + 4
     assert count_tokens(config, (672, 672), patch_size=28) == 72 + 288 + 24
-    assert count_tokens(config, (672, 672)) == count_tokens(
-        config, (672, 672), pinpoints=LLAVA_NEXT_PINPOINTS
-    )
+    assert count_tokens(config, (672, 672)) == count_tokens(config, (672, 672), tiling=LLAVA_NEXT_PINPOINTS)
 
 
 def test_sizes_in_any_sequence():
@@ -373,7 +371,7 @@ GEOMETRY = [
     *[("crop_size", *case) for case in INTEGERS.values()],
     *[("patch_size", *case) for case in INTEGERS.values()],
     ("patch_size", 337, ValueError),
-    *[("pinpoints", *case) for case in PINPOINTS.values()],
+    *[("tiling", *case) for case in PINPOINTS.values()],
     ("thumbnail", "middle", ValueError),
     ("thumbnail", None, ValueError),
 ]
@@ -398,8 +396,8 @@ def test_geometry_refuses(name, value, kind):
 
 def test_nothing_to_see():
     with pytest.raises(ValueError) as error:
-        Geometry(pinpoints=(), thumbnail="none")
-    check(error, ValueError, "pinpoints")
+        Geometry(tiling=(), thumbnail="none")
+    check(error, ValueError, "tiling")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -418,7 +416,7 @@ def test_image_size_is_refused(size):
         ({"config": {"keep_ratio": 0.2}}, TypeError, "config"),
         ({"config": 0.2}, TypeError, "config"),
         ({"geometry": LLAVA_NEXT, "patch_size": 14}, ValueError, "geometry"),
-        ({"geometry": LLAVA_NEXT, "pinpoints": []}, ValueError, "geometry"),
+        ({"geometry": LLAVA_NEXT, "tiling": []}, ValueError, "geometry"),
         ({"geometry": (336, 14)}, TypeError, "geometry"),
     ],
 )

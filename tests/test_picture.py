@@ -20,20 +20,20 @@ from hero.selection import Selection
 SMALL = {"crop_size": 32, "patch_size": 8}  # 16 patches a crop
 GEOMETRIES = {
     "default": Geometry(),
-    "single": Geometry(**SMALL, pinpoints=((32, 32),)),
-    "no tiles": Geometry(**SMALL, pinpoints=()),
-    "no thumbnail": Geometry(**SMALL, pinpoints=((64, 64),), thumbnail="none"),
-    "thumbnail last": Geometry(**SMALL, pinpoints=((64, 64),), thumbnail="last"),
-    "not stitched": Geometry(**SMALL, pinpoints=((64, 64),), stitched=False, newlines=False),
-    "portrait": Geometry(**SMALL, pinpoints=((96, 64),)),
-    "wide": Geometry(**SMALL, pinpoints=((32, 256),)),
-    "wide, no thumbnail": Geometry(**SMALL, pinpoints=((32, 256),), thumbnail="none"),
-    "tall": Geometry(**SMALL, pinpoints=((256, 32),)),
-    "tall, no thumbnail": Geometry(**SMALL, pinpoints=((256, 32),), thumbnail="none"),
-    "7 x 9": Geometry(**SMALL, pinpoints=((7 * 32, 9 * 32),)),
-    "1 x 63": Geometry(**SMALL, pinpoints=((32, 63 * 32),)),
+    "single": Geometry(**SMALL, tiling=((32, 32),)),
+    "no tiles": Geometry(**SMALL, tiling=()),
+    "no thumbnail": Geometry(**SMALL, tiling=((64, 64),), thumbnail="none"),
+    "thumbnail last": Geometry(**SMALL, tiling=((64, 64),), thumbnail="last"),
+    "not stitched": Geometry(**SMALL, tiling=((64, 64),), stitched=False, newlines=False),
+    "portrait": Geometry(**SMALL, tiling=((96, 64),)),
+    "wide": Geometry(**SMALL, tiling=((32, 256),)),
+    "wide, no thumbnail": Geometry(**SMALL, tiling=((32, 256),), thumbnail="none"),
+    "tall": Geometry(**SMALL, tiling=((256, 32),)),
+    "tall, no thumbnail": Geometry(**SMALL, tiling=((256, 32),), thumbnail="none"),
+    "7 x 9": Geometry(**SMALL, tiling=((7 * 32, 9 * 32),)),
+    "1 x 63": Geometry(**SMALL, tiling=((32, 63 * 32),)),
     "36 patches": Geometry(48, 8, ((144, 144),)),
-    "63 x 1": Geometry(**SMALL, pinpoints=((63 * 32, 32),)),
+    "63 x 1": Geometry(**SMALL, tiling=((63 * 32, 32),)),
 }
 SIZES = [(60, 60), (400, 50), (50, 400), (1, 300)]
 RED = (200, 60, 40)

@@ -622,7 +622,7 @@ class _Thumbnail(Policy):
     layer: int = 3
     most: int = 12
 
-    def divide(self, keep_ratio, keep_tokens, patches, tiles):
+    def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
         total = int(keep_ratio * (tiles + 1) * patches)
         return min(self.most, total), total - min(self.most, total)
 

@@ -12,6 +12,7 @@ from .base import (
     Parts,
     Patch,
     ProcessorCounts,
+    Shown,
     Tower,
     TowerOutput,
     hidden_states,
@@ -24,6 +25,7 @@ __all__ = [
     "Parts",
     "Patch",
     "ProcessorCounts",
+    "Shown",
     "Tower",
     "TowerOutput",
     "adapter_for",
@@ -37,8 +39,18 @@ __all__ = [
 _ADAPTERS = {
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "InternVLForConditionalGeneration": "internvl",
+    "Idefics3ForConditionalGeneration": "idefics3",
+    "SmolVLMForConditionalGeneration": "smolvlm",
 }
-_TOWERS = {"CLIPVisionModel": "clip", "SiglipVisionModel": "siglip"}
+_TOWERS = {
+    "CLIPVisionModel": "clip",
+    "SiglipVisionModel": "siglip",
+    "InternVLVisionModel": "internvit",
+    "Idefics3VisionTransformer": "idefics3_vision",
+    "SmolVLMVisionTransformer": "smolvlm_vision",
+}
 
 
 def _find(kind: str, argument: str, table: dict[str, str], value: object):

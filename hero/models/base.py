@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import error
@@ -18,11 +20,14 @@ __all__ = [
     "Parts",
     "Patch",
     "ProcessorCounts",
+    "Shown",
     "Tower",
     "TowerOutput",
     "hidden_states",
     "is_untouched",
     "parameter",
+    "runs_of",
+    "square",
     "unwrapped",
 ]
 
@@ -51,13 +56,14 @@ class Parts:
 
     Attributes:
         image_newline: returns the newline; called at each use, as modules may load their parameters for it.
+        feature_layer: as :class:`hero.HeroVisionEncoder` takes it.
     """
 
     vision_tower: nn.Module
     projector: nn.Module
     image_newline: Callable[[], Tensor] | None
     geometry: Geometry
-    feature_layer: int | tuple[int, ...]
+    feature_layer: int | str | tuple[int, ...]
     image_token_id: int
 
 
@@ -79,11 +85,9 @@ class Tower(ABC):
 
     Attributes:
         has_cls: whether it has a CLS token; without one, patches are scored by received attention.
-        merge: patches along one side of a visual token.
     """
 
     has_cls: bool = True
-    merge: int = 1
 
     @abstractmethod
     def attention_modules(self, tower: nn.Module) -> dict[int, nn.Module]:
@@ -113,7 +117,8 @@ class Tower(ABC):
 
         Args:
             pixel_values: ``[T, 3, S, S]``.
-            states: the hidden states that the features are, 0 the embeddings; several are concatenated.
+            states: the hidden states that the features are, 0 the embeddings; several are concatenated. The
+                one after the last layer's is the last layer's after the tower's last norm.
             cls: whether ``cls`` and ``pooled`` are needed.
             scored: the layers that score patches, whose attention must run.
             whole: call the module, to return its output too.
@@ -121,8 +126,34 @@ class Tower(ABC):
         """
 
 
+class Shown(NamedTuple):
+    """An image as a prompt shows it.
+
+    Attributes:
+        row: its prompt.
+        runs: (column, length) of its runs of placeholders, which may be empty.
+        grid: (rows, columns) of its tiles, if the prompt tells it.
+    """
+
+    row: int
+    runs: tuple[tuple[int, int], ...]
+    grid: tuple[int, int] | None = None
+
+
 class Adapter(ABC):
-    """A model family."""
+    """A model family.
+
+    Attributes:
+        reads_prompt: whether only the prompt tells which crops make an image (:meth:`shown`). Otherwise
+            that follows from the other arguments, and runs of placeholders may touch.
+        has_run_per_crop: whether each crop has a run of placeholders of its own, between separators. Their
+            lengths depend on the image's content, so images are encoded before the prompt is complete.
+        takes_frames_for_images: whether frames of videos come as images, and would be thinned like them.
+    """
+
+    reads_prompt: bool = False
+    has_run_per_crop: bool = False
+    takes_frames_for_images: bool = False
 
     @abstractmethod
     def parts(self, model: nn.Module) -> Parts:
@@ -132,52 +163,165 @@ class Adapter(ABC):
             ValueError: an unsupported configuration of the model, by name.
         """
 
-    def image_sizes(self, inputs: Mapping[str, Any], parts: Parts) -> Any:
-        """(height, width) of each image that a call of the model encodes or names; ``None`` if there is none.
+    @abstractmethod
+    def layouts(
+        self, inputs: Mapping[str, Any], parts: Parts, config: HeroConfig, shown: Sequence[Shown]
+    ) -> Sequence[tuple[int, int] | ImageLayout] | Any | None:
+        """Layout, or (height, width), of each image that a call encodes or names; ``None`` if there is none.
 
         Args:
             inputs: keyword arguments of ``forward`` or ``generate``.
+            config: what is kept.
+            shown: the images of the prompts that no cache holds, for families with ``reads_prompt``.
+
+        Raises:
+            ValueError: an argument that is missing or does not fit, by name.
         """
-        return inputs.get("image_sizes")
+
+    def shown(self, ids: Tensor, parts: Parts, tokenizer: Any) -> list[Shown]:
+        """The images of prompts ``[B, L]``, for families with ``reads_prompt``."""
+        return []
+
+    def feature_layer(self, layer: Any) -> Any:
+        """``vision_feature_layer`` of a call as the encoder takes it; ``None`` if it is the model's."""
+        return layer
+
+    def runs(self, layout: ImageLayout, counts: Sequence[int]) -> tuple[int, ...]:
+        """Lengths of an image's runs of placeholders when its crops keep so many tokens."""
+        return tuple(counts) if self.has_run_per_crop else (sum(counts) + layout.newline_count,)
+
+    def runs_of(self, selection: Any) -> list[tuple[int, ...]]:
+        """Lengths of the runs of each image of a :class:`hero.Selection`."""
+        if not self.has_run_per_crop:
+            return [(length,) for length in selection.lengths]
+        budgets = iter(selection.budgets.tolist())
+        return [tuple(next(budgets) for _ in range(layout.crops)) for layout in selection.layout]
+
+    def crops(
+        self, pixel_values: Tensor, layouts: Sequence[ImageLayout], rows: Sequence[int], parts: Parts
+    ) -> Tensor:
+        """Pixels of a call as the encoder takes them (:meth:`hero.HeroVisionEncoder.prepare`).
+
+        Args:
+            rows: the prompt of each image.
+        """
+        return pixel_values
+
+    def mixes_up_beams(
+        self, layouts: Sequence[ImageLayout], rows: Sequence[int], version: tuple[int, ...]
+    ) -> bool:
+        """Whether this version of transformers assigns images to the wrong beams or sequences."""
+        return version < (5, 19) and len(set(rows)) < len(rows)
 
     @abstractmethod
-    def check_processor(self, processor, parts: Parts) -> None:
-        """Raise ``TypeError`` or ``ValueError`` unless the processor cuts images as the model does."""
+    def check_processor(self, processor, parts: Parts) -> Geometry:
+        """The geometry of the model's images as a processor cuts them.
+
+        Raises:
+            TypeError, ValueError: a processor of another family, or one that does not cut as the model does.
+        """
 
     @abstractmethod
     def model_patches(self, model: nn.Module) -> list[Patch]:
         """Methods that make the model encode images with hero; ``forward`` of their owners is patched too."""
 
-    @abstractmethod
     def processor_patches(self, processor) -> list[Patch]:
         """Methods that make the processor write as many placeholders as tokens are kept."""
+        patches = {"_process_images": process_images, "_get_num_multimodal_tokens": num_multimodal_tokens}
+        if self.takes_frames_for_images:
+            patches["_process_videos"] = refuse_videos
+        return [
+            Patch(processor, name, function)
+            for name, function in patches.items()
+            if hasattr(type(processor), name)
+        ]
 
-    def runs(self, layout: ImageLayout, length: int) -> list[int]:
-        """Lengths of an image's runs of placeholders in the prompt when it has ``length`` tokens.
+    def cut(self, processor, geometry: Geometry, options: Mapping[str, Any]) -> Geometry:
+        """The geometry of images that a processor cuts with options given at the call."""
+        return geometry
 
-        One run for each image, unless the family writes separators between tiles.
+    def other_tokens(self, processor, count: int, layout: ImageLayout) -> int:
+        """Tokens of an image besides placeholders, of ``count`` that the stock processor plans."""
+        return count - layout.full_tokens
+
+    @abstractmethod
+    def processed(
+        self, processor, geometry: Geometry, outputs: dict[str, Any], images: Any
+    ) -> Sequence[ImageLayout]:
+        """Layouts of images as the processor has just cut them, in the order of the prompt.
+
+        Args:
+            geometry: what :meth:`cut` returned.
+            outputs: what its image processor returned. An adapter may add what its model is told.
+            images: what its image processor was given.
         """
-        return [length]
 
 
 @dataclass(frozen=True)
 class ProcessorCounts:
     """What a patched processor needs to count tokens."""
 
+    adapter: Adapter
     config: HeroConfig
     geometry: Geometry
 
-    def tokens(self, image_size: Sequence[int]) -> int:
-        """Visual tokens of an image of (height, width) pixels."""
-        return self.geometry.layout([int(side) for side in image_size]).kept_tokens(self.config)
+    def runs(self, layout: ImageLayout) -> tuple[int, ...]:
+        """Lengths of an image's runs of placeholders as the processor writes them."""
+        return self.adapter.runs(layout, layout.equal_counts(self.config))
+
+
+def process_images(self, original, images, **kwargs):
+    """``processor._process_images``: texts of the images, with as many placeholders as tokens are kept."""
+    outputs, texts = original(images, **kwargs)
+    own = self._hero
+    geometry = own.adapter.cut(self, own.geometry, kwargs)
+    layouts = own.adapter.processed(self, geometry, outputs, images)
+    return outputs, [_shortened(self, *each) for each in zip(texts, layouts, strict=True)]
+
+
+def refuse_videos(self, original, *args, **kwargs):
+    """``processor._process_videos`` where a frame of a video cannot be told from an image."""
+    raise ValueError(
+        f"videos: expected None with hero attached to {type(self).__name__}, got some: detach for videos"
+    )
+
+
+def _shortened(processor, text: str, layout: ImageLayout) -> str:
+    own, token = processor._hero, processor.image_token
+    written = tuple(len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text))
+    full = own.adapter.runs(layout, layout.full_counts)
+    if written != full:
+        raise ValueError(
+            f"processor: expected {sum(full)} placeholders for an image of {layout}, as the model has "
+            f"tokens, got {sum(written)}: its settings differ from the model's, or changed after attach"
+        )
+    lengths = iter(own.runs(layout))
+    return re.sub(f"(?:{re.escape(token)})+", lambda run: token * next(lengths), text)
+
+
+def num_multimodal_tokens(self, original, image_sizes=None, **kwargs):
+    """``processor._get_num_multimodal_tokens``, for images of (height, width) pixels."""
+    data = original(image_sizes, **kwargs)
+    if image_sizes is not None:
+        own = self._hero
+        layouts = own.adapter.cut(self, own.geometry, kwargs).layouts(image_sizes)
+        data.num_image_tokens = [
+            own.adapter.other_tokens(self, count, layout) + sum(own.runs(layout))
+            for count, layout in zip(data.num_image_tokens, layouts, strict=True)
+        ]
+    return data
 
 
 def hidden_states(feature_layer: object, depth: int) -> tuple[int, ...]:
     """``feature_layer`` as indices >= 0 of hidden states; 0 is the input of the first layer.
 
+    ``"last_hidden_state"``, the last layer after the encoder's last norm, is ``depth + 1``.
+
     Raises:
         TypeError, ValueError: not a hidden state, or several, of an encoder of ``depth`` layers.
     """
+    if feature_layer == "last_hidden_state":
+        return (depth + 1,)
     layers = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
     expected = f"hidden states in [{-depth - 1}, {depth}], at least one"
     if not isinstance(layers, Sequence) or any(type(layer) is not int for layer in layers):
@@ -208,6 +352,25 @@ def unwrapped(tower: nn.Module) -> nn.Module:
             tower = tower.modules_to_save[names[0]] if names else tower.original_module
         else:
             return tower
+
+
+def runs_of(is_image: Tensor) -> list[tuple[int, int, int]]:
+    """(row, column, length) of each run of placeholders, from ``[B, L]`` bool."""
+    edges = torch.nn.functional.pad(is_image.int(), (1, 1)).diff(dim=1)
+    begins, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    return [(row, begin, end - begin) for (row, begin), (_, end) in zip(begins, ends, strict=True)]
+
+
+def square(name: str, size: Any) -> int:
+    """A side in pixels, from an integer or from two equal ones.
+
+    Raises:
+        ValueError: two different ones.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if sides[0] != sides[-1]:
+        raise error(ValueError, name, "the side of a square", size)
+    return int(sides[0])
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:

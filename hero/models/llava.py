@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..layout import Geometry
+from ..tiling import Tiling, Whole
 from . import tower_for
 from .base import Adapter, Parts, Patch, Tower
 
@@ -35,9 +36,7 @@ def kept_features(
     return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def parts_of(
-    model: nn.Module, pinpoints: tuple[tuple[int, int], ...], image_newline: Callable[[], Tensor] | None
-) -> Parts:
+def parts_of(model: nn.Module, tiling: Tiling, image_newline: Callable[[], Tensor] | None) -> Parts:
     """The parts of a model whose modules have the names of LLaVA's."""
     config, tower = model.config, tower_for(model.model.vision_tower)
     check_strategy(config.vision_feature_select_strategy, tower)
@@ -47,7 +46,7 @@ def parts_of(
         vision_tower=model.model.vision_tower,
         projector=model.model.multi_modal_projector,
         image_newline=image_newline,
-        geometry=Geometry(crop_size, patch_size, pinpoints, newlines=image_newline is not None),
+        geometry=Geometry(crop_size, patch_size, tiling, newlines=image_newline is not None),
         feature_layer=layer if isinstance(layer, int) else tuple(layer),
         image_token_id=config.image_token_id,
     )
@@ -95,25 +94,11 @@ def get_image_features(
     )
 
 
-def replace_image_token(self, original, image_inputs, image_idx, **kwargs):
-    size, crop = image_inputs["pixel_values"][image_idx].shape[-2:], self._hero.geometry.crop_size
-    if tuple(size) != (crop, crop):
-        raise ValueError(f"pixel_values: expected crops of {crop} px, got {tuple(size)}")
-    return self.image_token * self._hero.tokens(size)
-
-
-def get_num_multimodal_tokens(self, original, image_sizes=None, **kwargs):
-    data = original(image_sizes, **kwargs)
-    if image_sizes is not None:
-        data.num_image_tokens = [self._hero.tokens(size) for size in image_sizes]
-    return data
-
-
 class LlavaAdapter(Adapter):
     def parts(self, model):
-        return parts_of(model, (), None)
+        return parts_of(model, Whole(), None)
 
-    def image_sizes(self, inputs, parts) -> Sequence[tuple[int, int]] | None:
+    def layouts(self, inputs, parts, config, shown) -> Sequence[tuple[int, int]] | None:
         images = inputs.get("pixel_values")
         if images is None and inputs.get("mm_encoder_outputs"):
             images = inputs["mm_encoder_outputs"]["image"].pooler_output
@@ -124,15 +109,17 @@ class LlavaAdapter(Adapter):
         if not is_one or hasattr(processor, "_get_number_of_features"):  # that of LLaVA-NeXT has it
             raise TypeError(f"processor: expected a LlavaProcessor, got {type(processor).__name__}")
         check_crops(processor, parts)
+        return parts.geometry
 
     def model_patches(self, model):
         return [Patch(model.model, "get_image_features", get_image_features)]
 
-    def processor_patches(self, processor):
-        return [
-            Patch(processor, "replace_image_token", replace_image_token),
-            Patch(processor, "_get_num_multimodal_tokens", get_num_multimodal_tokens),
-        ]
+    def processed(self, processor, geometry, outputs, images):
+        sizes = [tuple(image.shape[-2:]) for image in outputs["pixel_values"]]
+        for size in sizes:
+            if size != (geometry.crop_size,) * 2:
+                raise ValueError(f"pixel_values: expected crops of {geometry.crop_size} px, got {size}")
+        return geometry.layouts(sizes)
 
 
 ADAPTER = LlavaAdapter()

@@ -143,21 +143,21 @@ class Policy(ABC):
             cls.name = f"{cls.__module__}:{cls.__qualname__}"
 
     def divide(
-        self, keep_ratio: float | None, keep_tokens: int | None, patches: int, tiles: int
+        self, keep_ratio: float | None, keep_tokens: int | None, thumbnail: int, tiles: int
     ) -> tuple[int, int]:
-        """Patch tokens for (the thumbnail, all tiles together) of an image with a thumbnail, before caps.
+        """Tokens to keep of (the thumbnail, all tiles together) of an image with a thumbnail, before caps.
 
-        By default both keep the same share of their patches (docs/method.md, section 3).
+        By default both keep the same share of their tokens (docs/method.md, section 3).
 
         Args:
             keep_ratio, keep_tokens: a share or a number of the image's tokens; one of them is ``None``.
-            patches: P, patches of a crop.
-            tiles: K, tiles of the image.
+            thumbnail: P, tokens of the thumbnail.
+            tiles: tokens of all tiles: K·P with their padding, or those of a resized grid.
         """
         if keep_tokens is None:
-            return count(keep_ratio, None, patches), count(keep_ratio, None, tiles * patches)
-        thumbnail = min(keep_tokens // (tiles + 1), patches)
-        return thumbnail, keep_tokens - thumbnail
+            return count(keep_ratio, None, thumbnail), count(keep_ratio, None, tiles)
+        first = min(keep_tokens * thumbnail // (thumbnail + tiles), thumbnail)
+        return first, keep_tokens - first
 
     @abstractmethod
     def rows(self, depth: int, feature_layer: int) -> dict[str, Rows]:
@@ -204,12 +204,12 @@ class Policy(ABC):
 
 
 def half_to_thumbnail(
-    keep_ratio: float | None, keep_tokens: int | None, patches: int, tiles: int
+    keep_ratio: float | None, keep_tokens: int | None, thumbnail: int, tiles: int
 ) -> tuple[int, int]:
     """:meth:`Policy.divide` of policies that give the thumbnail half of all tokens, at most P."""
-    total = count(keep_ratio, keep_tokens, (tiles + 1) * patches)
-    thumbnail = min(total // min(2, tiles + 1), patches)
-    return thumbnail, total - thumbnail
+    total = count(keep_ratio, keep_tokens, thumbnail + tiles)
+    first = min(total // 2 if tiles else total, thumbnail)
+    return first, total - first
 
 
 @dataclass(frozen=True)

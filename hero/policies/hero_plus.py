@@ -48,8 +48,8 @@ class HeroPlus(LayerPolicy):
             self, "temperature_clip", check_positive("temperature_clip", self.temperature_clip)
         )
 
-    def divide(self, keep_ratio, keep_tokens, patches, tiles):
-        return half_to_thumbnail(keep_ratio, keep_tokens, patches, tiles)
+    def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
+        return half_to_thumbnail(keep_ratio, keep_tokens, thumbnail, tiles)
 
     def needs(self, with_relevance):
         return Needs(relevance=with_relevance, second_softmax=self.second_softmax)

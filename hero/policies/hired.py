@@ -36,8 +36,8 @@ class HiRED(Policy):
     requires_cls = True
     requires_thumbnail = True
 
-    def divide(self, keep_ratio, keep_tokens, patches, tiles):
-        return half_to_thumbnail(keep_ratio, keep_tokens, patches, tiles)
+    def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
+        return half_to_thumbnail(keep_ratio, keep_tokens, thumbnail, tiles)
 
     def rows(self, depth, feature_layer):
         return {

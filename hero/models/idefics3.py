@@ -1,0 +1,155 @@
+"""Idefics3 (transformers ``Idefics3ForConditionalGeneration``): thumbnail last, a run of placeholders a crop.
+
+The prompt has a separator before each crop, which tells the grid of tiles. How many tokens of a tile are
+kept depends on the image, and so do the lengths of the runs; their sum does not. An attached processor writes
+equal runs, which are set right once the images are encoded.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hero_kernels.segments import to_device
+
+from .._checks import error
+from ..layout import Geometry
+from ..tiling import LongestEdge, Whole
+from . import tower_for
+from .base import Adapter, Parts, Patch, Shown
+
+__all__ = ["ADAPTER", "Idefics3Adapter"]
+
+_SEPARATOR = re.compile(r"<row_(\d+)_col_(\d+)>|<global-img>")
+_LONGEST_EDGE = 4  # of the published image processors, in crops
+
+
+def get_image_features(self, original, pixel_values, pixel_attention_mask=None, **kwargs):
+    if pixel_attention_mask is not None:
+        shown = pixel_attention_mask.flatten(2) != 0
+        if not bool((shown.all(2) == shown.any(2)).all()):
+            expected = "None, or masks that show or hide whole crops"
+            raise ValueError(f"pixel_attention_mask: expected {expected}, got one that hides parts")
+    tokens, _ = self._hero.image_tokens(pixel_values, None)
+    # A tensor, and blocks of one token each, since older versions take no list.
+    output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
+    return output if kwargs.get("return_dict", True) else output.to_tuple()
+
+
+class Idefics3Adapter(Adapter):
+    reads_prompt = True
+    has_run_per_crop = True
+    takes_frames_for_images = True
+
+    def parts(self, model):
+        config, tower = model.config, model.model.vision_model
+        crop_size, patch_size = tower_for(tower).geometry(tower)
+        tiling = LongestEdge(_LONGEST_EDGE * crop_size)
+        return Parts(
+            vision_tower=tower,
+            projector=model.model.connector.modality_projection,
+            image_newline=None,
+            geometry=Geometry(
+                crop_size, patch_size * config.scale_factor, tiling, "last", stitched=False, newlines=False
+            ),
+            feature_layer="last_hidden_state",
+            image_token_id=config.image_token_id,
+        )
+
+    def shown(self, ids, parts, tokenizer):
+        if tokenizer is None:
+            raise ValueError(
+                "tokenizer: expected the language model's tokenizer (or a processor), which tells the "
+                "separators between tiles, got None: pass it to hero.attach"
+            )
+        separators = {
+            number: match
+            for word, number in tokenizer.get_vocab().items()
+            if (match := _SEPARATOR.fullmatch(word))
+        }
+        images = []
+        for row, line in enumerate(ids.tolist()):
+            runs: list[tuple[int, int]] = []
+            grid = 0, 0
+            for at, number in enumerate(line):
+                if number not in separators:
+                    continue
+                end = at + 1
+                while end < len(line) and line[end] == parts.image_token_id:
+                    end += 1
+                runs.append((at + 1, end - at - 1))
+                if separators[number][1] is None:
+                    images.append(Shown(row, tuple(runs), grid))
+                    runs, grid = [], (0, 0)
+                else:
+                    grid = int(separators[number][1]), int(separators[number][2])
+        return images
+
+    def layouts(self, inputs, parts, config, shown):
+        if inputs.get("pixel_values") is None:
+            if inputs.get("mm_encoder_outputs"):
+                raise error(
+                    ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some"
+                )
+            return None
+        for image in shown:
+            if len(image.runs) != image.grid[0] * image.grid[1] + 1:
+                expected = "a separator for each tile of the grid, then that of the thumbnail"
+                raise error(
+                    ValueError, "input_ids", expected, f"{len(image.runs)} separators of {image.grid}"
+                )
+        return [parts.geometry.of_grid(image.grid) for image in shown]
+
+    def crops(self, pixel_values, layouts, rows, parts):
+        counts = [0] * len(pixel_values)
+        for layout, row in zip(layouts, rows, strict=True):
+            counts[row] += layout.crops
+        most = pixel_values.shape[1]
+        if max(counts) > most:
+            raise error(ValueError, "pixel_values", f"{max(counts)} crops, as in the prompt", f"{most}")
+        index = torch.tensor([row * most + crop for row, count in enumerate(counts) for crop in range(count)])
+        crops = pixel_values.flatten(0, 1)[to_device(index, pixel_values.device)]
+        return crops.to(parts.vision_tower.dtype)
+
+    def mixes_up_beams(self, layouts, rows, version):
+        return version == (5, 18)
+
+    def check_processor(self, processor, parts):
+        if not hasattr(processor, "image_seq_len") or not hasattr(processor, "fake_image_token"):
+            name = "an Idefics3Processor or a SmolVLMProcessor"
+            raise TypeError(f"processor: expected {name}, got {type(processor).__name__}")
+        geometry, tokens = parts.geometry, processor.image_seq_len
+        if tokens != geometry.side**2:
+            raise error(ValueError, "image_seq_len of the processor", f"{geometry.side**2}", tokens)
+        return self.cut(processor, geometry, {})
+
+    def cut(self, processor, geometry, options):
+        def option(name):
+            value = options.get(name)
+            return getattr(processor.image_processor, name) if value is None else value
+
+        crop = option("max_image_size")["longest_edge"]
+        if crop != geometry.crop_size:
+            raise error(
+                ValueError, "max_image_size of the processor", f"crops of {geometry.crop_size} px", crop
+            )
+        tiling = LongestEdge(option("size")["longest_edge"]) if option("do_image_splitting") else Whole()
+        fields = geometry.crop_size, geometry.patch_size, tiling, "last"
+        return Geometry(*fields, stitched=False, newlines=False)
+
+    def model_patches(self, model):
+        return [Patch(model.model, "get_image_features", get_image_features)]
+
+    def processed(self, processor, geometry, outputs, images):
+        rows, columns = ([n for one in outputs[name] for n in one] for name in ("rows", "cols"))
+        return [geometry.of_grid(grid) for grid in zip(rows, columns, strict=True)]
+
+    def other_tokens(self, processor, count, layout):
+        newlines = len(processor.tokenizer("\n\n", add_special_tokens=False)["input_ids"]) - 1
+        rows, columns = layout.grid
+        return 3 + (newlines if rows else 0) + rows * (2 * columns + 1)
+
+
+ADAPTER = Idefics3Adapter()

@@ -1,0 +1,142 @@
+"""InternVL 2.5, 3 and 3.5 (transformers ``InternVLForConditionalGeneration``): thumbnail last, merged patches.
+
+The model's inputs do not tell which crops make an image. Each image is one run of placeholders, whose length
+tells how many; how they are arranged only an attached processor tells.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .._checks import error
+from ..layout import Geometry
+from ..tiling import NearestAspect, Whole
+from . import tower_for
+from .base import Adapter, Parts, Patch, Shown, runs_of, square
+
+__all__ = ["ADAPTER"]
+
+
+def get_image_features(
+    self, original, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None, **kwargs
+):
+    strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+    layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+    tokens, _ = self._hero.image_tokens(
+        pixel_values.to(self.dtype), None, feature_layer=_layer(layer, strategy)
+    )
+    # generate counts the entries of each image as those of a list, forward takes a tensor.
+    output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
+    return output if kwargs.get("return_dict", True) else output.to_tuple()
+
+
+def _layer(layer, strategy):
+    if strategy != "default":
+        raise error(ValueError, "vision_feature_select_strategy", "'default' (without CLS)", strategy)
+    if not isinstance(layer, int):
+        raise error(TypeError, "vision_feature_layer", "an integer", layer)
+    return "last_hidden_state" if layer == -1 else layer
+
+
+class InternVLAdapter(Adapter):
+    reads_prompt = True
+    takes_frames_for_images = True
+
+    def parts(self, model):
+        config, tower = model.config, model.model.vision_tower
+        crop_size, patch_size = tower_for(tower).geometry(tower)
+        token_size = patch_size * round(1 / config.downsample_ratio)
+        return Parts(
+            vision_tower=tower,
+            projector=model.model.multi_modal_projector,
+            image_newline=None,
+            geometry=Geometry(crop_size, token_size, NearestAspect(), "last", stitched=False, newlines=False),
+            feature_layer=_layer(config.vision_feature_layer, config.vision_feature_select_strategy),
+            image_token_id=config.image_token_id,
+        )
+
+    def shown(self, ids, parts, tokenizer):
+        return [Shown(row, ((at, length),)) for row, at, length in runs_of(ids == parts.image_token_id)]
+
+    def layouts(self, inputs, parts, config, shown):
+        pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+        if pixels is None:
+            if inputs.get("mm_encoder_outputs"):
+                raise error(
+                    ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some"
+                )
+            return None
+        geometry, lengths = parts.geometry, [image.runs[0][1] for image in shown]
+        if sizes is not None:  # of an attached processor
+            layouts = geometry.layouts(sizes)
+            counts = [one.kept_tokens(config) for one in layouts], [one.full_tokens for one in layouts]
+            if lengths in counts and sum(one.crops for one in layouts) == len(pixels):
+                return layouts
+        choices = [geometry.of_grid((0, 0))]
+        choices += [geometry.of_grid((1, tiles), is_known=False) for tiles in range(2, len(pixels))]
+        for count in (lambda one: one.kept_tokens(config), lambda one: one.full_tokens):
+            by_length = {count(one): one for one in choices}
+            found = [by_length.get(length) for length in lengths]
+            if None in found or sum(one.crops for one in found) != len(pixels):
+                continue
+            if len(by_length) < len(choices):
+                raise ValueError(
+                    f"keep_ratio: expected at least {1 / geometry.side**2:.3g}, or a processor with hero "
+                    "attached, to tell images of several tiles apart, got fewer tokens than tiles"
+                )
+            return found
+        raise ValueError(
+            f"input_ids: expected runs of placeholders that fit {len(pixels)} crops, as kept (processor "
+            f"attached) or as stock, got runs of {lengths}"
+        )
+
+    def feature_layer(self, layer):
+        return None if layer is None else _layer(layer, "default")
+
+    def mixes_up_beams(self, layouts, rows, version):
+        return version < (5, 19) and (len(set(rows)) < len(rows) or any(one.tiles for one in layouts))
+
+    def check_processor(self, processor, parts):
+        image_processor = getattr(processor, "image_processor", None)
+        if not hasattr(processor, "image_seq_length") or not hasattr(image_processor, "max_patches"):
+            raise TypeError(f"processor: expected an InternVLProcessor, got {type(processor).__name__}")
+        geometry, tokens = parts.geometry, processor.image_seq_length
+        if tokens != geometry.side**2:
+            raise error(ValueError, "image_seq_length of the processor", f"{geometry.side**2}", tokens)
+        return self.cut(processor, geometry, {})
+
+    def cut(self, processor, geometry, options):
+        images = processor.image_processor
+        size = options.get("size") or images.size
+        if (size["height"], size["width"]) != (geometry.crop_size,) * 2:
+            raise error(ValueError, "size of the processor", f"crops of {geometry.crop_size} px", dict(size))
+        least, most = (options.get(name) or getattr(images, name) for name in ("min_patches", "max_patches"))
+        is_cut = options.get("crop_to_patches", True) and most > 1
+        tiling = NearestAspect(least, most) if is_cut else Whole()
+        return Geometry(
+            geometry.crop_size, geometry.patch_size, tiling, "last", stitched=False, newlines=False
+        )
+
+    def model_patches(self, model):
+        return [Patch(model.model, "get_image_features", get_image_features)]
+
+    def processed(self, processor, geometry, outputs, images):
+        layouts = geometry.layouts([_size(image) for image in make_flat_list_of_images(images)])
+        counts = [int(count) for count in outputs["num_patches"]]
+        if counts != [one.crops for one in layouts]:
+            raise error(
+                ValueError, "processor", f"{[one.crops for one in layouts]} crops of the images", counts
+            )
+        outputs["image_sizes"] = torch.tensor([one.image_size for one in layouts])
+        return layouts
+
+
+def _size(image) -> tuple[int, int]:
+    if hasattr(image, "mode"):  # of Pillow
+        return image.size[::-1]
+    return tuple(get_image_size(image, infer_channel_dimension_format(image)))
+
+
+ADAPTER = InternVLAdapter()
