@@ -65,6 +65,8 @@ def run(
     if encoder.config.allocation != "exact":
         expected = "'exact' in compiled code, where no shape may depend on data"
         raise error(ValueError, "allocation", expected, encoder.config.allocation)
+    if encoder.geometry.resized_beyond is not None:
+        raise ValueError("geometry: expected one that resizes no grids in compiled code, got resized_beyond")
     table, pairs = _sizes(image_sizes)
     sizes = [side for pair in pairs for side in pair]
     padded = pixel_values.shape[1] if pixel_values.ndim == 5 else -1

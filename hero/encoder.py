@@ -24,7 +24,7 @@ from .policies import Observed, Scored, check_supported
 from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
 from .signals import mean_features
-from .tokens import average, merge
+from .tokens import average, average_in_cells, merge, resize_to_cells
 
 __all__ = ["HeroVisionEncoder"]
 
@@ -183,12 +183,13 @@ class HeroVisionEncoder(nn.Module):
         """
         check_pixels(pixel_values, self.geometry.crop_size)
         plan = self.plan(image_sizes, pixel_values.device)
-        check_crops(pixel_values.shape, plan.layouts)
+        check_crops(pixel_values.shape, plan.seen.layouts)
+        places = plan.seen.places
         if pixel_values.ndim == 4:
             return pixel_values, plan
-        if len(plan.places.images) == len(pixel_values) * pixel_values.shape[1]:
+        if len(places.images) == len(pixel_values) * pixel_values.shape[1]:
             return pixel_values.flatten(0, 1), plan
-        return pixel_values[plan.places.images, plan.places.crops], plan
+        return pixel_values[places.images, places.crops], plan
 
     def encode(
         self,
@@ -207,6 +208,7 @@ class HeroVisionEncoder(nn.Module):
             kwargs: further arguments of the tower, which is then called too.
         """
         needs, received = self._needs, not self._tower.has_cls
+        plan = plan.seen if isinstance(plan, Plan) else plan
         collectors = {
             name: attention_rows.Collector(weights, second_softmax=needs.second_softmax, received=received)
             for name, weights in plan.weights.items()
@@ -284,15 +286,17 @@ class HeroVisionEncoder(nn.Module):
             TypeError, ValueError: as :meth:`text_embeddings`.
         """
         question: Any = text if callable(text) else self.text_embeddings(plan, text)
-        images = plan.places.images
+        images, layouts = plan.seen.places.images, plan.layouts
         clip: Any = self.relevance
 
         def relevance() -> Tensor:
             pooled = encoded.pooled if self._shared else None
-            return clip(question(), images, encoded.pixel_values, pooled)
+            cosine = clip(question(), images, encoded.pixel_values, pooled)
+            return cosine if plan.of_crops is None else average_in_cells(cosine[:, None], layouts)[:, 0]
 
         def patch_relevance() -> Tensor:
-            return clip.of_patches(question(), images, encoded.pixel_values, encoded.patches)
+            cosine = clip.of_patches(question(), images, encoded.pixel_values, encoded.patches)
+            return cosine if plan.of_crops is None else resize_to_cells(cosine[..., None], layouts)[..., 0]
 
         with torch.no_grad():
             observed = Observed(
@@ -337,9 +341,9 @@ class HeroVisionEncoder(nn.Module):
         tokens = torch.where((slot >= 0)[:, None], values, gathered.tokens)
         return gathered._replace(tokens=tokens)
 
-    def project(self, tokens: Tensor, index: Tensor) -> Tensor:
+    def project(self, tokens: Tensor, index: Tensor, *, is_projected: bool = False) -> Tensor:
         """Tokens ``[total, D]`` in the language model's width, with newlines where the index is negative."""
-        if self.projector is not None:
+        if self.projector is not None and not is_projected:
             tokens = self.projector(tokens)
         newline = self._newline()
         if newline is None:
@@ -372,7 +376,9 @@ class HeroVisionEncoder(nn.Module):
             given = pixel_values, image_sizes, text
             tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
             path = Path(False, "compiled code", encoded.attention_ran)
-            return self._selection(sizes, self._projected(*tensors), path), encoded.output
+            tokens, index, *others = tensors
+            tensors = self.project(tokens, index), index, *others
+            return self._selection(sizes, tensors, path), encoded.output
         crops, plan = self.prepare(pixel_values, image_sizes)
         question = self.text_embeddings(plan, text)
         try:
@@ -389,9 +395,10 @@ class HeroVisionEncoder(nn.Module):
             counts = lengths
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
         path = Path(not reason, reason, encoded.attention_ran)
-        return self._selection(
-            plan.layouts, (*self._projected(*tensors), cu_seqlens), path, counts
-        ), encoded.output
+        tokens, index, *others = tensors
+        tokens = self.project(tokens, index, is_projected=plan.of_crops is not None)
+        tensors = tokens, index, *others, cu_seqlens
+        return self._selection(plan.layouts, tensors, path, counts), encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -403,14 +410,30 @@ class HeroVisionEncoder(nn.Module):
             the rows of each image.
         """
         plan = plan.to(encoded.features.device)
+        if plan.of_crops is not None:
+            encoded = self._resized(encoded, plan)
         scored = self.score(encoded, plan, question)
         budgets = self.budget(scored, plan)
         gathered = self.select(encoded, scored, budgets, plan)
         tensors = gathered.tokens, gathered.index, budgets.budgets, budgets.shares, scored.scores
         return tensors, gathered.lengths
 
-    def _projected(self, tokens: Tensor, index: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        return self.project(tokens, index), index, *others
+    def _resized(self, encoded: Encoded, plan: Plan) -> Encoded:
+        """What was encoded of crops, for the cells of resized grids; features are projected."""
+        features = encoded.features if self.projector is None else self.projector(encoded.features)
+        scores = {
+            name: resize_to_cells(one.scores[..., None], plan.layouts)[..., 0]
+            for name, one in encoded.attention.items()
+        }
+        return dataclasses.replace(
+            encoded,
+            features=resize_to_cells(features, plan.layouts),
+            cls=None if encoded.cls is None else average_in_cells(encoded.cls, plan.layouts),
+            attention={
+                name: hk.finalize_scores(rows[:, None].contiguous(), valid=plan.valid)
+                for name, rows in scores.items()
+            },
+        )
 
     def _selection(
         self, images: Any, tensors: Sequence[Tensor], path: Path, counts: Sequence[int] | None = None
@@ -457,4 +480,4 @@ class HeroVisionEncoder(nn.Module):
             return (*tensors[:-1], tensors[-1].clone()), lengths, encoded  # scores may be the graph's memory
 
         key = states, tower.config._attn_implementation
-        return graphs.run(key, encode, (crops,), (plan.valid, plan.layer_weights), choose)
+        return graphs.run(key, encode, (crops,), (plan.seen.valid, plan.seen.layer_weights), choose)

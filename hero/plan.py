@@ -71,6 +71,8 @@ class Plan(CropPlan):
         cu_seqlens: ``[B + 1]`` int32, where the kept tokens of each image begin, with ``allocation="exact"``.
         places: the image of each crop, its thumbnail and tiles.
         constants: what :meth:`hero.policies.Policy.constants` returned.
+        of_crops: the plan of the crops that the encoder sees, where the grid of an image is resized: this plan
+            is then that of its cells. Otherwise ``None``.
     """
 
     layouts: tuple[ImageLayout, ...]
@@ -79,7 +81,13 @@ class Plan(CropPlan):
     cu_seqlens: Tensor
     places: Places
     constants: Mapping[str, Any]
+    of_crops: Plan | None = None
     _moved: dict[torch.device, Plan] = field(default_factory=dict, repr=False)
+
+    @property
+    def seen(self) -> Plan:
+        """The plan of the crops that the encoder sees."""
+        return self if self.of_crops is None else self.of_crops
 
     def to(self, device: torch.device) -> Plan:
         """The same plan on another device, copied once: the layers of a tower may be on several."""
@@ -95,7 +103,8 @@ class Plan(CropPlan):
         names = ("valid", "valid_counts", "cu_seqlens", "places", "layer_weights", "constants")
         tensors = {name: getattr(self, name) for name in names}
         moved = tree_map_only(Tensor, lambda tensor: to_device(tensor, device), tensors)
-        return replace(self, **moved, device=device, _moved={})
+        of_crops = self.of_crops and self.of_crops._copied(device)
+        return replace(self, **moved, of_crops=of_crops, device=device, _moved={})
 
 
 def make_plan(
@@ -112,7 +121,11 @@ def make_plan(
     for layout in layouts:
         if not layout.budget(config)[0] and not layout.tile_quota(config):
             text = f"keep_ratio={config.keep_ratio}, keep_tokens={config.keep_tokens}"
-            warnings.warn(f"{text} keeps no patches of an image of {layout.image_size} px", stacklevel=2)
+            warnings.warn(f"{text} keeps no patches of an image of {layout}", stacklevel=2)
+    of_crops = None
+    if any(layout.encoded is not None for layout in layouts):
+        seen = tuple(layout.encoded or layout for layout in layouts)
+        of_crops = make_plan(seen, config, rows, torch.device("cpu"))
     with torch.inference_mode(False):
         segments = hk.Segments(tuple(_segment(layout, config) for layout in layouts), layouts[0].side)
         is_thumbnail = torch.tensor(
@@ -135,6 +148,7 @@ def make_plan(
             rows=rows,
             constants=config.policy.constants(layouts),
             device=torch.device("cpu"),
+            of_crops=of_crops,
         )
     if device == cpu.device:
         segments.warm(device)

@@ -190,8 +190,8 @@ def regions_of(layouts: Sequence[ImageLayout]) -> Tensor:
 def _check_grids(layouts: Sequence[ImageLayout]) -> None:
     if not all(layout.grid_is_known for layout in layouts):
         raise ValueError(
-            "processor: expected one with hero attached for a policy that reads how tiles are arranged, which "
-            "this model's inputs do not tell, got None"
+            "processor: expected one with hero attached for a policy that reads how tiles are arranged, "
+            "which this model's inputs do not tell, got None"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules that cut an image into tiles, as data: the grid of tiles follows from the size. Standard library only.
+"""Rules that cut images into tiles: the grid follows from an image's size. Standard library only.
 
 Floating-point steps are those of transformers' image processors, in the same order, since the number of tiles
 depends on their rounding.

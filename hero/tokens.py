@@ -1,12 +1,21 @@
-"""From patches to visual tokens: merged patches, and resized grids of LLaVA-OneVision."""
+"""From patches to visual tokens: merged patches, and the resized grids of LLaVA-OneVision.
+
+A grid of tiles that is resized to h × w tokens is cut into cells of p × p tokens, which act as tiles. Of each
+resized image a few operations run, as in the stock model.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["average", "merge"]
+from .layout import ImageLayout
+
+__all__ = ["average", "average_in_cells", "merge", "resize_to_cells"]
 
 
 def merge(features: Tensor, factor: int) -> Tensor:
@@ -27,3 +36,73 @@ def average(rows: Tensor, factor: int) -> Tensor:
         return rows
     side = math.isqrt(rows.shape[-1]) // factor
     return rows.unflatten(-1, (side, factor, side, factor)).mean((-3, -1)).flatten(-2)
+
+
+def resize_to_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+    """Values of the crops' tokens as values of the tokens of cells; those of other crops stay.
+
+    Bilinear, without antialiasing and without padding, as the model resizes features.
+
+    Args:
+        values: ``[T, P, C]``, floating; T crops as the encoder sees them.
+        layouts: of the images; a resized one has its thumbnail first.
+
+    Returns:
+        ``[T', P, C]``; 0 outside the resized grids.
+    """
+    parts: list[Tensor] = []
+    for layout, own in _of_images(values, layouts):
+        if layout.encoded is None:
+            parts.append(own)
+            continue
+        side, (down, across) = layout.side, layout.encoded.grid
+        grid = own[1:].view(down, across, side, side, -1).permute(4, 0, 2, 1, 3)
+        grid = grid.reshape(-1, down * side, across * side)
+        grid = grid[:, slice(*layout.encoded.rows), slice(*layout.encoded.columns)]
+        height, width = layout.rows[1], layout.columns[1]
+        grid = F.interpolate(grid[None], size=(height, width), mode="bilinear")[0]
+        down, across = layout.grid
+        grid = F.pad(grid, (0, across * side - width, 0, down * side - height))
+        cells = grid.view(-1, down, side, across, side).permute(1, 3, 2, 4, 0)
+        parts += [own[:1], cells.reshape(down * across, side * side, -1)]
+    return torch.cat(parts)
+
+
+def average_in_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+    """Values of crops ``[T, C]`` as means ``[T', C]`` over the tiles of each cell, weighted by area; fp32."""
+    parts: list[Tensor] = []
+    for layout, own in _of_images(values.float(), layouts):
+        if layout.encoded is None:
+            parts.append(own)
+            continue
+        seen = layout.encoded
+        rows, columns = (
+            _overlaps(*each, layout.side)
+            for each in (
+                (layout.grid[0], layout.rows[1], seen.rows, seen.grid[0]),
+                (layout.grid[1], layout.columns[1], seen.columns, seen.grid[1]),
+            )
+        )
+        weights = torch.tensor([[a * b for a in row for b in column] for row in rows for column in columns])
+        parts += [own[:1], weights.to(own.device, non_blocking=True) @ own[1:]]
+    return torch.cat(parts)
+
+
+def _of_images(values: Tensor, layouts: Sequence[ImageLayout]):
+    counts = [(layout.encoded or layout).crops for layout in layouts]
+    return zip(layouts, values.split(counts), strict=True)
+
+
+def _overlaps(cells: int, length: int, valid: tuple[int, int], tiles: int, side: int) -> list[list[float]]:
+    """For each cell along an axis the share of it that lies in each tile.
+
+    Args:
+        length: of the resized grid in tokens.
+        valid: range of patches that was resized.
+    """
+    scale, shares = (valid[1] - valid[0]) / length, []
+    for cell in range(cells):
+        low, high = (min((cell + edge) * side, length) * scale + valid[0] for edge in (0, 1))
+        own = [max(0.0, min(high, (tile + 1) * side) - max(low, tile * side)) for tile in range(tiles)]
+        shares.append([part / sum(own) for part in own])
+    return shares

@@ -11,7 +11,6 @@ from independent_families import (
     cases_of,
     independent_of,
     tiny_model,
-    tiny_picture,
     tiny_processor,
 )
 from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, config_of, rule_of
@@ -114,7 +113,7 @@ def test_selection_and_logits(name, case, rule, which):
     assert last.budgets.tolist() == [budget for result in results for budget in result.budgets]
     assert last.lengths == [len(result.index) for result in results]
     scores = torch.tensor([score for result in results for score in result.scores])
-    torch.testing.assert_close(last.scores, scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(last.scores, scores, rtol=0, atol=2e-6)
     assert_rows_equal(output, logits, 5e-5)
 
 
@@ -160,63 +159,74 @@ def test_loss_and_gradients(name, which):
         loss = model(**ours, labels=ours["input_ids"].clone()).loss
         loss.backward()
     assert float(loss) == pytest.approx(wanted, abs=1e-5)
-    weight = next(layer for layer in model.model.vision_tower.encoder.layers).self_attn.q_proj.weight
+    tower = handle.encoder.vision_tower
+    weight = next(value for name, value in tower.named_parameters() if name.endswith("q_proj.weight"))
     assert weight.grad.abs().sum() > 0
     model.zero_grad()
+
+
+def prompt_of(name, processor, text, *images):
+    images = [list(images)] if FAMILIES[name]["family"] in ("smolvlm", "idefics3") else list(images)
+    return processor(
+        images=images, text=[text.replace("<image>", processor.image_token)], return_tensors="pt"
+    )
 
 
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_turn(name, which):
     """With the cache, and a new image, as without it."""
-    model, words = model_of(name), tiny_tokenizer()("and that one ?", return_tensors="pt")["input_ids"]
-    options = {"max_new_tokens": 4, "do_sample": False}
+    model, options = model_of(name), {"max_new_tokens": 4, "do_sample": False}
     handle, processor = attached(name, which, keep_ratio=0.3)
+    words = processor.tokenizer("and that one ?", return_tensors="pt")["input_ids"]
     with handle:
-        first = batch(name, processor, "one image")
-        image = tiny_image(70, 60, 5)
-        more = processor(images=[image], text=["<image> describe"], return_tensors="pt")
+        one, image = tiny_image(120, 90, 0), tiny_image(70, 60, 5)
+        first = prompt_of(name, processor, "<image> what is this ?", one)
+        more = prompt_of(name, processor, "<image> describe", image)
         cache = DynamicCache()
         answer = model.generate(**first, **options, **{CACHE: cache})
         turn = torch.cat([answer, words], dim=1)
         mask = torch.ones_like(turn)
         again = model.generate(input_ids=turn, attention_mask=mask, **options, **{CACHE: cache})
-        images = {key: first[key] for key in ("pixel_values", "image_sizes") if key in first}
+        images = {key: first[key] for key in first if key not in ("input_ids", "attention_mask")}
         assert torch.equal(again, model.generate(input_ids=turn, attention_mask=mask, **images, **options))
         turn = torch.cat([again, more["input_ids"]], dim=1)
         mask = torch.ones_like(turn)
         new = {key: more[key] for key in images}
         last = model.generate(input_ids=turn, attention_mask=mask, **new, **options, **{CACHE: cache})
-        whole = processor(
-            images=[tiny_image(*CASES["one image"][1][0], 0), image],
-            text=["<image> and <image>"],
-            return_tensors="pt",
-        )
+        whole = prompt_of(name, processor, "<image> and <image>", one, image)
         images = {key: whole[key] for key in images}
+        if "batch_num_images" in images:  # both are tiled, as in turns of their own
+            images["batch_num_images"] = torch.tensor([1, 1])
         assert torch.equal(last, model.generate(input_ids=turn, attention_mask=mask, **images, **options))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_processor_counts(name):
     """``count_tokens``, the processor's two counts and the model's tokens are the same."""
+    stock, sizes = processor_of(name), ((120, 90), (30, 200), (56, 56))
     handle, processor = attached(name, "patched", keep_ratio=0.3)
     with handle, torch.no_grad():
-        for height, width in ((120, 90), (30, 200), (56, 56)):
-            inputs = processor(images=[tiny_image(height, width)], text=["<image>"], return_tensors="pt")
+        for size in sizes:
+            before, inputs = (
+                prompt_of(name, one, "<image>", tiny_image(*size)) for one in (stock, processor)
+            )
             count = int((inputs["input_ids"] == handle.image_token_id).sum())
-            assert count == handle.count_tokens((height, width))
-            [planned] = processor._get_num_multimodal_tokens([(height, width)])["num_image_tokens"]
-            assert planned == count
+            assert count == handle.count_tokens(size)
             model_of(name)(**inputs)
             assert handle.last.lengths == [count]
-    [stock] = processor._get_num_multimodal_tokens([(120, 90)])["num_image_tokens"]
-    assert stock > count
+            if not hasattr(stock, "_get_num_multimodal_tokens"):  # SmolVLM's
+                continue
+            [planned] = processor._get_num_multimodal_tokens([size])["num_image_tokens"]
+            [full] = stock._get_num_multimodal_tokens([size])["num_image_tokens"]
+            full_count = int((before["input_ids"] == handle.image_token_id).sum())
+            assert full - planned == full_count - count > 0
 
 
 def test_a_tower_without_cls():
     """What needs CLS is refused by name; policies that do not, work."""
     model = model_of("llava_next, siglip")
-    inputs = batch(processor_of("llava_next, siglip"), "two sizes")
+    inputs = batch("llava_next, siglip", processor_of("llava_next, siglip"), "two sizes")
     for policy in ("hired", "globalcom2", "fastervlm", "visionzip"):
         with pytest.raises(ValueError, match=rf"^policy: expected one of 'hero', .* got '{policy}'"):
             hero.attach(model, policy=policy)
@@ -257,7 +267,7 @@ def test_layers_that_are_not_needed_are_skipped(monkeypatch):
     stock = type(layers[0]).forward
     monkeypatch.setattr(type(layers[0]), "forward", lambda *args, **kw: ran.append(1) or stock(*args, **kw))
     with hero.attach(model, keep_ratio=0.3, **LAYERS), torch.no_grad():
-        model(**batch(processor_of("llava_next, siglip"), "one image"))
+        model(**batch("llava_next, siglip", processor_of("llava_next, siglip"), "one image"))
     assert len(ran) == len(layers) - 1
 
 

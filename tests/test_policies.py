@@ -623,7 +623,7 @@ class _Thumbnail(Policy):
     most: int = 12
 
     def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
-        total = int(keep_ratio * (tiles + 1) * patches)
+        total = int(keep_ratio * (tiles + thumbnail))
         return min(self.most, total), total - min(self.most, total)
 
     def rows(self, depth, feature_layer):

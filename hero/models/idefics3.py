@@ -69,12 +69,12 @@ class Idefics3Adapter(Adapter):
             for word, number in tokenizer.get_vocab().items()
             if (match := _SEPARATOR.fullmatch(word))
         }
-        images = []
+        before, images = tokenizer.convert_tokens_to_ids("<fake_token_around_image>"), []
         for row, line in enumerate(ids.tolist()):
             runs: list[tuple[int, int]] = []
             grid = 0, 0
             for at, number in enumerate(line):
-                if number not in separators:
+                if number not in separators or line[at - 1] != before:  # a model may write any token
                     continue
                 end = at + 1
                 while end < len(line) and line[end] == parts.image_token_id:

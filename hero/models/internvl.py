@@ -1,4 +1,4 @@
-"""InternVL 2.5, 3 and 3.5 (transformers ``InternVLForConditionalGeneration``): thumbnail last, merged patches.
+"""InternVL (transformers ``InternVLForConditionalGeneration``): thumbnail last, 2 × 2 patches merged.
 
 The model's inputs do not tell which crops make an image. Each image is one run of placeholders, whose length
 tells how many; how they are arranged only an attached processor tells.
@@ -14,7 +14,7 @@ from .._checks import error
 from ..layout import Geometry
 from ..tiling import NearestAspect, Whole
 from . import tower_for
-from .base import Adapter, Parts, Patch, Shown, runs_of, square
+from .base import Adapter, Parts, Patch, Shown, runs_of
 
 __all__ = ["ADAPTER"]
 

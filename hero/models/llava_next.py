@@ -8,7 +8,7 @@ from ..tiling import Pinpoints
 from .base import Adapter, Patch, parameter
 from .llava import check_crops, kept_features, parts_of
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTER", "pinpoints_of"]
 
 
 def get_image_features(
@@ -30,7 +30,7 @@ def get_image_features(
 class LlavaNextAdapter(Adapter):
     def parts(self, model):
         newline = functools.partial(parameter, model.model, "image_newline")
-        return parts_of(model, _pinpoints(model.config), newline)
+        return parts_of(model, pinpoints_of(model.config), newline)
 
     def layouts(self, inputs, parts, config, shown):
         return inputs.get("image_sizes")
@@ -39,7 +39,7 @@ class LlavaNextAdapter(Adapter):
         image_processor = getattr(processor, "image_processor", None)
         if image_processor is None or not hasattr(processor, "_get_number_of_features"):
             raise TypeError(f"processor: expected a LlavaNextProcessor, got {type(processor).__name__}")
-        tiling = _pinpoints(image_processor)
+        tiling = pinpoints_of(image_processor)
         if tiling != parts.geometry.tiling:
             expected = f"the model's image_grid_pinpoints {list(parts.geometry.tiling.sizes)}"
             raise ValueError(f"processor: expected {expected}, got {list(tiling.sizes)}")
@@ -53,12 +53,13 @@ class LlavaNextAdapter(Adapter):
         size = outputs["pixel_values"][0].shape[-1]
         if size != geometry.crop_size:
             raise ValueError(f"pixel_values: expected crops of {geometry.crop_size} px, got {size}")
-        if _pinpoints(processor.image_processor) != geometry.tiling:
+        if pinpoints_of(processor.image_processor) != geometry.tiling:
             raise RuntimeError("image_grid_pinpoints of the processor changed after attach: attach again")
         return geometry.layouts(outputs["image_sizes"])
 
 
-def _pinpoints(config) -> Pinpoints:
+def pinpoints_of(config) -> Pinpoints:
+    """The grids of a model's configuration or of an image processor."""
     return Pinpoints(tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints))
 
 
