@@ -129,6 +129,7 @@ def received_attention(
     *,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention that each token receives, averaged over queries: the score of encoders without CLS (§1).
 
@@ -138,6 +139,10 @@ def received_attention(
         query, key: ``[T, H, N, D]`` of one floating-point dtype, any strides.
         scale, weight: as in :func:`cls_attention`.
         out: ``[T, H, N]`` fp32 buffer, as in :func:`cls_attention`.
+        lse: ``[T, H, N]`` fp32, any strides: the log-sum-exp of each query, as attention that ran on the same
+            query and key returns it, ``ln Σ_j exp(scale · q[t, h, m] · k[t, h, j])``. It saves the kernel
+            that computes it. The values are not checked: an error e in one multiplies what this query gives
+            by ``exp(−e)``. Rounding alone makes rows sum to 1 only up to about ``10⁻⁷ · max(1, |lse|)``.
 
     Returns:
         ``[T, H, N]`` fp32; ``out`` where given. Not differentiable.
@@ -149,9 +154,11 @@ def received_attention(
     """
     scale = _check_attention(query, key, scale)
     weight = _check_accumulation(weight, out, key, key.shape[2])
+    if lse is not None:
+        lse = check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device).detach()
     query, key = query.detach(), key.detach()
-    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
-    return _call("received_attention", key.device, (query, key, out), **arguments)
+    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out, "lse": lse}
+    return _call("received_attention", key.device, (query, key, out, lse), **arguments)
 
 
 # --- scores, budgets, selection --------------------------------------------------------------------------

@@ -156,6 +156,28 @@ def test_received_attention(case, options, way):
     check_rows(way, "received_attention", case, (query, seen), rows, options)
 
 
+@pytest.mark.parametrize(
+    ("case", "options"),
+    combined(ATTENTION, OPTIONS, lambda case, options: options in LAYERS and case.tokens < 200),
+)
+def test_received_with_lse(case, options, way):
+    """The log-sum-exp is taken as it is, at any strides; that of crops of weight 0 is not read."""
+    query, key, _ = case.tensors()
+    options = OPTIONS[options](case.crops, case.heads, case.tokens)
+    seen = without_ignored(query, key, options)[1]
+    logits = torch.einsum("thmd,thnd->thmn", query.double(), key.double()) * case.scale
+    lse = logits.logsumexp(-1).float()
+
+    def rows(dtype):
+        logits = torch.einsum("thmd,thnd->thmn", query.to(dtype), key.to(dtype)) * case.scale
+        return (logits - lse[..., None].to(dtype)).exp().mean(2)
+
+    given = lse.mT.contiguous().mT
+    if isinstance(options.get("weight"), torch.Tensor):
+        given[options["weight"] == 0] = NAN
+    check_rows(way, "received_attention", case, (query, seen), rows, options, lse=given)
+
+
 # --- scores ----------------------------------------------------------------------------------------------
 
 
@@ -353,6 +375,7 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
             ("cls_attention", ("added", False)),
             ("attention_with_cls", ("added",)),
             ("received_attention", ("added",)),
+            ("received_with_lse", ("added",)),
         )
         for case in reversed(ATTENTION)
         if not case.slow
@@ -755,7 +778,7 @@ def test_doubles_are_refused(operation):
     double = torch.randn(1, 2, 5, 16, dtype=torch.float64)
     arguments = {
         "attention_with_cls": (*(double, double, double, 0.5), 1.0, None, False),
-        "received_attention": (double, double, 0.5, 1.0, None),
+        "received_attention": (double, double, 0.5, 1.0, None, None),
         "segmented_topk": (double[0, 0], torch.ones(5, dtype=torch.int32), None),
     }
     with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):
