@@ -69,7 +69,6 @@ class Collector:
         """
         if layer not in self.weights:
             return
-        query, key = query.detach(), key.detach()  # selection is discrete: scores have no gradient
         options = self._options(layer, query.device)
         if self.received:
             rows = hk.received_attention(query, key, scale, lse=lse, **options)
