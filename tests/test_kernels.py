@@ -5,7 +5,9 @@ GPU also the kernels. Each call also checks what :func:`hero_kernels.testing.cal
 written, nothing around it, and no input is changed.
 """
 
+import importlib
 import math
+import pkgutil
 from functools import cache
 from itertools import chain
 
@@ -39,7 +41,7 @@ from oracles import (
 )
 
 import hero_kernels as hk
-from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, reference
+from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, kernels, reference
 from hero_kernels.testing import assert_accurate, same_bits, tensors_in
 
 # --- attention -------------------------------------------------------------------------------------------
@@ -396,6 +398,29 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
 def test_compiled(test, dtype):
     """One case per operation and dtype under ``torch.compile(fullgraph=True)``."""
     globals()[test](*OF_DTYPE[test, dtype], Way("compiled"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("test", "dtype"), OF_DTYPE, ids=str)
+def test_sanitized(test, dtype):
+    """The same in eager mode, few enough for ``bench/run_device`` to run under compute-sanitizer."""
+    globals()[test](*OF_DTYPE[test, dtype], Way("eager"))
+
+
+def test_every_kernel_is_sanitized(kernel, monkeypatch):
+    """The cases of :func:`test_sanitized` launch all kernels of the package."""
+    launched, launch = set(), _launch.launch
+
+    def seen(function, grid, **arguments):
+        launched.add(function.fn.__name__)
+        launch(function, grid, **arguments)
+
+    monkeypatch.setattr(_launch, "launch", seen)
+    for test, dtype in OF_DTYPE:
+        globals()[test](*OF_DTYPE[test, dtype], kernel)
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"hero_kernels.kernels.{name}") for name in names]
+    assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 # --- what callers may pass -------------------------------------------------------------------------------
