@@ -162,16 +162,29 @@ def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return torch.cat(rows)
 
 
+def make_received(shape: Shape, device: torch.device, seed: int) -> SimpleNamespace:
+    """Make the inputs of attention, and the log-sum-exp of each query from a few crops at a time."""
+    inputs = make_attention(shape, device, seed)
+    chunks = zip(inputs.query.split(RECEIVED_CHUNK), inputs.key.split(RECEIVED_CHUNK), strict=True)
+    logits = ((query.float() @ key.float().mT) * shape.geometry.scale for query, key in chunks)
+    inputs.lse = torch.cat([one.logsumexp(-1) for one in logits])
+    return inputs
+
+
 def received_case(shape: Shape, device: torch.device) -> Case:
     def ours(x):
         return hk.received_attention(*x.qk, out=x.rows)
 
+    def given(x):
+        return hk.received_attention(*x.qk, out=x.rows, lse=x.lse)
+
     exact, rounded = (partial(check_received, shape, tolerance) for tolerance in (ROWS, ROUNDED))
     variants = (
         Variant("received_attention", ours, exact, ours=True, reset=reset),
+        Variant("received_attention, lse", given, exact, ours=True, reset=reset),
         Variant("softmax(QKᵀ), in chunks", lambda x: received(*x.qk), rounded),
     )
-    return _case("received_attention", shape, device, variants)
+    return _case("received_attention", shape, device, variants, make_received)
 
 
 # From rows to scores.
@@ -197,8 +210,8 @@ def finalize_case(shape: Shape, device: torch.device) -> Case:
     return _case("finalize_scores", shape, device, variants)
 
 
-def _case(op, shape, device, variants) -> Case:
-    return Case(op, shape, 4 * shape.activations(), partial(make_attention, shape, device), tuple(variants))
+def _case(op, shape, device, variants, make=make_attention) -> Case:
+    return Case(op, shape, 4 * shape.activations(), partial(make, shape, device), tuple(variants))
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:

@@ -100,6 +100,7 @@ def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     result = {
         "received": partial(hk.received_attention, q, k, scale, **columns),
         "received, one number": partial(hk.received_attention, q, k, scale, weight=0.5),
+        "received, lse": partial(hk.received_attention, q, k, scale, **columns, lse=_empty(*q.shape[:3])),
     }
     if tower.cls:
         result |= {

@@ -1,9 +1,11 @@
-"""Run everything that needs a GPU in one call: the GPU tests, the model end to end, the kernels.
+"""Run everything that needs a GPU in one call: the GPU tests, compute-sanitizer, the model end to end, the
+kernels.
 
 ``bench/run_device [FOLDER] [--seconds 570]`` from a plain checkout: nothing is installed or downloaded. Each
-step is a process with a time limit: the tests get at most half of the time (``--tests`` without files skips
-them), ``bench.end_to_end`` half of the rest, ``bench.kernels`` what remains. A kernel that takes its process
-or the device down is recorded as failed, and a new process continues after it. ``kernels.json`` and
+step is a process with a time limit: the tests get at most half of the time, compute-sanitizer, if it is on
+``PATH``, a third of the rest and at most three minutes (``--tests`` without files skips both),
+``bench.end_to_end`` half of the rest, ``bench.kernels`` what remains. A kernel that takes its process or the
+device down is recorded as failed, and a new process continues after it. ``kernels.json`` and
 ``end_to_end.json`` are written as the steps go; SIGINT and SIGTERM end the run with what they have. For a
 copy without git, the environment variable ``HERO_COMMIT`` names the commit.
 """
@@ -15,6 +17,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,23 +32,33 @@ from .records import ROOT
 from .timing import Clock
 
 SECONDS = 570
-TEST_SHARE, END_TO_END_SHARE = 0.5, 0.5
+TEST_SHARE, SANITIZER_SHARE, END_TO_END_SHARE = 0.5, 1 / 3, 0.5
+SANITIZER_SECONDS = 180
+TOOLS = ("memcheck", "racecheck")  # of compute-sanitizer
+SANITIZED = ROOT / "tests" / "test_kernels.py::test_sanitized"
 END_SECONDS = 15  # for a process to end and to write its record
 TESTERS = min(16, len(os.sched_getaffinity(0)))  # processes of pytest, if pytest-xdist is installed
 INTERRUPTED = threading.Event()
 
 
-def run(command: Sequence[str | Path], log: Path, seconds: float) -> dict[str, object]:
-    """Run a Python module with its output in a file; return its status, and the last line if it failed."""
+def run(
+    command: Sequence[str | Path], log: Path, seconds: float, under: Sequence[str] = (), **variables: str
+) -> dict[str, object]:
+    """Run a Python module with its output in a file; return its status, and the last line if it failed.
+
+    Args:
+        under: a command that runs Python, such as compute-sanitizer's.
+        variables: environment variables.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     environ = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if command[0] != "pytest":
         environ["HERO_REQUIRE_KERNEL"] = "1"  # never time the reference instead of a kernel
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *map(str, command)],
+            [*under, sys.executable, "-m", *map(str, command)],
             cwd=ROOT,
-            env={**os.environ, **environ},
+            env={**os.environ, **environ, **variables},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -100,6 +113,27 @@ def run_tests(files: Sequence[Path], folder: Path, seconds: float) -> dict[str, 
     return {**result, "counts": counts, "failures": failures}
 
 
+def run_sanitizer(folder: Path, seconds: float) -> dict[str, dict[str, object]]:
+    """Run every kernel, once per dtype, under compute-sanitizer; a result has the summary that it prints."""
+    found, clock, results = shutil.which("compute-sanitizer"), Clock(seconds), {}
+    if not found:
+        return {tool: {"status": "not run", "reason": "no compute-sanitizer on PATH"} for tool in TOOLS}
+    for left, tool in zip(range(len(TOOLS), 0, -1), TOOLS, strict=True):
+        log = folder / f"{tool}.log"
+        result = run(
+            ["pytest", "-q", "--tb=short", "--color=no", "-p", "no:cacheprovider", SANITIZED],
+            log,
+            clock.left() / left,
+            under=[found, "--tool", tool, "--error-exitcode", "9"],
+            HERO_REQUIRE_KERNEL="1",
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # else memory beside a tensor is valid, too
+        )
+        text = log.read_text(encoding="utf-8", errors="replace")
+        summaries = re.findall(r"^=+ (.*SUMMARY: .*?)\s*$", text, re.MULTILINE)
+        results[tool] = {**result, "summary": summaries[-1] if summaries else None}
+    return results
+
+
 def run_end_to_end(small: bool, folder: Path, seconds: float) -> dict[str, object]:
     """Run the model end to end; its record says what failed, what was left out and how it ended."""
     path = folder / "end_to_end.json"
@@ -152,6 +186,13 @@ def main(arguments: Sequence[str]) -> int:
     record["tests"] = run_tests(tests, folder, TEST_SHARE * clock.left())
     records.write(path, record)
     print("tests:", record["tests"], flush=True)
+    record["sanitizer"] = {tool: {"status": "not run"} for tool in TOOLS}
+    if tests:
+        seconds = min(SANITIZER_SECONDS, SANITIZER_SHARE * clock.left())
+        record["sanitizer"] = run_sanitizer(folder, seconds)
+    records.write(path, record)
+    for tool, result in record["sanitizer"].items():
+        print(f"compute-sanitizer {tool}:", result, flush=True)
     model = run_end_to_end(options.small, folder, END_TO_END_SHARE * clock.left())
     print("end to end:", model, flush=True)
     record = run_kernels(path, clock)
@@ -159,5 +200,6 @@ def main(arguments: Sequence[str]) -> int:
     for one in wrong:
         print("kernels:", one["op"], one["geometry"], one["crops"], one["variant"], one["reason"])
     print(f"kernels: {len(record['results'])} results, {len(wrong)} wrong or failed", *record["notes"])
-    failed = "failed" in (record["tests"]["status"], model["status"])
+    steps = (record["tests"], model, *record["sanitizer"].values())
+    failed = any(step["status"] == "failed" for step in steps)
     return int(failed or bool(wrong) or not record["results"])

@@ -178,6 +178,9 @@ def kernels(record: Mapping) -> list[str]:
     tests = record["tests"]
     counts = ", ".join(f"{count} {name}" for name, count in (tests.get("counts") or {}).items())
     lines[-1] += f" GPU tests: {tests['status']} ({counts or tests.get('reason', '')})."
+    for tool, result in (record.get("sanitizer") or {}).items():
+        found = result.get("summary") or result.get("reason")
+        lines[-1] += f" compute-sanitizer {tool}: {result['status']}{f' ({found})' if found else ''}."
     ours = {(one["op"], one["geometry"], one["crops"], one["variant"]): one.get("us") for one in results}
     shapes = {one["op"]: one["geometry"] for one in reversed(results)}
     crops = sorted({one["crops"] for one in results})

@@ -8,6 +8,9 @@ not see one another's rows.
 
 ``torch.compile`` cannot read a context variable: there each module stores its rows until :func:`collect`
 takes them. Like transformers' own output capturing, that is not safe to run from several threads at once.
+
+Received attention needs the log-sum-exp of every query. Where SDPA would run PyTorch's flash attention, that
+kernel is called directly, since it returns its log-sum-exp too. The output is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 import hero_kernels as hk
 
@@ -32,6 +37,8 @@ __all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remo
 NAME = "hero_attention_rows"
 _STATE = "_hero_attention_rows"
 _collectors: contextvars.ContextVar[tuple] = contextvars.ContextVar("hero_collectors", default=())
+# By device: the flash attention behind SDPA. On a CPU the reference is no faster with a log-sum-exp.
+_FLASH = {"cuda": "_scaled_dot_product_flash_attention"}
 
 
 class Collector:
@@ -54,14 +61,17 @@ class Collector:
         self.fused = False  # whether a layer ran attention that returns the rows
         self.rows: Tensor | None = None  # [T, H, P] fp32
 
-    def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Add the rows of one layer; query and key are ``[T, H, N, D]``, query at least at CLS."""
+    def add(self, layer: int, query: Tensor, key: Tensor, scale: float, lse: Tensor | None = None) -> None:
+        """Add the rows of one layer; query and key are ``[T, H, N, D]``, query at least at CLS.
+
+        Args:
+            lse: as in :func:`hero_kernels.received_attention`, if its attention returned it.
+        """
         if layer not in self.weights:
             return
-        query, key = query.detach(), key.detach()  # selection is discrete: scores have no gradient
         options = self._options(layer, query.device)
         if self.received:
-            rows = hk.received_attention(query, key, scale, **options)
+            rows = hk.received_attention(query, key, scale, lse=lse, **options)
         else:
             rows = hk.cls_attention(query, key, scale, second_softmax=self.second_softmax, **options)
         self._take(layer, rows, options["out"])
@@ -124,7 +134,7 @@ class KeyCollector:
         self.weights = {layer: 1.0}
         self.keys: Tensor | None = None  # [T, P, D] fp32
 
-    def add(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
+    def add(self, layer: int, query: Tensor, key: Tensor, scale: float, lse: Tensor | None = None) -> None:
         """Take the keys ``[T, H, N, D]``, if they are of the layer."""
         if layer in self.weights:
             self.keys = _mean_keys(key)
@@ -216,6 +226,43 @@ def _is_fused(
     return hk.fused_attention_is_faster(query.device, query.dtype, query.shape[-1], query.shape[-2])
 
 
+def _runs_flash(
+    base: Any, query: Tensor, key: Tensor, value: Tensor, mask: object, kwargs: Mapping[str, object]
+) -> bool:
+    """Whether transformers' "sdpa" would run PyTorch's flash attention as :func:`_flash` calls it: without
+    mask, dropout, gradients and conversions, and with nothing replaced in between.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    sdpa, name = nn.functional.scaled_dot_product_attention, _FLASH.get(query.device.type, "")
+    others = {key: value for key, value in kwargs.items() if key != "scaling" and value is not None}
+    return (
+        base is sdpa_attention_forward
+        and isinstance(sdpa, BuiltinFunctionType)  # some packages put their own in its place
+        and hasattr(torch.ops.aten, name)
+        and hasattr(torch, "_fused_sdp_choice")
+        and torch.version.hip is None  # not tried
+        and mask is None
+        and others.get("is_causal") is False
+        and all(isinstance(one, (bool, int, float)) and not one for one in others.values())
+        and type(query) is type(key) is type(value) is Tensor
+        and query.shape == key.shape == value.shape
+        and query.shape[-1] % 8 == 0  # SDPA pads other heads
+        and not torch.is_autocast_enabled(query.device.type)  # SDPA would cast
+        and not (torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)))
+        and torch._fused_sdp_choice(query, key, value, None, 0.0, False, scale=kwargs.get("scaling"))
+        == SDPBackend.FLASH_ATTENTION.value
+    )
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Any, Tensor | None]:
+    """What transformers' "sdpa" returns, and the log-sum-exp, or ``None`` if it has another form."""
+    kernel = getattr(torch.ops.aten, _FLASH[query.device.type])
+    output, lse, *_ = kernel(query, key, value, 0.0, False, scale=scale)
+    fits = lse.shape == query.shape[:3] and lse.dtype == torch.float32
+    return (output.transpose(1, 2).contiguous(), None), lse if fits else None
+
+
 def _attention(module, query, key, value, attention_mask, **kwargs):
     """The registered attention function: the user's implementation, and rows for the collectors."""
     state = module.__dict__[_STATE]
@@ -226,7 +273,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if compiling and state.keeps_keys:
         state.keys = _mean_keys(key)
-    attending = None
+    attending = lse = None
     if _is_fused(module, state, query, key, attention_mask, kwargs):
         rows = (one for one in collectors if isinstance(one, Collector) and state.layer in one.weights)
         attending = next(rows, None)
@@ -237,6 +284,8 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
             output, found = hk.attention_with_cls(query, key, value, scale, second_softmax=second)
             state.rows, state.ran_fused = (found, True) if compiling else (None, False)
         output = output.transpose(1, 2), None
+    elif collectors and state.received and _runs_flash(base, query, key, value, attention_mask, kwargs):
+        output, lse = _flash(query, key, value, kwargs.get("scaling"))
     else:
         output = base(state.view, query, key, value, attention_mask, **kwargs)
         if compiling and state.received:
@@ -245,7 +294,7 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
             state.rows = hk.cls_attention(query, key, scale, second_softmax=state.second_softmax)
     for collector in collectors:
         if collector is not attending:
-            collector.add(state.layer, query, key, scale)
+            collector.add(state.layer, query, key, scale, lse)
     return output
 
 

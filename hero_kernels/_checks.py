@@ -1,4 +1,7 @@
-"""Argument checks: each error names the argument, what was expected and what was given."""
+"""Argument checks: each error names the argument, what was expected and what was given.
+
+Every call of an operation passes through them, before the GPU has work: messages are made for errors alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ __all__ = [
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-FLOAT = torch.finfo(torch.float32)
+TINY, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def describe(value: object) -> str:
@@ -59,11 +62,11 @@ def check_tensor(
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {describe(value)}")
-    fits = value.dim() == len(shape)
-    if fits:
-        for size, actual in zip(shape, value.shape, strict=True):
-            fits = fits and (size == actual or isinstance(size, str))
-    if not fits:
+    sizes = value.shape
+    if sizes != shape and not (
+        len(sizes) == len(shape)
+        and all([isinstance(size, str) or size == actual for size, actual in zip(shape, sizes, strict=True)])
+    ):
         raise ValueError(f"{name}: expected shape {_shape(shape)}, got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {describe(value)}")
@@ -77,19 +80,20 @@ def check_number(name: str, value: object, *, positive: bool = False, low: float
         TypeError: not a real number, or a bool.
         ValueError: NaN, out of range, or neither 0 nor a normal number of fp32, in which kernels take it.
     """
-    expected = (
-        "a finite number" + (" > 0" if positive else "" if low is None else f" >= {low:g}") + " in float32"
-    )
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond float64
-        number = math.inf
-    fits = number == 0 or FLOAT.tiny <= abs(number) <= FLOAT.max
-    if not fits or (positive and number <= 0) or (low is not None and number < low):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return number
+    kind: type[Exception]
+    if type(value) is float or (isinstance(value, Real) and not isinstance(value, bool)):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond float64
+            number = math.inf
+        fits = number == 0 or TINY <= abs(number) <= LARGEST
+        if fits and not (positive and number <= 0) and (low is None or number >= low):
+            return number
+        kind, given = ValueError, repr(value)
+    else:
+        kind, given = TypeError, describe(value)
+    bound = " > 0" if positive else "" if low is None else f" >= {low:g}"
+    raise kind(f"{name}: expected a finite number{bound} in float32, got {given}")
 
 
 def check_integer(name: str, value: object, *, low: int | None = None) -> int:
@@ -135,6 +139,8 @@ def check_buffer(name: str, value: object, shape: Sequence[int], device: torch.d
         raise ValueError(
             f"{name}: expected no inference tensor outside inference mode, got {describe(tensor)}"
         )
+    if tensor.is_contiguous():
+        return
     steps = [pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] > 1]
     for stride, size in steps:  # not sorted, which cannot be compiled
         reach = sum((length - 1) * step for step, length in steps if step <= stride) - (size - 1) * stride
@@ -151,9 +157,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
         TypeError: not a string.
         ValueError: a string that is not one of them.
     """
-    expected = "one of " + ", ".join(repr(choice) for choice in choices)
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if value not in choices:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return value
+    if isinstance(value, str) and value in choices:
+        return value
+    kind, given = (ValueError, repr(value)) if isinstance(value, str) else (TypeError, describe(value))
+    raise kind(f"{name}: expected one of {', '.join(map(repr, choices))}, got {given}")

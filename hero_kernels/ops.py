@@ -76,7 +76,7 @@ def cls_attention(
     scale = _check_attention(query, key, scale, cls=True)
     check_flag("second_softmax", second_softmax)
     weight = _check_accumulation(weight, out, key, key.shape[2] - 1)
-    query, key = query.detach(), key.detach()
+    query, key = _detached(query), _detached(key)
     arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
     return _call("cls_attention", key.device, (query, key, out), **arguments, second_softmax=second_softmax)
 
@@ -129,6 +129,7 @@ def received_attention(
     *,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention that each token receives, averaged over queries: the score of encoders without CLS (§1).
 
@@ -138,6 +139,10 @@ def received_attention(
         query, key: ``[T, H, N, D]`` of one floating-point dtype, any strides.
         scale, weight: as in :func:`cls_attention`.
         out: ``[T, H, N]`` fp32 buffer, as in :func:`cls_attention`.
+        lse: ``[T, H, N]`` fp32, any strides: the log-sum-exp of each query, as attention that ran on the same
+            query and key returns it, ``ln Σ_j exp(scale · q[t, h, m] · k[t, h, j])``. It saves the kernel
+            that computes it. The values are not checked: an error e in one multiplies what this query gives
+            by ``exp(−e)``. Rounding alone makes rows sum to 1 only up to about ``10⁻⁷ · max(1, |lse|)``.
 
     Returns:
         ``[T, H, N]`` fp32; ``out`` where given. Not differentiable.
@@ -149,9 +154,11 @@ def received_attention(
     """
     scale = _check_attention(query, key, scale)
     weight = _check_accumulation(weight, out, key, key.shape[2])
-    query, key = query.detach(), key.detach()
-    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
-    return _call("received_attention", key.device, (query, key, out), **arguments)
+    if lse is not None:
+        lse = _detached(check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device))
+    query, key = _detached(query), _detached(key)
+    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out, "lse": lse}
+    return _call("received_attention", key.device, (query, key, out, lse), **arguments)
 
 
 # --- scores, budgets, selection --------------------------------------------------------------------------
@@ -182,7 +189,7 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
     check_flag("rank", rank)
     if rank and rows.shape[2] > torch.iinfo(torch.int16).max:
         raise ValueError(f"rows: expected at most 32767 patches to rank, got {describe(rows)}")
-    rows = rows.detach()
+    rows = _detached(rows)
     return _call("finalize_scores", rows.device, (rows, valid), rows=rows, valid=valid, rank=rank)
 
 
@@ -252,7 +259,7 @@ def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None)
         check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), scores.device)
     _check_counts("budgets", budgets)
     _check_numbers("scores", scores)
-    scores = scores.detach()
+    scores = _detached(scores)
     arguments = {"scores": scores, "budgets": budgets, "valid": valid}
     return _call("segmented_topk", scores.device, (scores, budgets, valid), **arguments)
 
@@ -329,7 +336,7 @@ def segmented_topk_gather(
     return _call(
         *("segmented_topk_gather", scores.device, (features, scores, *tensors), (features,)),
         features=features,
-        scores=scores.detach(),
+        scores=_detached(scores),
         segments=segments,
         valid=valid,
         budgets=budgets,
@@ -341,6 +348,12 @@ def segmented_topk_gather(
 
 
 # --- how they run, and checks ----------------------------------------------------------------------------
+
+# The names of each signal in messages; made once, since a call takes tens of microseconds.
+_SIGNALS = [
+    (name, *(f"{name}.{field}" for field in TileSignal._fields))
+    for name in (f"signals[{number}]" for number in range(MAX_SIGNALS))
+]
 
 
 def _call(
@@ -354,6 +367,10 @@ def _call(
     if _dispatch.is_plain(tensors, differentiable):
         return _dispatch.run(name, device, **arguments)
     return _library.call(name, device, **arguments)
+
+
+def _detached(values: Tensor) -> Tensor:
+    return values.detach() if values.requires_grad else values
 
 
 def _check_attention(query: Tensor, key: Tensor, scale: float, *, cls: bool = False) -> float:
@@ -372,7 +389,7 @@ def _check_accumulation(weight: float | Tensor, out: Tensor | None, key: Tensor,
     if out is not None:
         check_buffer("out", out, (crops, heads, size), key.device)
     if isinstance(weight, Tensor):
-        return check_tensor("weight", weight, (crops,), (torch.float32,), key.device).detach()
+        return _detached(check_tensor("weight", weight, (crops,), (torch.float32,), key.device))
     return check_number("weight", weight)
 
 
@@ -387,16 +404,15 @@ def _check_signals(
     checked = []
     if not isinstance(signals, Sequence) or not 1 <= len(signals) <= MAX_SIGNALS:
         raise ValueError(f"signals: expected 1 to {MAX_SIGNALS} TileSignals, got {describe(signals)}")
-    for number, signal in enumerate(signals):
-        name = f"signals[{number}]"
+    for signal, names in zip(signals, _SIGNALS, strict=False):
         if not isinstance(signal, TileSignal):
-            raise TypeError(f"{name}: expected a TileSignal, got {describe(signal)}")
-        values = check_tensor(f"{name}.values", signal.values, (segments.crops,), FLOATS, device)
-        weight, temperature = check_number(f"{name}.weight", signal.weight, low=0.0), signal.temperature
+            raise TypeError(f"{names[0]}: expected a TileSignal, got {describe(signal)}")
+        values = check_tensor(names[1], signal.values, (segments.crops,), FLOATS, device)
+        weight, temperature = check_number(names[2], signal.weight, low=0.0), signal.temperature
         if temperature is not None:
-            temperature = check_number(f"{name}.temperature", temperature, positive=True)
-        _check_cpu(f"{name}.values", "finite numbers", values, lambda values: values.float().isfinite())
-        checked.append(TileSignal(values.detach(), weight, temperature))
+            temperature = check_number(names[3], temperature, positive=True)
+        _check_cpu(names[1], "finite numbers", values, _is_finite)
+        checked.append(TileSignal(_detached(values), weight, temperature))
     if not any(signal.weight for signal in checked):
         raise ValueError(f"signals: expected a weight > 0, got {[signal.weight for signal in checked]}")
     return checked
@@ -413,6 +429,10 @@ def _check_cpu(name: str, expected: str, values: Tensor, fits: Callable[[Tensor]
         wrong = values[~fit]
         kind = "NaN" if torch.isnan(wrong).any() else "infinite" if wrong.isinf().any() else "wrong"
         raise ValueError(f"{name}: expected {expected}, got {len(wrong)} {kind} of {values.numel()}")
+
+
+def _is_finite(values: Tensor) -> Tensor:
+    return values.float().isfinite()
 
 
 def _check_numbers(name: str, values: Tensor) -> None:

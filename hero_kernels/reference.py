@@ -113,11 +113,14 @@ def received_attention(
     *,
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """The mean of the attention map over queries, per head (§1)."""
     rows = []
-    for q, k in zip(query.unbind(1), key.unbind(1), strict=True):  # the N × N maps of all heads would not fit
-        rows.append(_logits("tmd,tnd->tmn", q, k, scale).softmax(-1).mean(1))
+    for head in range(key.shape[1]):  # the N × N maps of all heads would not fit
+        logits = _logits("tmd,tnd->tmn", query[:, head], key[:, head], scale)
+        maps = logits.softmax(-1) if lse is None else (logits - lse[:, head, :, None]).exp()
+        rows.append(maps.mean(1))
     rows = torch.stack(rows, dim=1) if rows else key.new_empty(key.shape[:3], dtype=torch.float32)
     return _accumulate(rows, weight, out)
 

@@ -531,6 +531,8 @@ def test_device_record_says_where_it_comes_from(device_record, device_run):
 def test_device_reports_a_failed_test(device_record, device_run):
     """A red test is in the record and in the exit status."""
     tests, done = device_record["tests"], device_run[1]
+    assert set(device_record["sanitizer"]) == {"memcheck", "racecheck"}
+    assert done.stdout.count("compute-sanitizer ") >= 2
     assert tests["status"] == "failed" and tests["counts"] == {"passed": 1, "failed": 1}
     assert len(tests["failures"]) == 1 and tests["failures"][0] == "test_one.py::test_number[2]"
     assert done.returncode == 1 and "test_number[2]" in done.stdout
@@ -790,6 +792,54 @@ def test_an_interrupted_run_writes_what_it_has(tmp_path):
     assert record["tests"]["status"] == "stopped: interrupted" and "end to end: {'status': 'stopped" in out
     assert process.returncode == 1 and clock.left() > 0
     assert not (tmp_path / "end_to_end.json").exists()
+
+
+SANITIZER = """#!{python}
+import os, sys, time
+tool = sys.argv[sys.argv.index("--tool") + 1]
+print("========= COMPUTE-SANITIZER", *sys.argv[1:], os.environ["HERO_REQUIRE_KERNEL"], flush=True)
+if tool == "racecheck":
+    {racecheck}
+print("========= ERROR SUMMARY: 0 errors")
+"""
+RACES = "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+
+
+def _sanitizer(monkeypatch, folder: Path, racecheck: str) -> None:
+    """Put an executable named compute-sanitizer first on ``PATH``."""
+    file = folder / "bin" / "compute-sanitizer"
+    file.parent.mkdir()
+    file.write_text(SANITIZER.format(python=sys.executable, racecheck=racecheck), encoding="utf-8")
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(file.parent), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("racecheck", "status", "summary"),
+    [
+        ("pass", "ok", "ERROR SUMMARY: 0 errors"),
+        (f"print({RACES!r}); sys.exit(9)", "failed", RACES.removeprefix("========= ")),
+        ("time.sleep(60)", "stopped: out of time", None),
+    ],
+    ids=["no errors", "errors", "hang"],
+)
+def test_sanitizer_results_are_recorded(monkeypatch, tmp_path, racecheck, status, summary):
+    _sanitizer(monkeypatch, tmp_path, racecheck)
+    results = device.run_sanitizer(tmp_path, 4)
+    assert results["memcheck"] == {"status": "ok", "summary": "ERROR SUMMARY: 0 errors"}
+    assert (results["racecheck"]["status"], results["racecheck"]["summary"]) == (status, summary)
+    for tool in device.TOOLS:
+        command = (tmp_path / f"{tool}.log").read_text(encoding="utf-8").splitlines()[0].split()
+        assert command[2:6] == ["--tool", tool, "--error-exitcode", "9"] and command[-1] == "1"
+        assert command[6:9] == [sys.executable, "-m", "pytest"]
+        file, test = command[-2].split("::")
+        assert f"def {test}(" in Path(file).read_text(encoding="utf-8")
+
+
+def test_no_sanitizer_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = {"status": "not run", "reason": "no compute-sanitizer on PATH"}
+    assert device.run_sanitizer(tmp_path, 10) == {"memcheck": result, "racecheck": result}
 
 
 def test_no_tests_are_not_all_tests(tmp_path):

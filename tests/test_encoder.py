@@ -15,13 +15,16 @@ from independent import (
     tiny_tokenizer,
 )
 from torch import nn
-from transformers import AttentionInterface
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, SiglipVisionConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hero
 import hero_kernels as hk
 from hero import attention_rows, policies, signals
 from hero.layout import Geometry, ImageLayout
 from hero.plan import make_plan
+from hero_kernels.testing import same_bits
 
 LAYERS = {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
 SIZES = [(120, 90), (60, 170)]
@@ -226,11 +229,119 @@ def test_rows_of_encoders_without_cls():
     torch.testing.assert_close(output, wanted)
 
 
+FLASH_ON_CPU = {"cpu": "_scaled_dot_product_flash_attention_for_cpu"}
+
+
+def attended(monkeypatch, query, key, value, *, base="sdpa", mask=None, **kwargs):
+    """Attention of a module without CLS, and whether its rows were computed with its log-sum-exp."""
+    module = _Attention(SiglipVisionConfig(attn_implementation=base))
+    given = {"scaling": 0.3, "dropout": 0.0, "is_causal": False, **kwargs}
+    seen = []
+    received = hk.received_attention
+    monkeypatch.setattr(
+        hk, "received_attention", lambda *x, lse, **y: seen.append(lse) or received(*x, lse=lse, **y)
+    )
+    attention_rows.install({0: module}, received=True)
+    collector = attention_rows.Collector({0: 1.0}, received=True)
+    with attention_rows.collect(collector, {0: module}):
+        function = AttentionInterface().get_interface(module.config._attn_implementation, None)
+        output = function(module, query, key, value, mask, **given)[0]
+    attention_rows.remove({0: module})
+    return output, collector.result(), seen[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", [0.3, None])
+def test_rows_take_the_log_sum_exp_of_flash_attention(scaling, dtype, monkeypatch):
+    """On a GPU; here the flash attention of the CPU takes its place. The output is SDPA's, bit for bit."""
+    qkv = [x.transpose(1, 2) for x in torch.randn(3, 2, 9, 4, 8).to(dtype).unbind(0)]
+    given = {"scaling": scaling, "is_causal": False}
+    stock = sdpa_attention_forward(nn.Module(), *qkv, None, **given)[0]
+    plain, rows, lse = attended(monkeypatch, *qkv, **given)
+    assert lse is None and same_bits(plain, stock)
+    monkeypatch.setattr(attention_rows, "_FLASH", FLASH_ON_CPU)
+    output, same, lse = attended(monkeypatch, *qkv, **given)
+    logits = (qkv[0].double() @ qkv[1].double().mT) * (8**-0.5 if scaling is None else scaling)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert same_bits(output, stock) and output.stride() == stock.stride()
+    torch.testing.assert_close(same, rows, rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_encoder_with_the_log_sum_exp_of_flash_attention(monkeypatch):
+    """The features are the same bit for bit, the scores up to rounding."""
+    tower = tiny_model(tower="siglip").model.vision_tower
+    encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(0.3))
+    pixels, sizes, ran = torch.randn(5, 3, 56, 56), [(112, 112)], []
+    flash = attention_rows._flash
+    monkeypatch.setattr(attention_rows, "_flash", lambda *x: ran.append(flash(*x)) or ran[-1])
+    found = []
+    for table in ({}, FLASH_ON_CPU):
+        monkeypatch.setattr(attention_rows, "_FLASH", table)
+        with torch.no_grad():
+            crops, plan = encoder.prepare(pixels, sizes)
+            found.append(encoder.encode(crops, plan))
+    assert ran and same_bits(found[0].features, found[1].features)
+    for name, one in found[0].attention.items():
+        torch.testing.assert_close(found[1].attention[name].scores, one.scores, rtol=1e-5, atol=1e-7)
+    encoder.remove()
+
+
+@pytest.mark.gpu
+def test_flash_attention_of_a_gpu_returns_its_log_sum_exp(monkeypatch):
+    qkv = torch.randn(3, 5, 729, 16, 72, device="cuda", dtype=torch.bfloat16).transpose(2, 3).unbind(0)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+        stock = sdpa_attention_forward(nn.Module(), *qkv, None, scaling=0.1, is_causal=False)[0]
+        output, rows, lse = attended(monkeypatch, *qkv, scaling=0.1)
+    logits = (qkv[0].double() @ qkv[1].double().mT) * 0.1
+    torch.testing.assert_close(lse.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert same_bits(output, stock) and output.stride() == stock.stride()
+    torch.testing.assert_close(rows.double(), logits.softmax(-1).mean(2), rtol=1e-4, atol=1e-7)
+
+
+NO_FLASH = {
+    "mask": {"mask": torch.zeros(2, 1, 9, 9)},
+    "dropout": {"dropout": 0.5},
+    "causal": {"is_causal": True},
+    "perhaps causal": {"is_causal": None},
+    "an argument of SDPA": {"position_bias": torch.zeros(2, 4, 9, 9)},
+    "an argument of eager attention": {"output_attentions": True},
+}
+
+
+def no_flash_in(monkeypatch, qkv, **options):
+    monkeypatch.setattr(attention_rows, "_FLASH", FLASH_ON_CPU)
+    assert attended(monkeypatch, *qkv, **options)[2] is None
+
+
+@pytest.mark.parametrize("case", NO_FLASH)
+def test_no_log_sum_exp_where_attention_differs(case, monkeypatch):
+    no_flash_in(monkeypatch, torch.randn(3, 2, 4, 9, 8).unbind(0), **NO_FLASH[case])
+
+
+def test_no_log_sum_exp_where_sdpa_does_not_run_flash_attention(monkeypatch):
+    qkv = torch.randn(3, 2, 4, 9, 8).unbind(0)
+    with sdpa_kernel(SDPBackend.MATH):
+        no_flash_in(monkeypatch, qkv)
+    with torch.autocast("cpu", torch.bfloat16):
+        no_flash_in(monkeypatch, qkv)
+    no_flash_in(monkeypatch, [x.requires_grad_() for x in qkv])
+    no_flash_in(monkeypatch, torch.randn(3, 2, 4, 9, 9).unbind(0))
+    AttentionInterface.register("wrapped_for_test", lambda *x, **y: sdpa_attention_forward(*x, **y))
+    no_flash_in(monkeypatch, torch.randn(3, 2, 4, 9, 8).unbind(0), base="wrapped_for_test")
+    with monkeypatch.context() as patch:
+        stock = nn.functional.scaled_dot_product_attention
+        patch.setattr(nn.functional, "scaled_dot_product_attention", lambda *x, **y: stock(*x, **y))
+        no_flash_in(monkeypatch, torch.randn(3, 2, 4, 9, 8).unbind(0))
+    with monkeypatch.context() as patch:  # as with another PyTorch
+        patch.delattr(torch, "_fused_sdp_choice")
+        no_flash_in(monkeypatch, torch.randn(3, 2, 4, 9, 8).unbind(0))
+    monkeypatch.setattr(attention_rows, "_FLASH", {"cpu": "_no_such_attention"})
+    assert attended(monkeypatch, *torch.randn(3, 2, 4, 9, 8).unbind(0))[2] is None
+
+
 @slow_in_interpreter
 def test_base_attention_sees_the_users_configuration(model, inputs):
     """FlashAttention reads its own name from ``module.config``: it must find it."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     seen = []
 
     def custom(module, *args, **kwargs):

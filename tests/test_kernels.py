@@ -5,7 +5,9 @@ GPU also the kernels. Each call also checks what :func:`hero_kernels.testing.cal
 written, nothing around it, and no input is changed.
 """
 
+import importlib
 import math
+import pkgutil
 from functools import cache
 from itertools import chain
 
@@ -39,7 +41,7 @@ from oracles import (
 )
 
 import hero_kernels as hk
-from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, reference
+from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, kernels, reference
 from hero_kernels.testing import assert_accurate, same_bits, tensors_in
 
 # --- attention -------------------------------------------------------------------------------------------
@@ -154,6 +156,28 @@ def test_received_attention(case, options, way):
         return attention_maps(query, key, case.scale, dtype).mean(2)
 
     check_rows(way, "received_attention", case, (query, seen), rows, options)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    combined(ATTENTION, OPTIONS, lambda case, options: options in LAYERS and case.tokens < 200),
+)
+def test_received_with_lse(case, options, way):
+    """The log-sum-exp is taken as it is, at any strides; that of crops of weight 0 is not read."""
+    query, key, _ = case.tensors()
+    options = OPTIONS[options](case.crops, case.heads, case.tokens)
+    seen = without_ignored(query, key, options)[1]
+    logits = torch.einsum("thmd,thnd->thmn", query.double(), key.double()) * case.scale
+    lse = logits.logsumexp(-1).float()
+
+    def rows(dtype):
+        logits = torch.einsum("thmd,thnd->thmn", query.to(dtype), key.to(dtype)) * case.scale
+        return (logits - lse[..., None].to(dtype)).exp().mean(2)
+
+    given = lse.mT.contiguous().mT
+    if isinstance(options.get("weight"), torch.Tensor):
+        given[options["weight"] == 0] = NAN
+    check_rows(way, "received_attention", case, (query, seen), rows, options, lse=given)
 
 
 # --- scores ----------------------------------------------------------------------------------------------
@@ -353,6 +377,7 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
             ("cls_attention", ("added", False)),
             ("attention_with_cls", ("added",)),
             ("received_attention", ("added",)),
+            ("received_with_lse", ("added",)),
         )
         for case in reversed(ATTENTION)
         if not case.slow
@@ -373,6 +398,29 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
 def test_compiled(test, dtype):
     """One case per operation and dtype under ``torch.compile(fullgraph=True)``."""
     globals()[test](*OF_DTYPE[test, dtype], Way("compiled"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("test", "dtype"), OF_DTYPE, ids=str)
+def test_sanitized(test, dtype):
+    """The same in eager mode, few enough for ``bench/run_device`` to run under compute-sanitizer."""
+    globals()[test](*OF_DTYPE[test, dtype], Way("eager"))
+
+
+def test_every_kernel_is_sanitized(kernel, monkeypatch):
+    """The cases of :func:`test_sanitized` launch all kernels of the package."""
+    launched, launch = set(), _launch.launch
+
+    def seen(function, grid, **arguments):
+        launched.add(function.fn.__name__)
+        launch(function, grid, **arguments)
+
+    monkeypatch.setattr(_launch, "launch", seen)
+    for test, dtype in OF_DTYPE:
+        globals()[test](*OF_DTYPE[test, dtype], kernel)
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"hero_kernels.kernels.{name}") for name in names]
+    assert launched == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 # --- what callers may pass -------------------------------------------------------------------------------
@@ -755,7 +803,7 @@ def test_doubles_are_refused(operation):
     double = torch.randn(1, 2, 5, 16, dtype=torch.float64)
     arguments = {
         "attention_with_cls": (*(double, double, double, 0.5), 1.0, None, False),
-        "received_attention": (double, double, 0.5, 1.0, None),
+        "received_attention": (double, double, 0.5, 1.0, None, None),
         "segmented_topk": (double[0, 0], torch.ones(5, dtype=torch.int32), None),
     }
     with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):

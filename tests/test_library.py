@@ -51,6 +51,7 @@ def vision(query, key, value, features, values, valid, weight, rows):
     plain, again = hk.attention_with_cls(query, key, value, scale)
     received = hk.received_attention(query, key, scale, weight=weight)
     hk.received_attention(query, key, scale, out=received)
+    hk.received_attention(query, key, scale, out=received, lse=(query @ key.mT * scale).logsumexp(-1))
     finalized = hk.finalize_scores(rows, valid=valid, rank=True)
     unranked = hk.finalize_scores(rows)
     counts = valid.sum(1, dtype=torch.int32)
@@ -115,10 +116,10 @@ def calls():
         ("cls_attention_", (rows.mT.clone().mT, offset(query), offset(key), 0.3, 0.0, weights, True)),
         ("attention_with_cls", (query, key, value, 0.3, 0.5, None, False)),
         ("attention_with_cls", (offset(query), offset(key), offset(value), 0.3, 0.0, weights, True)),
-        ("received_attention", (query, key, 0.3, 0.0, weights)),
-        ("received_attention", (offset(query), offset(key), 0.3, 0.5, None)),
-        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, 0.0, weights)),
-        ("received_attention_", (torch.zeros(T, 2, P + 1).mT.clone().mT, query, key, 0.3, 0.5, None)),
+        ("received_attention", (query, key, 0.3, 0.0, weights, None)),
+        ("received_attention", (offset(query), offset(key), 0.3, 0.5, None, query[..., 0])),
+        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, 0.0, weights, query[..., 0])),
+        ("received_attention_", (torch.zeros(T, 2, P + 1).mT.clone().mT, query, key, 0.3, 0.5, None, None)),
         ("finalize_scores", (query[..., 1:, 0], valid, True)),
         ("finalize_scores", (query[..., 1:, 0].contiguous(), None, False)),
         ("tile_budgets", (*signals, counts, *LAYOUT, "exact")),

@@ -57,6 +57,7 @@ CHECKS = {
     "attention": attention("attention_with_cls", "narrow"),
     "received": attention("received_attention", "narrow"),
     "received, split": attention("received_attention", "odd sizes"),
+    "received, lse": attention("received_with_lse", "odd sizes"),
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
     "budgets": selection("tile_budgets", "K from 0 to 40", "exact"),
     "caps": selection("tile_budgets", "everything kept", "exact"),
@@ -142,6 +143,13 @@ KERNELS = [
     ),
     Mutant("queries beyond the last", "received_attention", 'other=float("inf")', "other=0.0", "received"),
     Mutant("sum for mean", "received_attention", "w / tokens", "w", "received"),
+    Mutant(
+        "lse to another base",
+        "received_attention",
+        "log_sum * TO_UNITS",
+        "log_sum / UNITS",
+        "received, lse",
+    ),
     Mutant(
         "rest of the head left out",
         "received_attention",
@@ -238,7 +246,8 @@ REFERENCE = [
     ),
     Mutant("weight 0 computed", "reference", ".masked_fill(weight == 0, 0.0)", "", "cls, NaN"),
     Mutant("no entropy of nothing", "reference", "count.clamp_min(1.0).log()", "count", "finalized"),
-    Mutant("mean over keys", "reference", "softmax(-1).mean(1)", "softmax(-2).mean(1)", "received"),
+    Mutant("mean over keys", "reference", "softmax(-1) if lse", "softmax(-2) if lse", "received"),
+    Mutant("lse left out", "reference", "(logits - lse[:, head, :, None])", "logits", "received, lse"),
     Mutant(
         "a newline too many",
         "reference",

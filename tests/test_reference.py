@@ -852,6 +852,13 @@ CLS_ALONE = [
     ({"key": torch.ones(2, 2, 1, 4), "query": torch.ones(2, 2, 1, 4)}, ValueError, "key"),
 ]
 ALL_ROWS = [({"query": torch.ones(2, 2, 1, 4)}, ValueError, "query")]
+LSE = [
+    ({"lse": 0.5}, TypeError, "lse"),
+    ({"lse": torch.ones(2, 2, 4)}, ValueError, "lse"),
+    ({"lse": torch.ones(2, 2, 5, 1)}, ValueError, "lse"),
+    ({"lse": torch.ones(2, 2, 5, dtype=torch.bfloat16)}, TypeError, "lse"),
+    ({"lse": torch.ones(2, 2, 5, device="meta")}, ValueError, "lse"),
+]
 WITH_VALUE = [
     ({"value": 1.0}, TypeError, "value"),
     ({"value": torch.ones(2, 2, 4, 4)}, ValueError, "value"),
@@ -980,6 +987,7 @@ REFUSED = [
         [case for case in ATTENTION if case[0].keys() != {"out"}],
         [({"out": torch.zeros(2, 2, 4)}, ValueError, "out")],
         ALL_ROWS,
+        LSE,
     ),
     *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
     *cases("finalize_scores", finalize, ROWS_PER_HEAD),

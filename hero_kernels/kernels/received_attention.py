@@ -10,11 +10,15 @@ lost to rounding, [T, H, N, 2]. ``received_columns_kernel``, grid (key blocks, H
 columns, loops over all queries and sums 2^(512 (s − log_sum)). The mean over heads is taken once after the
 last layer, by :mod:`.finalize_scores`.
 
+With ``lse``, the natural log-sum-exp of attention that ran anyway, the first kernel is not launched. Half of
+the products and exponentials are left, and rows are as exact as the log-sum-exp.
+
 The passes must round logits identically, or probabilities near 1 are wrong: both multiply in the same order,
 without fused multiply-add. Tensor cores take widths that are powers of two; a product over 72 features is one
 over 64 and one over 16, not one over 128.
 
-Bytes: q and k twice, 4·T·N·H·D of their dtype, and T·H·N·20; FLOPs: 4·T·H·N²·D.
+Bytes: q and k twice, 4·T·N·H·D of their dtype, and T·H·N·20; FLOPs: 4·T·H·N²·D. With ``lse``: 2·T·N·H·D,
+T·H·N·8 and 2·T·H·N²·D.
 
 Source: the two-pass scheme of FlashAttention-2's backward pass (2307.08691).
 """
@@ -164,11 +168,15 @@ def received_columns_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ADD: tl.constexpr,
+    GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``rows[t, h, n] (+)= w_t / N · Σ_m 2^(512 (s[m, n] − log_sums[t, h, m]))``."""
+    """``rows[t, h, n] (+)= w_t / N · Σ_m 2^(512 (s[m, n] − log_sums[t, h, m]))``.
+
+    If GIVEN, ``log_sums`` are natural logarithms [T, H, N], computed elsewhere.
+    """
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2).to(tl.int64)
     w = weight_of(weights, weight, t)
@@ -185,9 +193,13 @@ def received_columns_kernel(
             here = start + m
             q, q_rest = load_head(query, here, query_strides, tokens, D, MAIN, REST, False)
             # Beyond the last query the log-sum-exp is infinite, and the probability 0.
-            sums = log_sums + ((t * heads + h) * tokens + here) * 2
+            sums = log_sums + ((t * heads + h) * tokens + here) * (1 if GIVEN else 2)
             log_sum = tl.load(sums, mask=here < tokens, other=float("inf"))
-            lost = tl.load(sums + 1, mask=here < tokens, other=0.0)
+            if GIVEN:
+                log_sum = log_sum * TO_UNITS
+                lost = tl.zeros([BLOCK_M], tl.float32)
+            else:
+                lost = tl.load(sums + 1, mask=here < tokens, other=0.0)
             s = products(q, q_rest, k, k_rest, REST, PRECISION, UPCAST) * to_units
             # UNITS is a power of two: this fused operation rounds as two do.
             total += tl.sum(tl.exp2(tl.fma(s - log_sum[:, None], UNITS, -lost[:, None])), 0)
@@ -206,10 +218,13 @@ def split_width(width: int) -> tuple[int, int]:
     return (main, rest) if main + rest < padded else (padded, 0)
 
 
-def received_attention(query, key, scale, weight, out):
+def received_attention(query, key, scale, weight, out, lse):
     name, precision = matmul_options("received_attention", key)
     crops, heads, tokens, width = key.shape
-    log_sums = torch.empty((crops, heads, tokens, 2), dtype=torch.float32, device=key.device)
+    if lse is not None:
+        log_sums = lse.contiguous()
+    else:
+        log_sums = torch.empty((crops, heads, tokens, 2), dtype=torch.float32, device=key.device)
     rows, add = rows_buffer((crops, heads, tokens), out, key.device)
     main, rest = split_width(width)
     shared = {
@@ -231,7 +246,8 @@ def received_attention(query, key, scale, weight, out):
         "enable_fp_fusion": False,  # the passes round as each other
         **_launch.configuration(name, main + rest, key.device),
     }
-    _launch.launch(received_log_sums_kernel, (blocks(tokens, shared["BLOCK_M"]), heads, crops), **shared)
+    if lse is None:
+        _launch.launch(received_log_sums_kernel, (blocks(tokens, shared["BLOCK_M"]), heads, crops), **shared)
     grid = (blocks(tokens, shared["BLOCK_N"]), heads, crops)
-    _launch.launch(received_columns_kernel, grid, rows=rows, ADD=add, **shared)
+    _launch.launch(received_columns_kernel, grid, rows=rows, ADD=add, GIVEN=lse is not None, **shared)
     return finish_rows(rows, out)
