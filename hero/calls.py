@@ -57,7 +57,7 @@ class Call:
     runs: tuple[tuple[int, ...], ...] = ()  # the lengths of its runs of placeholders
     held: tuple[Held, ...] = ()  # images that the cache holds already
     start: int = 0  # length of the cache
-    prompts: int = 0
+    prompts: int = 0  # how many
     # Images encoded ahead, if the number of kept tokens depends on the data.
     encoded: tuple[Selection, object] | None = None
 
@@ -65,14 +65,14 @@ class Call:
         """The images, and the prompt of each, as older transformers repeat them for beams and sequences."""
         if self.handle.adapter.has_run_per_crop:  # pixels of a prompt after another
             repeats = len(pixel_values) // self.prompts
-            order = [
+            pairs = [
                 (number, row * repeats + copy)
                 for row in sorted(set(self.rows))
                 for copy in range(repeats)
                 for number, own in enumerate(self.rows)
                 if own == row
             ]
-            return [number for number, _ in order], [row for _, row in order]
+            return [number for number, _ in pairs], [row for _, row in pairs]
         given, own = len(pixel_values), sum(layout.crops for layout in self.layouts)
         if image_sizes is not None:
             given, own = len(image_sizes), len(self.layouts)
@@ -196,7 +196,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     layouts = layouts or ()
     if ids is None and is_new and layouts:
         return inputs, replace(_of_embeddings(handle, inputs, layouts), held=in_cache, start=start)
-    total = 0 if ids is None else int((ids == handle.image_token_id).sum()) if layouts or held else 0
+    is_image = None if ids is None else ids == handle.image_token_id
+    total = int(is_image.sum()) if is_image is not None and (layouts or held) else 0
     if total == 0 and not (is_new and layouts):
         return inputs, None
     if not is_new:  # all images are in the cache
@@ -231,10 +232,11 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         if not adapter.reads_prompt:
             places = [(one.row, sum(runs)) for one, runs in zip(held, now, strict=False)]
             lengths = [sum(runs) for runs in now[len(held) :]]
-            rows = images_of_rows(ids == handle.image_token_id, lengths, places)
+            rows = images_of_rows(is_image, lengths, places)
         if encoder.needs_text:
             text = questions(ids, inputs.get("attention_mask"), handle.image_token_id, rows, handle.tokenizer)
-        call = Call(handle, text, tuple(rows), layouts, tuple(kept[len(held) :]), in_cache, start, len(ids))
+        own, prompts = tuple(kept[len(held) :]), 0 if ids is None else len(ids)
+        call = Call(handle, text, tuple(rows), layouts, own, in_cache, start, prompts)
         if features is None and (config.allocation == "floor" or adapter.has_run_per_crop):
             # The lengths of the runs depend on the data: encode the images first.
             layer = adapter.feature_layer(inputs.get("vision_feature_layer"))

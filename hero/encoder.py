@@ -24,7 +24,7 @@ from .policies import Observed, Scored, check_supported
 from .relevance import ClipRelevance, check_questions, check_relevance
 from .selection import Encoded, Selection
 from .signals import mean_features
-from .tokens import average, average_in_cells, merge, resize_to_cells
+from .tokens import average, average_in_cells, in_cells, merge, resize_to_cells
 
 __all__ = ["HeroVisionEncoder"]
 
@@ -104,13 +104,12 @@ class HeroVisionEncoder(nn.Module):
         self.config = config
         self.geometry = dataclasses.replace(geometry, newlines=image_newline is not None)
         check_supported(policy, self.rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
-        if config.attention == "fused" and not self._tower.has_cls:
-            raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
-        if relevance is not None and not self._tower.has_cls:
-            expected = "None for an encoder whose pixels are not normalised as CLIP's"
-            raise error(ValueError, "relevance", expected, relevance)
-        if needs.second_softmax and not self._tower.has_cls:
-            raise error(ValueError, "second_softmax", "False for an encoder without CLS", True)
+        for name, given, expected in (
+            ("attention", config.attention == "fused", "'native'"),
+            ("second_softmax", needs.second_softmax, "False"),
+        ):
+            if given and not self._tower.has_cls:
+                raise ValueError(f"{name}: expected {expected} for an encoder without CLS, got another")
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         if self.needs_text:
             patches_side = geometry.side if needs.patch_relevance else None
@@ -411,29 +410,12 @@ class HeroVisionEncoder(nn.Module):
         """
         plan = plan.to(encoded.features.device)
         if plan.of_crops is not None:
-            encoded = self._resized(encoded, plan)
+            encoded = in_cells(encoded, plan, self.projector)
         scored = self.score(encoded, plan, question)
         budgets = self.budget(scored, plan)
         gathered = self.select(encoded, scored, budgets, plan)
         tensors = gathered.tokens, gathered.index, budgets.budgets, budgets.shares, scored.scores
         return tensors, gathered.lengths
-
-    def _resized(self, encoded: Encoded, plan: Plan) -> Encoded:
-        """What was encoded of crops, for the cells of resized grids; features are projected."""
-        features = encoded.features if self.projector is None else self.projector(encoded.features)
-        scores = {
-            name: resize_to_cells(one.scores[..., None], plan.layouts)[..., 0]
-            for name, one in encoded.attention.items()
-        }
-        return dataclasses.replace(
-            encoded,
-            features=resize_to_cells(features, plan.layouts),
-            cls=None if encoded.cls is None else average_in_cells(encoded.cls, plan.layouts),
-            attention={
-                name: hk.finalize_scores(rows[:, None].contiguous(), valid=plan.valid)
-                for name, rows in scores.items()
-            },
-        )
 
     def _selection(
         self, images: Any, tensors: Sequence[Tensor], path: Path, counts: Sequence[int] | None = None

@@ -87,7 +87,8 @@ class Handle:
                 "input_ids: expected the prompt, which tells which crops make an image, got None"
             )
         before = Counter(one.row for one in held)
-        old, new = [], []
+        old: list[Shown] = []
+        new: list[Shown] = []
         for image in self.adapter.shown(ids, self.parts, self.tokenizer):
             (old if before[image.row] > 0 else new).append(image)
             before[image.row] -= 1

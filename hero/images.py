@@ -60,12 +60,12 @@ def open_image(source: str | os.PathLike, size: tuple[int, int] | None = None) -
         raise kind(f"image: expected an image file or URL, got {str(source)!r}: {reason}") from problem
 
 
-def read(image: Any, size: tuple[int, int]) -> Image.Image:
+def read(image: Any, size: tuple[int, int] | None) -> Image.Image:
     """An image in RGB, with transparency drawn on white.
 
     Args:
         image: a PIL image, an array of uint8, a path or a URL.
-        size: its (height, width).
+        size: its (height, width); ``None`` if any will do.
 
     Raises:
         TypeError: another kind of image.
@@ -84,7 +84,7 @@ def read(image: Any, size: tuple[int, int]) -> Image.Image:
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
         raise TypeError(f"image: expected a PIL image, a numpy array, a path or a URL, got {kind}")
-    if image.size[::-1] != size:
+    if size is not None and image.size[::-1] != size:
         raise ValueError(
             f"image: expected the selection's, {size[0]} x {size[1]} px (height x width), "
             f"got {image.size[1]} x {image.size[0]}"
@@ -114,9 +114,10 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def as_seen(image: Image.Image, selection: Selection) -> Image.Image:
     """The part of an image that a model saw: the middle square, for models that take one crop."""
-    height, width = (int(side) for side in selection.image_sizes[0])
-    is_cut = not isinstance(selection.geometry.tiling, Whole)
-    return image if is_cut else ImageOps.fit(image, (width, height))
+    size = selection.image_sizes[0]
+    if size is None or not isinstance(selection.geometry.tiling, Whole):
+        return image
+    return ImageOps.fit(image, size[::-1])
 
 
 def check_writable(option: str, path: Path) -> None:

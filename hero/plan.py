@@ -71,8 +71,8 @@ class Plan(CropPlan):
         cu_seqlens: ``[B + 1]`` int32, where the kept tokens of each image begin, with ``allocation="exact"``.
         places: the image of each crop, its thumbnail and tiles.
         constants: what :meth:`hero.policies.Policy.constants` returned.
-        of_crops: the plan of the crops that the encoder sees, where the grid of an image is resized: this plan
-            is then that of its cells. Otherwise ``None``.
+        of_crops: the plan of the crops that the encoder sees, where the grid of an image is resized: this
+            plan is then that of its cells. Otherwise ``None``.
     """
 
     layouts: tuple[ImageLayout, ...]

@@ -6,16 +6,21 @@ resized image a few operations run, as in the stock model.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+import hero_kernels as hk
 
 from .layout import ImageLayout
+from .plan import Plan
+from .selection import Encoded
 
-__all__ = ["average", "average_in_cells", "merge", "resize_to_cells"]
+__all__ = ["average", "average_in_cells", "in_cells", "merge", "resize_to_cells"]
 
 
 def merge(features: Tensor, factor: int) -> Tensor:
@@ -36,6 +41,27 @@ def average(rows: Tensor, factor: int) -> Tensor:
         return rows
     side = math.isqrt(rows.shape[-1]) // factor
     return rows.unflatten(-1, (side, factor, side, factor)).mean((-3, -1)).flatten(-2)
+
+
+def in_cells(encoded: Encoded, plan: Plan, projector: nn.Module | None) -> Encoded:
+    """What was encoded of crops, for the cells of resized grids.
+
+    Features are projected first: the stock model resizes them behind the projector.
+
+    Args:
+        plan: of the cells.
+    """
+    features = encoded.features if projector is None else projector(encoded.features)
+    attention = {}
+    for name, one in encoded.attention.items():
+        rows = resize_to_cells(one.scores[..., None], plan.layouts).mT.contiguous()
+        attention[name] = hk.finalize_scores(rows, valid=plan.valid)
+    return dataclasses.replace(
+        encoded,
+        features=resize_to_cells(features, plan.layouts),
+        cls=None if encoded.cls is None else average_in_cells(encoded.cls, plan.layouts),
+        attention=attention,
+    )
 
 
 def resize_to_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
@@ -88,7 +114,7 @@ def average_in_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
     return torch.cat(parts)
 
 
-def _of_images(values: Tensor, layouts: Sequence[ImageLayout]):
+def _of_images(values: Tensor, layouts: Sequence[ImageLayout]) -> Iterator[tuple[ImageLayout, Tensor]]:
     counts = [(layout.encoded or layout).crops for layout in layouts]
     return zip(layouts, values.split(counts), strict=True)
 

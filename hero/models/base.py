@@ -227,7 +227,10 @@ class Adapter(ABC):
 
     def processor_patches(self, processor) -> list[Patch]:
         """Methods that make the processor write as many placeholders as tokens are kept."""
-        patches = {"_process_images": process_images, "_get_num_multimodal_tokens": num_multimodal_tokens}
+        patches: dict[str, Callable] = {
+            "_process_images": process_images,
+            "_get_num_multimodal_tokens": num_multimodal_tokens,
+        }
         if self.takes_frames_for_images:
             patches["_process_videos"] = refuse_videos
         return [

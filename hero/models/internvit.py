@@ -1,4 +1,4 @@
-"""InternViT (transformers ``InternVLVisionModel``): a CLS token, scaled residuals, normed queries and keys."""
+"""InternViT (transformers ``InternVLVisionModel``): a CLS token, scaled residuals, norms of Q and K."""
 
 from .layer_runner import TowerKind
 
