@@ -12,6 +12,7 @@ __all__ = [
     "check_integer",
     "check_layers",
     "check_positive",
+    "check_ratio",
     "check_real",
     "count",
     "error",
@@ -41,6 +42,19 @@ def check_real(name: str, expected: str, value: object) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
+        raise error(ValueError, name, expected, value)
+    return number
+
+
+def check_ratio(name: str, value: object) -> float:
+    """``value`` as a float in (0, 1].
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    expected = "a number in (0, 1]"
+    number = check_real(name, expected, value)
+    if not 0.0 < number <= 1.0:
         raise error(ValueError, name, expected, value)
     return number
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ._checks import error
 from .config import HeroConfig
+from .generation import as_called, restored, setting
 from .layout import ImageLayout
 from .prompt import deal, images_of_rows, questions, shrink
 from .selection import Selection
@@ -143,7 +144,7 @@ def generate(self: nn.Module, original: Callable, *args, **kwargs):
         _check_generation(self, kwargs, call)
     shrunk = prompt is not None and kwargs["input_ids"] is not prompt
     if shrunk:
-        _as_called(self, kwargs, prompt)
+        as_called(self, kwargs, prompt)
     token, output = _call.set(call), None
     try:
         output = original(**kwargs)
@@ -154,7 +155,7 @@ def generate(self: nn.Module, original: Callable, *args, **kwargs):
     if not shrunk:
         return output
     sequences = output if isinstance(output, Tensor) else output.sequences
-    sequences = _restored(prompt, kwargs["input_ids"].shape[1], sequences)
+    sequences = restored(prompt, kwargs["input_ids"].shape[1], sequences)
     if isinstance(output, Tensor):
         return sequences
     output.sequences = sequences
@@ -172,8 +173,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         whole: whether ``input_ids`` begin with what the cache holds, as those of ``generate`` do.
 
     Returns:
-        the arguments, shortened if the prompt has the stock number of placeholders, and what to pass to the
-        image encoder, if there are images to encode.
+        the arguments but ``keep_ratios``, shortened if the prompt has the stock number of placeholders, and
+        what to pass to the image encoder, if there are images to encode.
 
     Raises:
         ValueError: the placeholders fit neither the stock nor the kept number of tokens; a cache of another
@@ -189,8 +190,13 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     held = in_cache if whole else ()
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
+    if features is not None and adapter.reads_prompt:
+        raise error(ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some")
     old, new = handle.shown(ids, held) if is_new or held else ((), ())
+    if isinstance(inputs.get("keep_ratios"), Tensor):
+        inputs = {**inputs, "keep_ratios": inputs["keep_ratios"].tolist()}
     layouts = handle.layouts(inputs, new)
+    inputs = {name: value for name, value in inputs.items() if name != "keep_ratios"}
     if is_new and layouts is None:
         raise ValueError("image_sizes: expected (height, width) of each image, got None")
     layouts = layouts or ()
@@ -211,14 +217,11 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     if features is not None:
         kept = [*before, *((len(tokens),) for tokens in features.pooler_output)]
     seen = [tuple(length for _, length in image.runs) for image in (*old, *new)]
-    now = next(
-        (
-            runs
-            for runs in (kept, written, full)
-            if (runs == seen if adapter.reads_prompt else sum(map(sum, runs)) == total)
-        ),
-        None,
-    )
+
+    def fits(runs: list[tuple[int, ...]]) -> bool:
+        return runs == seen if adapter.reads_prompt else sum(map(sum, runs)) == total
+
+    now = next(filter(fits, (kept, written, full)), None)
     if now is None:
         counts = f" in runs of {seen}" if adapter.reads_prompt else ""
         raise ValueError(
@@ -282,7 +285,7 @@ def _of_embeddings(handle: Handle, inputs: dict, layouts: tuple[ImageLayout, ...
 
 def _mask_of_padding(model: nn.Module, ids: Tensor, kwargs: dict) -> Tensor | None:
     """The mask that ``generate`` infers from padding if it gets none: shortening changes the padding."""
-    pad, eos = (_setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    pad, eos = (setting(model, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
     if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
         return None
     mask = ids != pad
@@ -327,7 +330,7 @@ def _held_of_sizes(
             )
         runs = (handle.adapter.runs(layout, layout.full_counts) for layout in layouts)
         return tuple(Held(*one, handle.config) for one in zip(layouts, runs, strict=True))
-    if layouts and tuple(one.layout for one in held) != tuple(layouts):
+    if layouts and [str(one.layout) for one in held] != [str(one) for one in layouts]:
         sizes = [str(one.layout) for one in held], [str(one) for one in layouts]
         raise ValueError(
             f"image_sizes: expected those of the images in the cache, {sizes[0]}, got {sizes[1]}"
@@ -368,24 +371,18 @@ def _record(call: Call, inputs: Mapping[str, Any], output: object) -> None:
 # --- what generate is given ------------------------------------------------------------------------------
 
 
-def _setting(model: nn.Module, kwargs: Mapping[str, Any], name: str) -> Any:
-    """A parameter of generation as ``generate`` finds it."""
-    places = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
-    return next((one for one in places if one is not None), getattr(model.generation_config, name, None))
-
-
 def _check_generation(model: nn.Module, kwargs: Mapping[str, Any], call: Call) -> None:
     """Raise where older transformers would silently answer without an image or mix up beams."""
     if not call.layouts:
         return
-    if _setting(model, kwargs, "prefill_chunk_size") is not None and _transformers_version() < (5, 23):
+    if setting(model, kwargs, "prefill_chunk_size") is not None and _transformers_version() < (5, 23):
         raise ValueError(
             "prefill_chunk_size: expected None for images with transformers < 5.23, which drops them"
         )
     if not call.handle.adapter.mixes_up_beams(call.layouts, call.rows, _transformers_version()):
         return
     names = ("num_beams", "num_return_sequences")
-    counts = {name: _setting(model, kwargs, name) or 1 for name in names}
+    counts = {name: setting(model, kwargs, name) or 1 for name in names}
     if max(counts.values()) > 1:
         raise ValueError(
             "num_beams, num_return_sequences: expected 1 for these images with transformers < 5.19, which "
@@ -397,57 +394,3 @@ def _transformers_version() -> tuple[int, ...]:
     import transformers
 
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
-
-def _as_called(model: nn.Module, kwargs: dict, prompt: Tensor) -> None:
-    """Let limits, criteria and processors mean and see the caller's own prompt."""
-    length = kwargs["input_ids"].shape[1]
-    for limit, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = _setting(model, kwargs, limit)
-        if value is not None and _setting(model, kwargs, new) is None:
-            kwargs[limit] = max(value - (prompt.shape[1] - length), 0)
-    for name, kind in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
-        if kwargs.get(name):
-            kwargs[name] = type(kwargs[name])([kind(one, prompt, length) for one in kwargs[name]])
-    if kwargs.get("prefix_allowed_tokens_fn") is not None:
-        allowed, rows = kwargs["prefix_allowed_tokens_fn"], 1
-        if (_setting(model, kwargs, "num_beams") or 1) == 1:  # then every sequence of a prompt has a number
-            rows = _setting(model, kwargs, "num_return_sequences") or 1
-        kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(
-            row, torch.cat([prompt[row // rows].to(ids), ids[length:]])
-        )
-    if kwargs.get("streamer") is not None:
-        kwargs["streamer"] = _Streamer(kwargs["streamer"], prompt)
-
-
-def _restored(prompt: Tensor, length: int, ids: Tensor) -> Tensor:
-    """A shortened prompt of a length and its answer, with the caller's own prompt before the answer."""
-    repeats = ids.shape[0] // prompt.shape[0]
-    return torch.cat([prompt.repeat_interleave(repeats, dim=0).to(ids), ids[:, length:]], dim=1)
-
-
-class _Seen:
-    """Something of the caller's that must see the caller's own prompt."""
-
-    def __init__(self, wrapped: Any, prompt: Tensor, length: int = 0):
-        self._wrapped, self._prompt, self._length = wrapped, prompt, length
-
-    def __getattr__(self, name: str):
-        return getattr(self._wrapped, name)
-
-
-class _Criterion(_Seen):
-    def __call__(self, ids: Tensor, scores, **kwargs):
-        return self._wrapped(_restored(self._prompt, self._length, ids), scores, **kwargs)
-
-
-class _Processor(_Seen):
-    def __call__(self, ids: Tensor, scores):
-        return self._wrapped(_restored(self._prompt, self._length, ids), scores)
-
-
-class _Streamer(_Seen):
-    def put(self, value: Tensor) -> None:
-        """Generate puts the prompt first, then token after token."""
-        self._wrapped.put(value if self._prompt is None else self._prompt.to(value))
-        self._prompt = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._checks import check_choice, check_integer, check_real, error
+from ._checks import check_choice, check_integer, check_ratio, error
 from .layout import Geometry
 from .policies import Policy, make_policy
 from .tiling import Tiling
@@ -66,10 +66,8 @@ class HeroConfig:
         if keep_tokens is not None:
             keep_tokens = check_integer("keep_tokens", keep_tokens)
         else:
-            expected, value = "a number in (0, 1]", DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio
-            keep_ratio = check_real("keep_ratio", expected, value)
-            if not 0.0 < keep_ratio <= 1.0:
-                raise error(ValueError, "keep_ratio", expected, value)
+            ratio = DEFAULT_KEEP_RATIO if keep_ratio is None else keep_ratio
+            keep_ratio = check_ratio("keep_ratio", ratio)
         fields = {
             "keep_ratio": keep_ratio,
             "keep_tokens": keep_tokens,

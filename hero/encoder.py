@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .layout import Geometry, Pinpoints, grid_pinpoints
 from .models import hidden_states, tower_for
 from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, with_image
 from .policies import Observed, Scored, check_supported
-from .relevance import ClipRelevance, check_questions, check_relevance
+from .relevance import ClipRelevance, check_questions, check_relevance, renormalization, renormalized
 from .selection import Encoded, Selection
 from .signals import mean_features
 from .tokens import average, average_in_cells, in_cells, merge, resize_to_cells
@@ -39,9 +39,8 @@ class HeroVisionEncoder(nn.Module):
     :meth:`score`, :meth:`budget`, :meth:`select`, :meth:`project`.
 
     Args:
-        vision_tower: a vision encoder of transformers: ``CLIPVisionModel``, ``SiglipVisionModel``,
-            ``InternVLVisionModel``, or that of Idefics3 or SmolVLM. Its attention modules that score patches
-            are changed until :meth:`remove`.
+        vision_tower: of transformers: ``CLIPVisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel``, or
+            that of Idefics3 or SmolVLM. Its attention modules that score patches change until :meth:`remove`.
         projector: maps features to the language model's width; ``None`` leaves them as they are.
         config: what to keep; ``HeroConfig()`` if ``None``.
         geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1 and
@@ -51,6 +50,8 @@ class HeroVisionEncoder(nn.Module):
         relevance: a :class:`hero.ClipRelevance`, to divide tokens among tiles by the question.
         feature_layer: the hidden state(s) that the model uses; several are concatenated.
             ``"last_hidden_state"`` is the last one after the tower's last norm.
+        normalization: mean and standard deviation by which pixels are normalised, CLIP's if ``None``.
+            Relevance undoes it where CLIP encodes the crops anew.
         cuda_graphs: replay the tower and its scores from a CUDA graph, one for each number of crops.
             ``"auto"`` does so on a GPU for up to 16 crops, from the second call with this number on, where
             nothing prevents it (gradients, hooks, wrappers, several devices); ``True`` raises an error where
@@ -71,6 +72,7 @@ class HeroVisionEncoder(nn.Module):
         image_newline: Tensor | Callable[[], Tensor] | None = None,
         relevance: ClipRelevance | None = None,
         feature_layer: int | str | Sequence[int] = -2,
+        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
         cuda_graphs: bool | str = "auto",
     ):
         super().__init__()
@@ -94,42 +96,37 @@ class HeroVisionEncoder(nn.Module):
         if geometry.crop_size != crop_size or rest or (crop_size // patch_size) % self._merge:
             expected = f"crops of {crop_size} px and patches of {patch_size} px, or several merged"
             raise error(ValueError, "geometry", expected, (geometry.crop_size, geometry.patch_size))
-        self.depth = len(self._tower.attention_modules(vision_tower))
+        modules = self._tower.attention_modules(vision_tower)
+        self.depth = len(modules)
         self._states = hidden_states(feature_layer, self.depth)
-        # Of the features; the first if they are embeddings.
-        self._last_layer = min(max(max(self._states) - 1, 0), self.depth - 1)
-        policy = config.policy
+        self._last_layer = min(max(*self._states, 1), self.depth) - 1  # of the features
+        self.config, policy = config, config.policy
         self.rows = policy.rows(self.depth, self._last_layer)
         self._needs = needs = policy.needs(relevance is not None)
-        self.config = config
         self.geometry = dataclasses.replace(geometry, newlines=image_newline is not None)
-        check_supported(policy, self.rows, self.depth, self._tower.has_cls, geometry.thumbnail != "none")
-        for name, given, expected in (
-            ("attention", config.attention == "fused", "'native'"),
-            ("second_softmax", needs.second_softmax, "False"),
-        ):
-            if given and not self._tower.has_cls:
-                raise ValueError(f"{name}: expected {expected} for an encoder without CLS, got another")
+        has = {"has_cls": self._tower.has_cls, "has_thumbnail": geometry.thumbnail != "none"}
+        check_supported(policy, self.rows, needs, depth=self.depth, **has)
+        if config.attention == "fused" and not self._tower.has_cls:
+            raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         if self.needs_text:
             patches_side = geometry.side if needs.patch_relevance else None
             check_relevance(relevance, policy.name, patches_side, shared=self._shared)
+        self._to_clip = None if normalization is None else renormalization(normalization)
         if cuda_graphs != "auto":
             check_flag("cuda_graphs", cuda_graphs, expected="'auto', True or False")
         self.cuda_graphs = CudaGraphs(required=cuda_graphs is True) if cuda_graphs else None
-        self.vision_tower = vision_tower
-        self.projector = projector
-        if not isinstance(image_newline, Tensor) or isinstance(image_newline, nn.Parameter):
-            self.image_newline = image_newline
-        else:
+        self.vision_tower, self.projector = vision_tower, projector
+        if isinstance(image_newline, Tensor) and not isinstance(image_newline, nn.Parameter):
             self.register_buffer("image_newline", image_newline, persistent=False)
+        else:
+            self.image_newline = image_newline
         self.relevance = relevance
         keys = [self._last_layer] if needs.keys else []
-        layers = {layer for rows in self.rows.values() for layer in rows.layers}
+        layers = (layer for rows in self.rows.values() for layer in rows.layers)
         self._scored_layers = tuple(sorted({*layers, *keys}))
         self._plans = Plans()
         self._name = compiled.register(self)
-        modules = self._tower.attention_modules(vision_tower)
         self._observed = {layer: modules[layer] for layer in self._scored_layers}
         is_stock = config.keep_ratio == 1.0 or not self._tower.has_cls  # fused attention rounds differently
         attention_rows.install(
@@ -183,12 +180,11 @@ class HeroVisionEncoder(nn.Module):
         check_pixels(pixel_values, self.geometry.crop_size)
         plan = self.plan(image_sizes, pixel_values.device)
         check_crops(pixel_values.shape, plan.seen.layouts)
-        places = plan.seen.places
         if pixel_values.ndim == 4:
             return pixel_values, plan
-        if len(places.images) == len(pixel_values) * pixel_values.shape[1]:
-            return pixel_values.flatten(0, 1), plan
-        return pixel_values[places.images, places.crops], plan
+        images, crops = plan.seen.places[:2]
+        is_padded = len(images) < len(pixel_values) * pixel_values.shape[1]
+        return pixel_values[images, crops] if is_padded else pixel_values.flatten(0, 1), plan
 
     def encode(
         self,
@@ -285,17 +281,18 @@ class HeroVisionEncoder(nn.Module):
             TypeError, ValueError: as :meth:`text_embeddings`.
         """
         question: Any = text if callable(text) else self.text_embeddings(plan, text)
-        images, layouts = plan.seen.places.images, plan.layouts
-        clip: Any = self.relevance
+        images, clip = plan.seen.places.images, cast(Any, self.relevance)
+
+        def pixels() -> Tensor:
+            pixels = encoded.pixel_values
+            return pixels if self._to_clip is None else renormalized(pixels, *self._to_clip)
 
         def relevance() -> Tensor:
             pooled = encoded.pooled if self._shared else None
-            cosine = clip(question(), images, encoded.pixel_values, pooled)
-            return cosine if plan.of_crops is None else average_in_cells(cosine[:, None], layouts)[:, 0]
+            return average_in_cells(clip(question(), images, pixels(), pooled), plan)
 
         def patch_relevance() -> Tensor:
-            cosine = clip.of_patches(question(), images, encoded.pixel_values, encoded.patches)
-            return cosine if plan.of_crops is None else resize_to_cells(cosine[..., None], layouts)[..., 0]
+            return resize_to_cells(clip.of_patches(question(), images, pixels(), encoded.patches), plan)
 
         with torch.no_grad():
             observed = Observed(
@@ -344,14 +341,11 @@ class HeroVisionEncoder(nn.Module):
         """Tokens ``[total, D]`` in the language model's width, with newlines where the index is negative."""
         if self.projector is not None and not is_projected:
             tokens = self.projector(tokens)
-        newline = self._newline()
+        newline = self.image_newline() if callable(self.image_newline) else self.image_newline
         if newline is None:
             return tokens
         is_newline = (index < 0).to(tokens.device)[:, None]
         return torch.where(is_newline, newline.to(tokens.device, tokens.dtype), tokens)
-
-    def _newline(self) -> Tensor | None:
-        return self.image_newline() if callable(self.image_newline) else self.image_newline
 
     def forward(self, pixel_values: Tensor, image_sizes, text: Text = None) -> Selection:
         """Encode images and keep their most useful tokens.
@@ -375,8 +369,6 @@ class HeroVisionEncoder(nn.Module):
             given = pixel_values, image_sizes, text
             tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
             path = Path(False, "compiled code", encoded.attention_ran)
-            tokens, index, *others = tensors
-            tensors = self.project(tokens, index), index, *others
             return self._selection(sizes, tensors, path), encoded.output
         crops, plan = self.prepare(pixel_values, image_sizes)
         question = self.text_embeddings(plan, text)
@@ -394,10 +386,9 @@ class HeroVisionEncoder(nn.Module):
             counts = lengths
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
         path = Path(not reason, reason, encoded.attention_ran)
-        tokens, index, *others = tensors
-        tokens = self.project(tokens, index, is_projected=plan.of_crops is not None)
-        tensors = tokens, index, *others, cu_seqlens
-        return self._selection(plan.layouts, tensors, path, counts), encoded.output
+        projected = plan.of_crops is not None
+        selection = self._selection(plan.layouts, (*tensors, cu_seqlens), path, counts, projected)
+        return selection, encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -409,8 +400,7 @@ class HeroVisionEncoder(nn.Module):
             the rows of each image.
         """
         plan = plan.to(encoded.features.device)
-        if plan.of_crops is not None:
-            encoded = in_cells(encoded, plan, self.projector)
+        encoded = in_cells(encoded, plan, self.projector)
         scored = self.score(encoded, plan, question)
         budgets = self.budget(scored, plan)
         gathered = self.select(encoded, scored, budgets, plan)
@@ -418,22 +408,18 @@ class HeroVisionEncoder(nn.Module):
         return tensors, gathered.lengths
 
     def _selection(
-        self, images: Any, tensors: Sequence[Tensor], path: Path, counts: Sequence[int] | None = None
+        self,
+        images: Any,
+        tensors: Sequence[Tensor],
+        path: Path,
+        counts: Sequence[int] | None = None,
+        is_projected: bool = False,
     ) -> Selection:
-        tokens, index, budgets, shares, scores, cu_seqlens = tensors
-        return Selection(
-            tokens=tokens,
-            cu_seqlens=cu_seqlens,
-            index=index,
-            budgets=budgets,
-            shares=shares,
-            scores=scores,
-            images=images,
-            geometry=self.geometry,
-            config=self.config,
-            counts=counts,
-            path=path,
-        )
+        names = ("tokens", "index", "budgets", "shares", "scores", "cu_seqlens")
+        fields: dict[str, Any] = dict(zip(names, tensors, strict=True))
+        fields["tokens"] = self.project(*tensors[:2], is_projected=is_projected)
+        fields |= {"images": images, "geometry": self.geometry, "config": self.config}
+        return Selection(**fields, counts=counts, path=path)
 
     def _replay(
         self,
@@ -447,7 +433,7 @@ class HeroVisionEncoder(nn.Module):
         graphs, tower = self.cuda_graphs, self.vision_tower
         if graphs is None:
             return None, "cuda_graphs=False"
-        given = {name: value for name, value in kwargs.items() if not (value is None or value is False)}
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         reason = graphs.refusal(tower, partial(self._tower.is_plain, tower), crops, given)
         if reason:
             return None, reason

@@ -15,7 +15,7 @@ from ._checks import error
 from .config import HeroConfig
 from .encoder import HeroVisionEncoder
 from .layout import Geometry, ImageLayout
-from .models import Adapter, Parts, ProcessorCounts, Shown, adapter_for
+from .models import Adapter, Parts, ProcessorCounts, Shown, adapter_for, tower_for, with_ratios
 from .patches import patch, put, restore
 from .relevance import ClipRelevance
 from .selection import Selection
@@ -104,7 +104,8 @@ class Handle:
         found = self.adapter.layouts(inputs, self.parts, self.config, shown)
         if found is None or not len(found):
             return None if found is None else ()
-        return self.parts.geometry.layouts(found)
+        layouts, ratios = self.parts.geometry.layouts(found), inputs.get("keep_ratios")
+        return layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
 
     def crops(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[ImageLayout, ...]]:
         """Pixels and images of a call, as the encoder takes them.
@@ -276,6 +277,17 @@ def attach(
         )
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         raise error(TypeError, "tokenizer", "the language model's tokenizer", tokenizer)
+    normalization = None
+    if processor is not None:
+        images = processor.image_processor
+        normalization = (
+            (images.image_mean, images.image_std) if images.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+        )
+    elif relevance is not None and not tower_for(parts.vision_tower).takes_clip_pixels:
+        raise ValueError(
+            "processor: expected the model's, whose image_mean and image_std tell how to make pixels for "
+            "CLIP, got None"
+        )
     encoder = HeroVisionEncoder(
         parts.vision_tower,
         parts.projector,
@@ -284,6 +296,7 @@ def attach(
         image_newline=parts.image_newline,
         relevance=relevance,
         feature_layer=parts.feature_layer,
+        normalization=normalization,
         cuda_graphs=cuda_graphs,
     )
     handle = Handle(model, processor, encoder, tokenizer, adapter, parts, geometry)

@@ -56,6 +56,7 @@ class ImageLayout:
         grid_is_known: whether ``grid`` is the arrangement of the tiles, not just their number.
         encoded: the layout of the crops that the encoder sees, where their grid is resized: this layout is
             that of the resized grid, whose cells of p × p tokens act as tiles. Otherwise ``None``.
+        keep_ratio: what is kept of this image, if that is not what the configuration says.
     """
 
     image_size: tuple[int, int] | None
@@ -68,6 +69,7 @@ class ImageLayout:
     newlines: bool = True
     grid_is_known: bool = True
     encoded: ImageLayout | None = None
+    keep_ratio: float | None = None
 
     def __str__(self) -> str:
         size = self.image_size
@@ -152,11 +154,17 @@ class ImageLayout:
         """Tokens of the tiles that the keep ratio counts: with padding, or those of the resized grid."""
         return self.tiles * self.patches if self.encoded is None else sum(self.valid_counts)
 
+    def _keep(self, config: Keep) -> tuple[float | None, int | None]:
+        """Ratio and number of tokens to keep, of which one is ``None``."""
+        if self.keep_ratio is not None:
+            return self.keep_ratio, None
+        return config.keep_ratio, config.keep_tokens
+
     def _quota(self, config: Keep) -> tuple[int, int]:
         """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
+        given = self._keep(config)
         if self.thumbnail == "none":
-            return 0, count(config.keep_ratio, config.keep_tokens, self._tile_tokens)
-        given = config.keep_ratio, config.keep_tokens
+            return 0, count(*given, self._tile_tokens)
         divided = config.policy.divide(*given, self.patches, self._tile_tokens)
         fits = isinstance(divided, tuple) and len(divided) == 2 and all(type(n) is int for n in divided)
         if not fits or not 0 <= divided[0] <= self.patches or divided[1] < 0:
@@ -168,13 +176,14 @@ class ImageLayout:
         """Patch tokens to keep of (the thumbnail, all tiles together) (docs/method.md, sections 3 and 6)."""
         thumbnail, tiles = self._quota(config)
         tiles = min(tiles, sum(self.valid_counts))
-        if config.keep_tokens is not None and self.thumbnail != "none":  # what the tiles cannot use
-            thumbnail = min(self.patches, config.keep_tokens - tiles)
+        keep_tokens = self._keep(config)[1]
+        if keep_tokens is not None and self.thumbnail != "none":  # what the tiles cannot use
+            thumbnail = min(self.patches, keep_tokens - tiles)
         return thumbnail, tiles
 
     def tile_quota(self, config: Keep) -> int:
         """Tile tokens that the allocation rule divides: "floor" divides them before any cap."""
-        if config.allocation == "floor" and config.keep_tokens is None:
+        if config.allocation == "floor" and self._keep(config)[1] is None:
             return self._quota(config)[1]
         return self.budget(config)[1]
 

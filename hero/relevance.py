@@ -15,25 +15,38 @@ from ._checks import error
 from .cuda_graphs import CudaGraphs
 from .models import is_untouched, unwrapped
 
-__all__ = ["ClipRelevance", "check_questions", "check_relevance", "question_of"]
+__all__ = [
+    "ClipRelevance",
+    "check_questions",
+    "check_relevance",
+    "question_of",
+    "renormalization",
+    "renormalized",
+]
 
 # The markers around the user's words in the chat templates of published checkpoints: (begin, end).
 _TEMPLATES = (
-    ("<|im_start|>user", "<|im_end|>"),  # ChatML: Qwen, Yi, Hermes
+    ("<|im_start|>user", "<|im_end|>"),  # ChatML: Qwen, Yi, Hermes, InternVL, LLaVA-OneVision
+    ("<|user|>", "<|assistant|>"),  # Granite
     ("<|start_header_id|>user<|end_header_id|>", "<|eot_id|>"),  # Llama 3
     ("[INST]", "[/INST]"),  # Mistral, Llama 2
     ("USER:", "ASSISTANT:"),  # Vicuna
     ("USER :", "ASSISTANT :"),
+    ("User:", "<end_of_utterance>"),  # SmolVLM, Idefics3
 )
-_SPECIAL = re.compile(r"<\|[^|<>]*\|>|</?s>|<(?:pad|unk|bos|eos|image)>|<<SYS>>.*?<</SYS>>", re.DOTALL)
+_SPECIAL = re.compile(
+    r"<\|[^|<>]*\|>|</?s>|<(?:pad|unk|bos|eos|image)>|<<SYS>>.*?<</SYS>>"
+    r"|</?img>|<IMG_CONTEXT>|<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>",
+    re.DOTALL,
+)
 
 
 def question_of(prompt: str) -> str:
     """The user's last question in a prompt, without chat template, special tokens and image tokens.
 
-    Knows the markers of ChatML, Llama 2 and 3, Mistral and Vicuna; a prompt with none of them is taken
-    whole. Of several turns it is the last one with words, since the answer is to that one; ``""`` if none
-    has words.
+    Knows the markers of ChatML, Llama 2 and 3, Mistral, Vicuna, Granite and Idefics3; a prompt with none of
+    them is taken whole. Of several turns it is the last one with words, since the answer is to that one;
+    ``""`` if none has words.
     """
     for begin, end in _TEMPLATES:
         _, *turns = prompt.split(begin)
@@ -297,6 +310,35 @@ class ClipRelevance:
 def _pooled(output) -> Tensor:
     """The embedding in what ``get_*_features`` returned: a tensor, or an output that holds it."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def renormalization(
+    normalization: tuple[Sequence[float], Sequence[float]],
+) -> tuple[Tensor, Tensor] | None:
+    """Factor and summand ``[3, 1, 1]`` that turn pixels of another (mean, standard deviation) into CLIP's.
+
+    ``None`` if these are CLIP's own.
+
+    Raises:
+        TypeError, ValueError: not two times three numbers, the second > 0.
+    """
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    given = torch.tensor(normalization, dtype=torch.float64)
+    own = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], dtype=torch.float64)
+    if given.shape != own.shape or not bool((given[1] > 0).all()):
+        expected = "mean and standard deviation > 0 of three channels"
+        raise error(ValueError, "normalization", expected, normalization)
+    if torch.allclose(given, own):
+        return None
+    factor, summand = given[1] / own[1], (given[0] - own[0]) / own[1]
+    return factor.float()[:, None, None], summand.float()[:, None, None]
+
+
+def renormalized(pixel_values: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
+    """``factor · pixel_values + summand``, in fp32."""
+    factor, summand = (to_device(one, pixel_values.device) for one in (factor, summand))
+    return torch.addcmul(summand, pixel_values.float(), factor)
 
 
 def check_relevance(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hero_kernels as hk
+from hero_kernels.segments import to_device
 
 from .layout import ImageLayout
 from .plan import Plan
@@ -44,45 +45,50 @@ def average(rows: Tensor, factor: int) -> Tensor:
 
 
 def in_cells(encoded: Encoded, plan: Plan, projector: nn.Module | None) -> Encoded:
-    """What was encoded of crops, for the cells of resized grids.
+    """What was encoded of crops, for the cells of resized grids, if there are any.
 
-    Features are projected first: the stock model resizes them behind the projector.
+    Features are projected first then: the stock model resizes them behind the projector.
 
     Args:
         plan: of the cells.
     """
+    if plan.of_crops is None:
+        return encoded
     features = encoded.features if projector is None else projector(encoded.features)
     attention = {}
     for name, one in encoded.attention.items():
-        rows = resize_to_cells(one.scores[..., None], plan.layouts).mT.contiguous()
+        rows = resize_to_cells(one.scores, plan)[:, None]
         attention[name] = hk.finalize_scores(rows, valid=plan.valid)
     return dataclasses.replace(
         encoded,
-        features=resize_to_cells(features, plan.layouts),
-        cls=None if encoded.cls is None else average_in_cells(encoded.cls, plan.layouts),
+        features=resize_to_cells(features, plan),
+        cls=None if encoded.cls is None else average_in_cells(encoded.cls, plan),
         attention=attention,
     )
 
 
-def resize_to_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
+def resize_to_cells(values: Tensor, plan: Plan) -> Tensor:
     """Values of the crops' tokens as values of the tokens of cells; those of other crops stay.
 
     Bilinear, without antialiasing and without padding, as the model resizes features.
 
     Args:
-        values: ``[T, P, C]``, floating; T crops as the encoder sees them.
-        layouts: of the images; a resized one has its thumbnail first.
+        values: ``[T, P]`` or ``[T, P, C]``, floating; T crops as the encoder sees them. A resized image has
+            its thumbnail first.
+        plan: of the cells.
 
     Returns:
-        ``[T', P, C]``; 0 outside the resized grids.
+        ``[T', P]`` or ``[T', P, C]``; 0 outside the resized grids.
     """
+    if plan.of_crops is None:
+        return values
     parts: list[Tensor] = []
-    for layout, own in _of_images(values, layouts):
+    for layout, own in _of_images(values, plan):
         if layout.encoded is None:
             parts.append(own)
             continue
         side, (down, across) = layout.side, layout.encoded.grid
-        grid = own[1:].view(down, across, side, side, -1).permute(4, 0, 2, 1, 3)
+        grid = own[1:].reshape(down, across, side, side, -1).permute(4, 0, 2, 1, 3)
         grid = grid.reshape(-1, down * side, across * side)
         grid = grid[:, slice(*layout.encoded.rows), slice(*layout.encoded.columns)]
         height, width = layout.rows[1], layout.columns[1]
@@ -90,33 +96,30 @@ def resize_to_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
         down, across = layout.grid
         grid = F.pad(grid, (0, across * side - width, 0, down * side - height))
         cells = grid.view(-1, down, side, across, side).permute(1, 3, 2, 4, 0)
-        parts += [own[:1], cells.reshape(down * across, side * side, -1)]
+        parts += [own[:1], cells.reshape(down * across, *own.shape[1:])]
     return torch.cat(parts)
 
 
-def average_in_cells(values: Tensor, layouts: Sequence[ImageLayout]) -> Tensor:
-    """Values of crops ``[T, C]`` as means ``[T', C]`` over the tiles of each cell, weighted by area; fp32."""
+def average_in_cells(values: Tensor, plan: Plan) -> Tensor:
+    """Values of crops, ``[T]`` or ``[T, C]``, as fp32 means over the tiles of each cell, by area."""
+    if plan.of_crops is None:
+        return values
     parts: list[Tensor] = []
-    for layout, own in _of_images(values.float(), layouts):
+    for layout, own in _of_images(values.float(), plan):
         if layout.encoded is None:
             parts.append(own)
             continue
         seen = layout.encoded
-        rows, columns = (
-            _overlaps(*each, layout.side)
-            for each in (
-                (layout.grid[0], layout.rows[1], seen.rows, seen.grid[0]),
-                (layout.grid[1], layout.columns[1], seen.columns, seen.grid[1]),
-            )
-        )
+        rows = _overlaps(layout.grid[0], layout.rows[1], seen.rows, seen.grid[0], layout.side)
+        columns = _overlaps(layout.grid[1], layout.columns[1], seen.columns, seen.grid[1], layout.side)
         weights = torch.tensor([[a * b for a in row for b in column] for row in rows for column in columns])
-        parts += [own[:1], weights.to(own.device, non_blocking=True) @ own[1:]]
+        parts += [own[:1], to_device(weights, own.device) @ own[1:]]
     return torch.cat(parts)
 
 
-def _of_images(values: Tensor, layouts: Sequence[ImageLayout]) -> Iterator[tuple[ImageLayout, Tensor]]:
-    counts = [(layout.encoded or layout).crops for layout in layouts]
-    return zip(layouts, values.split(counts), strict=True)
+def _of_images(values: Tensor, plan: Plan) -> Iterator[tuple[ImageLayout, Tensor]]:
+    counts = [layout.crops for layout in plan.seen.layouts]
+    return zip(plan.layouts, values.split(counts), strict=True)
 
 
 def _overlaps(cells: int, length: int, valid: tuple[int, int], tiles: int, side: int) -> list[list[float]]:

@@ -485,10 +485,8 @@ def test_only_a_clip_checkpoint_is_a_clip_model(capsys, monkeypatch):
 def test_other_models_are_refused_by_type(capsys, monkeypatch, clip):
     monkeypatch.setattr(checkpoints, "_model", None)
     line = refused(capsys, "show", IMAGE, "--model", str(clip))
-    assert (
-        line
-        == f"hero: --model: expected a checkpoint of type llava or llava_next, got {str(clip)!r} of type clip"
-    )
+    types = "llava or llava_next or llava_onevision or internvl or idefics3 or smolvlm"
+    assert line == f"hero: --model: expected a checkpoint of type {types}, got {str(clip)!r} of type clip"
 
 
 def test_checkpoints_lack_no_weights(capsys, tmp_path, clip):

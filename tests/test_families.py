@@ -16,6 +16,7 @@ from independent_families import (
 from test_llava_next import LAYERS, PROCESSORS, assert_rows_equal, config_of, rule_of
 from transformers import SiglipVisionModel
 from transformers.cache_utils import DynamicCache
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import hero
 from hero import cli
@@ -165,11 +166,10 @@ def test_loss_and_gradients(name, which):
     model.zero_grad()
 
 
-def prompt_of(name, processor, text, *images):
+def prompt_of(name, processor, text, *images, **kwargs):
     images = [list(images)] if FAMILIES[name]["family"] in ("smolvlm", "idefics3") else list(images)
-    return processor(
-        images=images, text=[text.replace("<image>", processor.image_token)], return_tensors="pt"
-    )
+    text = [text.replace("<image>", processor.image_token)]
+    return processor(images=images, text=text, return_tensors="pt", **kwargs)
 
 
 @pytest.mark.parametrize("which", PROCESSORS)
@@ -223,6 +223,96 @@ def test_processor_counts(name):
             assert full - planned == full_count - count > 0
 
 
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ratios_of_a_call(name, which):
+    """Ratios given to the processor, or to the model for a stock prompt: as attached with that ratio."""
+    model, options, images = model_of(name), {"max_new_tokens": 4, "do_sample": False}, []
+    one, two = tiny_image(120, 90, 0), tiny_image(70, 160, 5)
+    for ratio, image in ((0.5, one), (0.25, two)):
+        handle, processor = attached(name, which, keep_ratio=ratio)
+        with handle, torch.no_grad():
+            inputs = prompt_of(name, processor, "<image> what is this ?", image)
+            images.append(
+                (model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :], handle.last)
+            )
+    handle, processor = attached(name, which, keep_ratio=0.9)
+    with handle, torch.no_grad():
+        given = {"keep_ratio": [0.5]} if which == "patched" else {}
+        inputs = prompt_of(name, processor, "<image> what is this ?", one, **given)
+        ratios = {} if which == "patched" else {"keep_ratios": [0.5]}
+        if which == "patched":
+            inputs = inputs.to("cpu", torch.bfloat16)  # as many do; the ratio is not rounded
+            assert inputs["keep_ratios"].tolist() == [[1, 2]]
+            inputs["pixel_values"] = prompt_of(name, processor, "<image>", one)["pixel_values"]
+        answer = model.generate(**inputs, **ratios, **options)[:, inputs["input_ids"].shape[1] :]
+        assert answer.tolist() == images[0][0].tolist()
+        assert handle.last.index.tolist() == images[0][1].index.tolist()
+        given = {"keep_ratio": [0.5, 0.25]} if which == "patched" else {}
+        inputs = prompt_of(name, processor, "<image> and <image>", one, two, **given)
+        if "batch_num_images" in inputs:
+            inputs["batch_num_images"] = torch.tensor([1, 1])
+        ratios = {} if which == "patched" else {"keep_ratios": torch.tensor([0.5, 0.25])}
+        model(**inputs, **ratios)
+        assert handle.last.lengths == [selection.lengths[0] for _, selection in images]
+        assert handle.last.budgets.tolist() == [n for _, last in images for n in last.budgets.tolist()]
+        for wrong in ([0.5, 0.5, 0.5], [0.5], [0.0, 0.5], [0.5, 1.5], ["a", 0.5], "half"):
+            with pytest.raises((TypeError, ValueError), match=r"^keep_ratios: expected "):
+                model(**{**inputs, "keep_ratios": wrong})
+            if which == "patched":
+                with pytest.raises((TypeError, ValueError), match=r"^keep_ratio: expected "):
+                    prompt_of(name, processor, "<image> and <image>", one, two, keep_ratio=wrong)
+
+
+@pytest.mark.parametrize("name", [slow(name) for name in FAMILIES if "not split" not in name])
+def test_a_second_turn_with_ratios(name):
+    """The cache knows what was kept of its images."""
+    model, options = model_of(name), {"max_new_tokens": 4, "do_sample": False}
+    handle, processor = attached(name, "patched", keep_ratio=0.9)
+    words = processor.tokenizer("and that one ?", return_tensors="pt")["input_ids"]
+    with handle:
+        first = prompt_of(name, processor, "<image> what is this ?", tiny_image(120, 90, 0), keep_ratio=0.4)
+        cache = DynamicCache()
+        turn = torch.cat([model.generate(**first, **options, **{CACHE: cache}), words], dim=1)
+        mask = torch.ones_like(turn)
+        again = model.generate(input_ids=turn, attention_mask=mask, **options, **{CACHE: cache})
+        images = {key: first[key] for key in first if key not in ("input_ids", "attention_mask")}
+        assert torch.equal(again, model.generate(input_ids=turn, attention_mask=mask, **images, **options))
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "internvl", "smolvlm", "llava_next, siglip"])
+def test_relevance_sees_the_pixels_that_clip_expects(name, monkeypatch):
+    """Its second pass gets crops normalised as CLIP's, and the question without the family's markers."""
+    clip, seen = tiny_clip(), []
+    relevance = hero.ClipRelevance(clip, tiny_tokenizer(), second_pass=True)
+    stock = clip.get_image_features
+    monkeypatch.setattr(
+        clip, "get_image_features", lambda pixel_values: seen.append(pixel_values) or stock(pixel_values)
+    )
+    monkeypatch.setattr(
+        relevance,
+        "start",
+        lambda texts, **kw: seen.append(texts) or hero.ClipRelevance.start(relevance, texts, **kw),
+    )
+    processor = processor_of(name)
+    image = tiny_image(120, 90)
+    config = config_of({"keep_ratio": 0.3})
+    with (
+        hero.attach(model_of(name), processor, config=config, relevance=relevance) as handle,
+        torch.no_grad(),
+    ):
+        inputs = prompt_of(name, processor, "<image> what is this ?", image)
+        model_of(name)(**inputs)
+        crops, _ = handle.encoder.prepare(*handle.crops(inputs))
+    images = processor.image_processor
+    mean, std = (torch.tensor(one)[:, None, None] for one in (images.image_mean, images.image_std))
+    raw = crops * std + mean
+    mean, std = (torch.tensor(one)[:, None, None] for one in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    texts, pixels = seen if isinstance(seen[0], list) else seen[::-1]
+    assert texts == ["what is this ?"]
+    torch.testing.assert_close(pixels, (raw - mean) / std, rtol=0, atol=1e-5)
+
+
 def test_a_tower_without_cls():
     """What needs CLS is refused by name; policies that do not, work."""
     model = model_of("llava_next, siglip")
@@ -237,7 +327,7 @@ def test_a_tower_without_cls():
         with pytest.raises(ValueError, match=f"^{message}"):
             hero.attach(model, **options)
     relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
-    with pytest.raises(ValueError, match=r"^relevance: expected None for an encoder whose pixels"):
+    with pytest.raises(ValueError, match=r"^processor: expected the model's, whose image_mean and image_std"):
         hero.attach(model, tokenizer=tiny_tokenizer(), relevance=relevance)
     for policy in ("hero", "hero+", "uniform", "random"):
         with hero.attach(model, tokenizer=tiny_tokenizer(), policy=policy, keep_ratio=0.3) as handle:

@@ -11,7 +11,6 @@ from .base import (
     Adapter,
     Parts,
     Patch,
-    ProcessorCounts,
     Shown,
     Tower,
     TowerOutput,
@@ -19,6 +18,7 @@ from .base import (
     is_untouched,
     unwrapped,
 )
+from .processors import ProcessorCounts, with_ratios
 
 __all__ = [
     "Adapter",
@@ -34,6 +34,7 @@ __all__ = [
     "supported_types",
     "tower_for",
     "unwrapped",
+    "with_ratios",
 ]
 
 _ADAPTERS = {

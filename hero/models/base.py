@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from .._checks import error
 from ..config import HeroConfig
 from ..layout import Geometry, ImageLayout
+from . import processors
 
 __all__ = [
     "Adapter",
     "Parts",
     "Patch",
-    "ProcessorCounts",
     "Shown",
     "Tower",
     "TowerOutput",
@@ -85,9 +84,11 @@ class Tower(ABC):
 
     Attributes:
         has_cls: whether it has a CLS token; without one, patches are scored by received attention.
+        takes_clip_pixels: whether its pixels are normalised as CLIP's, unless a processor tells otherwise.
     """
 
     has_cls: bool = True
+    takes_clip_pixels: bool = False
 
     @abstractmethod
     def attention_modules(self, tower: nn.Module) -> dict[int, nn.Module]:
@@ -228,11 +229,12 @@ class Adapter(ABC):
     def processor_patches(self, processor) -> list[Patch]:
         """Methods that make the processor write as many placeholders as tokens are kept."""
         patches: dict[str, Callable] = {
-            "_process_images": process_images,
-            "_get_num_multimodal_tokens": num_multimodal_tokens,
+            "_merge_kwargs": processors.merge_kwargs,
+            "_process_images": processors.process_images,
+            "_get_num_multimodal_tokens": processors.num_multimodal_tokens,
         }
         if self.takes_frames_for_images:
-            patches["_process_videos"] = refuse_videos
+            patches["_process_videos"] = processors.refuse_videos
         return [
             Patch(processor, name, function)
             for name, function in patches.items()
@@ -258,61 +260,6 @@ class Adapter(ABC):
             outputs: what its image processor returned. An adapter may add what its model is told.
             images: what its image processor was given.
         """
-
-
-@dataclass(frozen=True)
-class ProcessorCounts:
-    """What a patched processor needs to count tokens."""
-
-    adapter: Adapter
-    config: HeroConfig
-    geometry: Geometry
-
-    def runs(self, layout: ImageLayout) -> tuple[int, ...]:
-        """Lengths of an image's runs of placeholders as the processor writes them."""
-        return self.adapter.runs(layout, layout.equal_counts(self.config))
-
-
-def process_images(self, original, images, **kwargs):
-    """``processor._process_images``: texts of the images, with as many placeholders as tokens are kept."""
-    outputs, texts = original(images, **kwargs)
-    own = self._hero
-    geometry = own.adapter.cut(self, own.geometry, kwargs)
-    layouts = own.adapter.processed(self, geometry, outputs, images)
-    return outputs, [_shortened(self, *each) for each in zip(texts, layouts, strict=True)]
-
-
-def refuse_videos(self, original, *args, **kwargs):
-    """``processor._process_videos`` where a frame of a video cannot be told from an image."""
-    raise ValueError(
-        f"videos: expected None with hero attached to {type(self).__name__}, got some: detach for videos"
-    )
-
-
-def _shortened(processor, text: str, layout: ImageLayout) -> str:
-    own, token = processor._hero, processor.image_token
-    written = tuple(len(run) // len(token) for run in re.findall(f"(?:{re.escape(token)})+", text))
-    full = own.adapter.runs(layout, layout.full_counts)
-    if written != full:
-        raise ValueError(
-            f"processor: expected {sum(full)} placeholders for an image of {layout}, as the model has "
-            f"tokens, got {sum(written)}: its settings differ from the model's, or changed after attach"
-        )
-    lengths = iter(own.runs(layout))
-    return re.sub(f"(?:{re.escape(token)})+", lambda run: token * next(lengths), text)
-
-
-def num_multimodal_tokens(self, original, image_sizes=None, **kwargs):
-    """``processor._get_num_multimodal_tokens``, for images of (height, width) pixels."""
-    data = original(image_sizes, **kwargs)
-    if image_sizes is not None:
-        own = self._hero
-        layouts = own.adapter.cut(self, own.geometry, kwargs).layouts(image_sizes)
-        data.num_image_tokens = [
-            own.adapter.other_tokens(self, count, layout) + sum(own.runs(layout))
-            for count, layout in zip(data.num_image_tokens, layouts, strict=True)
-        ]
-    return data
 
 
 def hidden_states(feature_layer: object, depth: int) -> tuple[int, ...]:

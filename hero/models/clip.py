@@ -7,5 +7,6 @@ __all__ = ["TOWER"]
 TOWER = TowerKind(
     "transformers.models.clip.modeling_clip",
     ("CLIPVisionModel", "CLIPEncoderLayer", "CLIPAttention"),
+    takes_clip_pixels=True,
     first_norm="pre_layrnorm",
 )

@@ -8,6 +8,7 @@ equal runs, which are set right once the images are encoded.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -89,10 +90,6 @@ class Idefics3Adapter(Adapter):
 
     def layouts(self, inputs, parts, config, shown):
         if inputs.get("pixel_values") is None:
-            if inputs.get("mm_encoder_outputs"):
-                raise error(
-                    ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some"
-                )
             return None
         for image in shown:
             if len(image.runs) != image.grid[0] * image.grid[1] + 1:
@@ -136,8 +133,7 @@ class Idefics3Adapter(Adapter):
                 ValueError, "max_image_size of the processor", f"crops of {geometry.crop_size} px", crop
             )
         tiling = LongestEdge(option("size")["longest_edge"]) if option("do_image_splitting") else Whole()
-        fields = geometry.crop_size, geometry.patch_size, tiling, "last"
-        return Geometry(*fields, stitched=False, newlines=False)
+        return replace(geometry, tiling=tiling)
 
     def model_patches(self, model):
         return [Patch(model.model, "get_image_features", get_image_features)]

@@ -6,6 +6,8 @@ tells how many; how they are arranged only an attached processor tells.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -15,6 +17,7 @@ from ..layout import Geometry
 from ..tiling import NearestAspect, Whole
 from . import tower_for
 from .base import Adapter, Parts, Patch, Shown, runs_of
+from .processors import with_ratios
 
 __all__ = ["ADAPTER"]
 
@@ -61,32 +64,37 @@ class InternVLAdapter(Adapter):
         return [Shown(row, ((at, length),)) for row, at, length in runs_of(ids == parts.image_token_id)]
 
     def layouts(self, inputs, parts, config, shown):
-        pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+        pixels, sizes, ratios = (inputs.get(name) for name in ("pixel_values", "image_sizes", "keep_ratios"))
         if pixels is None:
-            if inputs.get("mm_encoder_outputs"):
-                raise error(
-                    ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some"
-                )
             return None
         geometry, lengths = parts.geometry, [image.runs[0][1] for image in shown]
+        ways = (lambda one: one.kept_tokens(config)), (lambda one: one.full_tokens)
         if sizes is not None:  # of an attached processor
             layouts = geometry.layouts(sizes)
-            counts = [one.kept_tokens(config) for one in layouts], [one.full_tokens for one in layouts]
-            if lengths in counts and sum(one.crops for one in layouts) == len(pixels):
+            layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
+            fits = any(list(map(count, layouts)) == lengths for count in ways)
+            if fits and sum(one.crops for one in layouts) == len(pixels):
                 return layouts
-        choices = [geometry.of_grid((0, 0))]
-        choices += [geometry.of_grid((1, tiles), is_known=False) for tiles in range(2, len(pixels))]
-        for count in (lambda one: one.kept_tokens(config), lambda one: one.full_tokens):
-            by_length = {count(one): one for one in choices}
-            found = [by_length.get(length) for length in lengths]
-            if None in found or sum(one.crops for one in found) != len(pixels):
+        tiles = range(2, len(pixels))
+        some = [geometry.of_grid((0, 0)), *(geometry.of_grid((1, k), is_known=False) for k in tiles)]
+        choices = [some] * len(lengths)
+        if ratios is not None:
+            ratios = [one.keep_ratio for one in with_ratios("keep_ratios", some[:1] * len(lengths), ratios)]
+            choices = [with_ratios("keep_ratios", some, [ratio] * len(some)) for ratio in ratios]
+        for count in ways:
+            fitting = [
+                [one for one in own if count(one) == length]
+                for own, length in zip(choices, lengths, strict=True)
+            ]
+            if not all(fitting):
                 continue
-            if len(by_length) < len(choices):
+            if any(len(each) > 1 for each in fitting):
                 raise ValueError(
                     f"keep_ratio: expected at least {1 / geometry.side**2:.3g}, or a processor with hero "
                     "attached, to tell images of several tiles apart, got fewer tokens than tiles"
                 )
-            return found
+            if sum(one.crops for [one] in fitting) == len(pixels):
+                return [one for [one] in fitting]
         raise ValueError(
             f"input_ids: expected runs of placeholders that fit {len(pixels)} crops, as kept (processor "
             f"attached) or as stock, got runs of {lengths}"
@@ -115,9 +123,7 @@ class InternVLAdapter(Adapter):
         least, most = (options.get(name) or getattr(images, name) for name in ("min_patches", "max_patches"))
         is_cut = options.get("crop_to_patches", True) and most > 1
         tiling = NearestAspect(least, most) if is_cut else Whole()
-        return Geometry(
-            geometry.crop_size, geometry.patch_size, tiling, "last", stitched=False, newlines=False
-        )
+        return replace(geometry, tiling=tiling)
 
     def model_patches(self, model):
         return [Patch(model.model, "get_image_features", get_image_features)]
@@ -126,9 +132,8 @@ class InternVLAdapter(Adapter):
         layouts = geometry.layouts([_size(image) for image in make_flat_list_of_images(images)])
         counts = [int(count) for count in outputs["num_patches"]]
         if counts != [one.crops for one in layouts]:
-            raise error(
-                ValueError, "processor", f"{[one.crops for one in layouts]} crops of the images", counts
-            )
+            expected = f"{[one.crops for one in layouts]} crops of the images"
+            raise error(ValueError, "processor", expected, counts)
         outputs["image_sizes"] = torch.tensor([one.image_size for one in layouts])
         return layouts
 

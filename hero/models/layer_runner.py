@@ -31,6 +31,7 @@ class TowerKind(Tower):
         classes: names of its classes of tower, layer and attention. Others, such as subclasses, run as a
             whole.
         has_cls: whether its first token is CLS.
+        takes_clip_pixels: as in :class:`Tower`.
         layers: the list of layers, in ``tower.encoder``.
         attention, norm_before, norm_after: parts of a layer: attention, and the norms before it and before
             the MLP.
@@ -47,6 +48,7 @@ class TowerKind(Tower):
     source: str
     classes: tuple[str, str, str]
     has_cls: bool = True
+    takes_clip_pixels: bool = False
     layers: str = "layers"
     attention: str = "self_attn"
     norm_before: str = "layer_norm1"

@@ -97,13 +97,19 @@ def make_policy(policy: str | Policy, options: dict[str, Any] | None = None) -> 
 
 
 def check_supported(
-    policy: Policy, rows: Mapping[str, Rows], depth: int, has_cls: bool, has_thumbnail: bool
+    policy: Policy,
+    rows: Mapping[str, Rows],
+    needs: Needs,
+    *,
+    depth: int,
+    has_cls: bool,
+    has_thumbnail: bool,
 ) -> None:
     """Raise ``ValueError`` unless a policy is defined for an encoder and its images.
 
     Args:
         policy: the policy.
-        rows: its attention rows (:meth:`Policy.rows`).
+        rows, needs: what it reads (:meth:`Policy.rows`, :meth:`Policy.needs`).
         depth: number of the encoder's layers.
         has_cls: whether the encoder has a CLS token.
         has_thumbnail: whether images have a thumbnail.
@@ -117,6 +123,8 @@ def check_supported(
         if getattr(policy, required) and not given:
             others = ", ".join(repr(name) for name, one in POLICIES.items() if not getattr(one, required))
             raise ValueError(f"policy: expected one of {others} for {where}, got {policy.name!r}")
+    if needs.second_softmax and not has_cls:
+        raise error(ValueError, "second_softmax", "False for an encoder without CLS", True)
     layers = {layer for one in rows.values() for layer in one.layers}
     if not layers <= set(range(depth)):
         expected = f"rows() to name layers in [0, {depth})"
