@@ -58,8 +58,7 @@ class HeroVisionEncoder(nn.Module):
             something does; ``False`` never does. ``selection.path`` tells what was done and why.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or out of range, by name; a tower that has hero
-            attached already.
+        TypeError, ValueError: an argument of the wrong type or out of range; a tower with hero attached.
     """
 
     def __init__(

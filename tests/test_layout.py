@@ -128,6 +128,7 @@ def test_against_transformers():
         for one in (processor, stock):
             one.image_processor.image_grid_pinpoints = pinpoints
             one.image_processor.crop_size = {"height": crop, "width": crop}
+            one.image_processor.size = {"shortest_edge": crop}
             one.patch_size = geometry.patch_size
         everything = HeroConfig(keep_ratio=1.0)
         with hero.attach(model, processor, config=config) as handle:
@@ -156,9 +157,10 @@ def test_against_transformers():
                 # less kept
                 count = expected_count(config, ratio, layout.patches, layout.tiles, unpadded)
                 assert count_tokens(config, size, geometry=geometry) == count, said
-                assert processor._get_number_of_features(*size, crop, crop) - 1 == count, said
                 assert handle.count_tokens(size) == layout.kept_tokens(config) == count, said
                 batch.append((layout, unpadded, count))
+            planned = processor._get_num_multimodal_tokens([layout.image_size for layout, *_ in batch])
+            assert planned["num_image_tokens"] == [count for *_, count in batch], (geometry, config)
         batch = batch[: draw.randint(1, 4)]
         layouts = [layout for layout, _, _ in batch]
         assert pack(layouts, config, draw).lengths == tuple(count for _, _, count in batch)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torch import Tensor
 from .._checks import check_ratio, error
 from ..config import HeroConfig
 from ..layout import Geometry, ImageLayout
-
-if TYPE_CHECKING:
-    from .base import Adapter
 
 __all__ = [
     "ProcessorCounts",
@@ -33,9 +30,9 @@ _KEEP_RATIO = "hero_keep_ratio"  # among the options of images
 
 @dataclass(frozen=True)
 class ProcessorCounts:
-    """What a patched processor needs to count tokens."""
+    """What a patched processor needs to count tokens: a :class:`hero.models.Adapter` and what it reads."""
 
-    adapter: Adapter
+    adapter: Any
     config: HeroConfig
     geometry: Geometry
 
