@@ -106,7 +106,7 @@ def features_of(inputs: Mapping[str, Any]) -> Any:
 def forward(self: nn.Module, original: Callable, *args, **kwargs):
     """``forward`` of the model, or of the model inside it, on a prompt of either length."""
     inputs = named(type(self).forward, args, kwargs)
-    if inputs.get("pixel_values") is None and features_of(inputs) is None:
+    if inputs.get("pixel_values") is None and features_of(inputs) is None and "keep_ratios" not in inputs:
         return original(**inputs)
     handle = self._hero
     call = outer = current_call(handle)
@@ -196,6 +196,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     if isinstance(inputs.get("keep_ratios"), Tensor):
         inputs = {**inputs, "keep_ratios": inputs["keep_ratios"].tolist()}
     layouts = handle.layouts(inputs, new)
+    if inputs.get("keep_ratios") is not None and not layouts:
+        raise error(ValueError, "keep_ratios", "None without images", inputs["keep_ratios"])
     inputs = {name: value for name, value in inputs.items() if name != "keep_ratios"}
     if is_new and layouts is None:
         raise ValueError("image_sizes: expected (height, width) of each image, got None")

@@ -256,6 +256,10 @@ def test_ratios_of_a_call(name, which):
         model(**inputs, **ratios)
         assert handle.last.lengths == [selection.lengths[0] for _, selection in images]
         assert handle.last.budgets.tolist() == [n for _, last in images for n in last.budgets.tolist()]
+        text = {name: inputs[name][:, -2:] for name in ("input_ids", "attention_mask")}
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"^keep_ratios: expected None without images"):
+                call(**text, keep_ratios=[0.5])
         for wrong in ([0.5, 0.5, 0.5], [0.5], [0.0, 0.5], [0.5, 1.5], ["a", 0.5], "half"):
             with pytest.raises((TypeError, ValueError), match=r"^keep_ratios: expected "):
                 model(**{**inputs, "keep_ratios": wrong})
