@@ -652,7 +652,7 @@ class Independent:
                 cls.append(numbers(self._cls(out)))
             else:
                 seen = [patch for token in layout.valid[crop] for patch in self.patches_of(token)]
-                # A tile that is all padding has no mean. Its share does not matter: it can keep nothing.
+                # A tile that is all padding has no mean: its vector is zero, and so is its cosine.
                 mean = patches[seen].double().mean(0) if seen else torch.zeros(own.shape[1])
                 cls.append(numbers(mean))
             if self.merge > 1:
