@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from independent import (
+    CHAT_TEMPLATE,
     CROP,
     ImageResult,
     Rule,
@@ -36,6 +37,7 @@ from independent_families import (
 from independent_policies import PEERS, IndependentPeers, IndependentPlus, PeerRule, counts
 from PIL import Image
 from test_llava_next import assert_rows_equal, config_of, rule_of
+from transformers import pipeline
 from transformers.image_utils import SizeDict
 
 import hero
@@ -231,9 +233,9 @@ def test_counts_of_real_images(family, options, sizes):
             assert int((inputs["input_ids"] == handle.image_token_id).sum()) == wanted
             if family != "smolvlm":  # which cannot plan
                 [planned] = processor._get_num_multimodal_tokens([size])["num_image_tokens"]
-                # transformers plans with a newline for each row of tiles, which the tiny tokenizer drops
-                newlines = handle.parts.geometry.layout(size).grid[0] if family == "idefics3" else 0
-                assert planned == inputs["input_ids"].shape[1] - words + newlines
+                # transformers plans newlines between rows of tiles, which the tiny tokenizer drops.
+                rows = handle.parts.geometry.layout(size).grid[0] if family == "idefics3" else 0
+                assert planned == inputs["input_ids"].shape[1] - words + max(rows - 1, 0)
             assert model(**inputs).logits.isfinite().all()
             assert handle.last.lengths == [wanted]
 
@@ -437,7 +439,7 @@ def test_every_policy(family, policy, which):
     with hero.attach(model, **own, policy=policy, keep_ratio=0.3) as handle, torch.no_grad():
         inputs = batch_of(processor, family, "two images in a prompt")
         if which == "stock" and policy in ("hired", "globalcom2"):
-            with pytest.raises(ValueError, match="^processor: expected one with hero attached for a policy"):
+            with pytest.raises(ValueError, match=r"^processor: expected one with hero attached for a policy"):
                 model(**inputs)
             return
         first, once = model(**inputs).logits, handle.last
@@ -489,3 +491,169 @@ def _rows_of(processor, images):
     ]
     nested = [[image] for image in images] if hasattr(processor, "image_seq_len") else images
     return processor(images=nested, text=texts, padding=True, return_tensors="pt")
+
+
+# ------------------------------------------------------------------------------- chat template and pipeline
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_chat_template_and_pipeline(family):
+    model, processor, image = model_of(family), processor_of(family), tiny_picture(120, 90)
+    processor.chat_template = CHAT_TEMPLATE.replace("<image>", processor.image_token)
+    words = {"type": "text", "text": "what is this ?"}
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, words]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    reference, rule = reference_of(family), rule_of({"keep_ratio": 0.3})
+    wanted = reference.greedy(processor.apply_chat_template(chat, **options), rule, 5)
+    with hero.attach(model, processor, config=config_of({"keep_ratio": 0.3})) as handle:
+        inputs = processor.apply_chat_template(chat, **options)
+        assert int((inputs["input_ids"] == handle.image_token_id).sum()) == handle.count_tokens((120, 90))
+        output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        assert output[:, inputs["input_ids"].shape[1] :].tolist() == wanted
+        answer = pipeline("image-text-to-text", model=model, processor=processor)(
+            text=chat, max_new_tokens=5, return_full_text=False, do_sample=False
+        )
+        assert handle.last.lengths == [handle.count_tokens((120, 90))]
+    text = processor.tokenizer.decode(wanted[0], skip_special_tokens=True)
+    assert answer[0]["generated_text"].split() == text.split()
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+READ = ("internvl", *IDEFICS)
+"""Families of which only the prompt tells the crops of an image."""
+
+
+@pytest.mark.parametrize("family", READ)
+def test_calls_without_the_prompt_are_refused(family):
+    model, processor = model_of(family), processor_of(family)
+    with hero.attach(model, processor, keep_ratio=0.3), torch.no_grad():
+        inputs = ask(processor, TWO, tiny_image(60, 170))
+        for owner in (model, model.model):
+            with pytest.raises(ValueError, match=r"^pixel_values: expected a call of generate or forward"):
+                owner.get_image_features(inputs["pixel_values"])
+        embedded = dict(inputs)
+        embedded["inputs_embeds"] = model.get_input_embeddings()(embedded.pop("input_ids"))
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"^input_ids: expected the prompt, which tells which crops"):
+                call(**embedded)
+        encoded = {name: value for name, value in inputs.items() if "pixel" not in name}
+        encoded["mm_encoder_outputs"] = {"image": type("Output", (), {"pooler_output": [torch.zeros(5, 64)]})}
+        with pytest.raises(ValueError, match=r"^mm_encoder_outputs: expected None: pixel_values, from which"):
+            model(**encoded)
+
+
+@pytest.mark.parametrize("family", IDEFICS)
+def test_separators_need_a_tokenizer(family):
+    model = model_of(family)
+    inputs = ask(processor_of(family), TWO, tiny_image(60, 170))
+    with hero.attach(model, keep_ratio=0.3):
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"^tokenizer: expected the language model's tokenizer"):
+                call(**inputs)
+
+
+@pytest.mark.parametrize("family", ["internvl", "smolvlm"])
+def test_videos_are_refused(family):
+    """Their frames come as images and would be thinned."""
+    processor = processor_of(family)
+    text = [TWO.replace("<image>", processor.video_token)]
+    video = np.zeros((2, 30, 30, 3), dtype=np.uint8)
+    with (
+        hero.attach(model_of(family), processor, keep_ratio=0.3),
+        pytest.raises(ValueError, match=r"^videos: expected None with hero attached to"),
+    ):
+        processor(text=text, videos=[video], return_tensors="pt")
+
+
+@pytest.mark.parametrize("other", [*OURS, "llava", "llava_next"])
+@pytest.mark.parametrize("family", OURS)
+def test_the_processor_of_another_family_is_refused(family, other):
+    if family == other or {family, other} == set(IDEFICS):
+        return
+    with pytest.raises(TypeError, match=r"^processor: expected an? .*Processor.*, got "):
+        hero.attach(model_of(family), processor_of(other))
+
+
+SETTINGS = {
+    "internvl": {"image_seq_length": 9, "size": {"height": 28, "width": 28}},
+    "llava_onevision": {
+        "num_image_tokens": 9,
+        "size": {"height": 28, "width": 28},
+        "vision_aspect_ratio": "anyres_max_4",
+        "image_grid_pinpoints": [[CROP, 2 * CROP]],
+        "vision_feature_select_strategy": "default",
+    },
+    "smolvlm": {"image_seq_len": 9, "max_image_size": {"longest_edge": 28}},
+    "idefics3": {"image_seq_len": 9, "max_image_size": {"longest_edge": 28}},
+}
+
+
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family in OURS for name in SETTINGS[family]])
+def test_a_processor_with_other_settings_is_refused(family, name):
+    processor, value = processor_of(family), SETTINGS[family][name]
+    owner = processor if hasattr(processor, name) else processor.image_processor
+    setattr(owner, name, value)
+    with pytest.raises(ValueError, match=rf"^{name} of the processor: expected "):
+        hero.attach(model_of(family), processor)
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_a_foreign_class_of_the_same_name_is_refused(family):
+    foreign = type(type(model_of(family)).__name__, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=r"^model: expected a supported model \("):
+        hero.attach(foreign)
+
+
+@pytest.mark.parametrize("version", [(5, 17), (5, 18), (5, 19)])
+@pytest.mark.parametrize("case", ["one image", "two images in a prompt", "one crop"])
+@pytest.mark.parametrize("family", OURS)
+def test_beams_that_older_transformers_mix_up(family, case, version, monkeypatch):
+    if case == "one crop" and family != "internvl":
+        return
+    monkeypatch.setattr(calls, "_transformers_version", lambda: version)
+    wrong = version == (5, 18) if family in IDEFICS else version < (5, 19)
+    if case == "one crop" or (family == "llava_onevision" and case == "one image"):
+        wrong = False
+    model, processor = model_of(family), processor_of(family)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    with hero.attach(model, processor, keep_ratio=0.3):
+        inputs = batch_of(processor, family, case)
+        model.generate(**inputs, **options)
+        for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+            if wrong:
+                with pytest.raises(ValueError, match=r"^num_beams, num_return_sequences: expected 1 for"):
+                    model.generate(**inputs, **{**options, **more})
+            elif version == (5, 19):
+                model.generate(**inputs, **{**options, **more})
+
+
+# --------------------------------------------------------------------------------------- quantised weights
+
+
+@SLOW
+@pytest.mark.parametrize("family", ["llava_next", "internvl"])
+def test_quantised_weights(family):
+    """With torchao's int8 weights, everything kept is the quantised stock model, and 0.3 its reference."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny_model(family=family)
+    for part in (model.model.vision_tower, model.model.language_model):
+        quantization.quantize_(part, quantization.Int8WeightOnlyConfig())
+    processor, full = processor_of(family), tiny_model(family=family)
+    inputs = batch_of(processor, family, "two sizes")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        stock, answer = model(**inputs).logits, model.generate(**inputs, **options)
+        assert not torch.equal(stock, full(**inputs).logits)
+        with hero.attach(model, keep_ratio=1.0):
+            torch.testing.assert_close(model(**inputs).logits, stock, rtol=0, atol=1e-6)
+            assert torch.equal(model.generate(**inputs, **options), answer)
+    reference, rule = independent_of(model), rule_of({"keep_ratio": 0.3})
+    rows, results, _ = reference._rows(inputs, rule, None, None)
+    logits = [reference._forward(row.embeds) for row in rows]
+    with hero.attach(model, config=config_of({"keep_ratio": 0.3})) as handle, torch.no_grad():
+        output = model(**inputs).logits
+        answer = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    assert handle.last.index.tolist() == listed(results, "index")
+    assert_rows_equal(output, logits, 5e-5)
+    assert answer.tolist() == reference.greedy(inputs, rule, 4)
