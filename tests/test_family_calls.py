@@ -33,10 +33,11 @@ from independent_families import (
     independent_of,
     tiny_model,
     tiny_picture,
-    tiny_processor,
 )
 from independent_policies import PEERS, IndependentPeers, IndependentPlus, PeerRule, counts
 from PIL import Image
+from test_families import RUN_PER_CROP as IDEFICS
+from test_families import processor_or_skip as processor_of
 from test_llava_next import assert_rows_equal, config_of, rule_of
 from transformers import pipeline
 from transformers.image_utils import SizeDict
@@ -47,7 +48,6 @@ from hero.layout import Geometry
 from hero.policies import POLICIES
 from hero.tiling import LongestEdge, NearestAspect, Pinpoints, Whole
 
-IDEFICS = ("smolvlm", "idefics3")
 OURS = ("internvl", "llava_onevision", *IDEFICS)
 SLOW = pytest.mark.slow
 
@@ -60,16 +60,6 @@ def model_of(family):
 @functools.cache
 def reference_of(family):
     return independent_of(model_of(family))
-
-
-def processor_of(family, **options):
-    """The tiny processor; skips where transformers cannot build it."""
-    try:
-        return tiny_processor(family, **options)
-    except ImportError as problem:
-        if "torchvision" in str(problem).lower():
-            pytest.skip(f"transformers {transformers.__version__} wants torchvision for this processor")
-        raise
 
 
 def ask(processor, text, *images, **options):
@@ -176,7 +166,7 @@ def granite():
     """LLaVA-NeXT with SigLIP and grids of up to 10 tiles; without a model."""
     grids = [(rows, columns) for rows in range(1, 11) for columns in range(1, 11) if rows * columns <= 10]
     pinpoints = [[384 * rows, 384 * columns] for rows, columns in grids]
-    processor = tiny_processor("llava_next", "siglip")
+    processor = processor_of("llava_next", "siglip")
     processor.image_processor.image_grid_pinpoints = pinpoints
     geometry = Geometry(384, 14, Pinpoints(tuple(map(tuple, pinpoints))))
     return geometry, processor, functools.partial(stitched, processor, pinpoints, 384)
