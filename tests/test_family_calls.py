@@ -551,12 +551,12 @@ def test_videos_are_refused(family):
     """Their frames come as images and would be thinned."""
     processor = processor_of(family)
     text = [TWO.replace("<image>", processor.video_token)]
-    video = np.zeros((2, 30, 30, 3), dtype=np.uint8)
+    videos = [[np.zeros((2, 30, 30, 3), dtype=np.uint8)]]
     with (
         hero.attach(model_of(family), processor, keep_ratio=0.3),
         pytest.raises(ValueError, match=r"^videos: expected None with hero attached to"),
     ):
-        processor(text=text, videos=[video], return_tensors="pt")
+        processor(text=text, videos=videos, return_tensors="pt")
 
 
 @pytest.mark.parametrize("other", [*OURS, "llava", "llava_next"])
