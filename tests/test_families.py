@@ -5,6 +5,7 @@ import functools
 import independent_families
 import pytest
 import torch
+import transformers
 from independent import CACHE, tiny_clip, tiny_image, tiny_tokenizer
 from independent_families import (
     batch_of,
@@ -33,6 +34,7 @@ FAMILIES = {
     "llava, siglip": {"family": "llava", "tower": "siglip"},
     **independent_families.FAMILIES,
 }
+RUN_PER_CROP = ("smolvlm", "idefics3")
 RULES = {
     **{f"{ratio}": {"keep_ratio": ratio} for ratio in (0.1, 0.3, 0.9)},
     "floor": {"keep_ratio": 0.3, "allocation": "floor"},
@@ -66,9 +68,19 @@ def reference_of(name):
     return independent_of(model_of(name))
 
 
+def processor_or_skip(*args, **options):
+    """:func:`tiny_processor`; skips where transformers cannot build it without torchvision."""
+    try:
+        return tiny_processor(*args, **options)
+    except ImportError as problem:
+        if "requires the Torchvision library" not in str(problem):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} wants torchvision for this processor")
+
+
 def processor_of(name):
     options = independent_families.PROCESSOR_OPTIONS.get(name, {})
-    return tiny_processor(FAMILIES[name]["family"], FAMILIES[name].get("tower", "clip"), **options)
+    return processor_or_skip(FAMILIES[name]["family"], FAMILIES[name].get("tower", "clip"), **options)
 
 
 def batch(name, processor, case):
@@ -126,6 +138,12 @@ GENERATIONS = {
 }
 
 
+def mixes_up_beams(family):
+    """Whether this version of transformers gives images to the wrong beams, so that hero refuses them."""
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return version < (5, 19) if family == "internvl" else version == (5, 18) and family in RUN_PER_CROP
+
+
 @pytest.mark.parametrize("which", PROCESSORS)
 @pytest.mark.parametrize("how", [how if how in ("greedy", "beams") else slow(how) for how in GENERATIONS])
 @pytest.mark.parametrize("case", ["two sizes", slow("one image")])
@@ -142,6 +160,10 @@ def test_generation(name, case, how, which):
     handle, processor = attached(name, which, keep_ratio=0.3)
     with handle:
         inputs = batch(name, processor, case)
+        if how == "beams" and mixes_up_beams(FAMILIES[name]["family"]):
+            with pytest.raises(ValueError, match=r"^num_beams, num_return_sequences: expected 1 for these"):
+                model_of(name).generate(**inputs, **options)
+            return
         torch.manual_seed(0)
         output = model_of(name).generate(**inputs, **options)
     assert output[:, inputs["input_ids"].shape[1] :].tolist() == wanted.tolist()
@@ -167,7 +189,7 @@ def test_loss_and_gradients(name, which):
 
 
 def prompt_of(name, processor, text, *images, **kwargs):
-    images = [list(images)] if FAMILIES[name]["family"] in ("smolvlm", "idefics3") else list(images)
+    images = [list(images)] if FAMILIES[name]["family"] in RUN_PER_CROP else list(images)
     text = [text.replace("<image>", processor.image_token)]
     return processor(images=images, text=text, return_tensors="pt", **kwargs)
 
