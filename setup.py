@@ -22,6 +22,8 @@ def read_readme() -> str:
 
 
 PLOT = ["matplotlib>=3.9"]
+# Transformers' video processors, which some processors hold, need torchvision; SmolVLM's needs num2words.
+PROCESSORS = ["torchvision", "num2words"]
 # scikit-learn and scikit-image bring the digits and photographs that bench/mini draws its scenes from.
 BENCH = [*PLOT, "pytest", "pytest-benchmark", "scikit-learn", "scikit-image", "tqdm"]
 TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging", "accelerate", "peft"]
@@ -53,7 +55,14 @@ setup(
         "numpy",
         "pillow>=10.1",
     ],
-    extras_require={"plot": PLOT, "bench": BENCH, "test": TEST, "dev": DEV, "lmms": LMMS},
+    extras_require={
+        "plot": PLOT,
+        "processors": PROCESSORS,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+        "lmms": LMMS,
+    },
     entry_points={
         "console_scripts": ["hero = hero.cli:main"],
         "lmms_eval.models": ["hero_llava_next = hero.lmms_eval:manifest"],

@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
-import itertools
 import sys
 import time
 from collections import defaultdict
@@ -41,12 +39,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import LlavaNextForConditionalGeneration
 
 import hero
 
 from . import timing
-from .models import PHOTOGRAPH, SHAPES, Subject, build
+from .models import PHOTOGRAPH, SHAPES, Subject, build, shared_copy
 from .records import environment, reason, write
 from .released import Released, eager
 from .timing import Clock, compare, summary
@@ -125,15 +123,10 @@ class Bench:
 
     # Variants.
 
-    def _copy(self) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
-        """Copy model and processor; the weights are shared."""
-        weights = itertools.chain(self.model.parameters(), self.model.buffers())
-        return copy.deepcopy((self.model, self.subject.processor), {id(weight): weight for weight in weights})
-
     def _attached(self, variant: Variant) -> hero.Handle:
         """Attach hero to a copy, with its default options."""
         return hero.attach(
-            *self._copy(),
+            *shared_copy(self.model, self.subject.processor),
             keep_ratio=variant.keep,
             relevance=self.subject.relevance if variant.text else None,
             cuda_graphs=False if variant.eager else "auto",
@@ -148,7 +141,7 @@ class Bench:
         """Put a variant on a copy of the model, which shares its weights."""
         variant = VARIANTS[name]
         text = batch.batch.questions if variant.text else None
-        (model, _), inputs = self._copy(), batch.inputs[variant.keep]
+        model, inputs = shared_copy(self.model), batch.inputs[variant.keep]
         if variant.keep is None:
             if variant.compiled:
                 model.model.vision_tower.compile(mode="reduce-overhead", dynamic=False)

@@ -6,6 +6,8 @@ run in.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -92,12 +94,18 @@ class Subject(NamedTuple):
     batches: list[Batch]
 
 
-def _random(model_class, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype):
+def random_model(model_class, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype):
     """Make a model on a device and in a dtype, its weights from a fixed seed."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         model = model_class.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
+
+
+def shared_copy(model, *more):
+    """Copy a model, and what is given beside it; the weights are shared."""
+    weights = {id(one): one for one in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy((model, *more) if more else model, weights)
 
 
 def build_model(
@@ -117,7 +125,7 @@ def build_model(
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    model = _random(AutoModelForImageTextToText, config, torch.device(device), dtype)
+    model = random_model(AutoModelForImageTextToText, config, torch.device(device), dtype)
     model.generation_config.update(**SPECIAL)
     return model
 
@@ -128,7 +136,7 @@ def build_clip(model: LlavaNextForConditionalGeneration, shape: Shape) -> CLIPMo
     text |= {"vocab_size": shape.vocabulary, "projection_dim": shape.projection}
     vision = model.config.vision_config.to_dict()
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=shape.projection)
-    clip = _random(AutoModel, config, model.device, model.dtype)
+    clip = random_model(AutoModel, config, model.device, model.dtype)
     tower = model.model.vision_tower
     clip.vision_model.load_state_dict(tower.state_dict(keep_vars=True), assign=True)
     return clip
