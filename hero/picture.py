@@ -63,7 +63,11 @@ def visualize(
     width = check_integer("width", width, MIN_WIDTH)
     if title is not None and not isinstance(title, str):
         raise error(TypeError, "title", "a string or None", title)
-    pixels = read(image, selection.layout[image_index].image_size)
+    layout = selection.layout[image_index]
+    if not layout.grid_is_known:
+        expected = "a call that tells how tiles are arranged (with hero attached to the processor)"
+        raise ValueError(f"selection: expected that of {expected}, got one of {layout.tiles} tiles")
+    pixels = read(image, layout.image_size)
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:
@@ -96,7 +100,7 @@ class _Kept:
         tiles = slice(layout.tile_crops.start, layout.tile_crops.stop)
         self.labels = [f"{n} · {_percent(share)}" for n, share in zip(budgets[tiles], shares[tiles])]
         self.length = selection.lengths[image_index]
-        self.detail = "random" if selection.policy == "random" else "CLS attention"
+        self.detail = "random" if selection.policy == "random" else "attention"
         self.valid: np.ndarray = np.zeros([count * layout.side for count in layout.grid], bool)
         self.valid[slice(*layout.rows), slice(*layout.columns)] = True
 

@@ -339,6 +339,21 @@ def test_relevance_sees_the_pixels_that_clip_expects(name, monkeypatch):
     torch.testing.assert_close(pixels, (raw - mean) / std, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("which", PROCESSORS)
+@pytest.mark.parametrize("name", ["llava_onevision", "internvl", "smolvlm"])
+def test_pictures(name, which):
+    """Of merged tokens and of resized grids; without the arrangement of the tiles there is none."""
+    image = tiny_image(230, 270)
+    handle, processor = attached(name, which, keep_ratio=0.3)
+    with handle, torch.no_grad():
+        model_of(name)(**prompt_of(name, processor, "<image>", image))
+    if (name, which) == ("internvl", "stock"):
+        with pytest.raises(ValueError, match=r"^selection: expected that of a call that tells how tiles"):
+            hero.visualize(image, handle.last)
+    else:
+        assert hero.visualize(image, handle.last, width=400).width == 400
+
+
 def test_a_tower_without_cls():
     """What needs CLS is refused by name; policies that do not, work."""
     model = model_of("llava_next, siglip")

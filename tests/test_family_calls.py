@@ -295,13 +295,12 @@ def test_options_of_a_call(family, options):
 def test_internvl_with_less_than_a_token_a_tile():
     """Several numbers of tiles have the same number of tokens then: the attached processor tells the size."""
     model, processor = model_of("internvl"), processor_of("internvl")
-    images = tiny_image(120, 100), tiny_image(60, 170, 1)
+    images = tiny_image(112, 168), tiny_image(60, 170, 1)  # of six tiles, which keep as many as five
     given = ask(processor, PAIR, *images)
     reference, rule = reference_of("internvl"), rule_of({"keep_ratio": 0.05})
     logits = reference.logits(given, rule)
-    with hero.attach(model, processor, config=config_of({"keep_ratio": 0.05})) as handle, torch.no_grad():
+    with hero.attach(model, processor, config=config_of({"keep_ratio": 0.05})), torch.no_grad():
         own = ask(processor, PAIR, *images)
-        assert sum(handle.count_tokens(image.size[::-1]) for image in images) < 14
         assert_rows_equal(model(**own).logits, logits, 5e-5)
     with hero.attach(model, config=config_of({"keep_ratio": 0.05})), torch.no_grad():
         assert_rows_equal(model(**given).logits, logits, 5e-5)  # runs of the stock length tell it too
