@@ -292,10 +292,48 @@ def test_options_of_a_call(family, options):
         assert_rows_equal(model(**given).logits.detach(), logits, 5e-5)
 
 
-def test_internvl_with_less_than_a_token_a_tile():
-    """Several numbers of tiles have the same number of tokens then: the attached processor tells the size."""
+@pytest.mark.parametrize(
+    ("keep", "options"),
+    [
+        *((keep, {"max_patches": 4}) for keep in ({"keep_tokens": 15}, {"keep_ratio": 0.05})),
+        *(({"policy": "hired"}, options) for family, options in OPTIONS if family == "internvl"),
+        ({"policy": "globalcom2"}, {"max_patches": 4}),
+    ],
+    ids=str,
+)
+def test_internvl_cut_otherwise_than_attached(keep, options):
+    """The model is told the grids of the call, where runs of placeholders do not tell them."""
     model, processor = model_of("internvl"), processor_of("internvl")
-    images = tiny_image(120, 100), tiny_image(60, 170, 1)
+    images = [tiny_picture(*size, seed) for seed, size in enumerate(((120, 100), (60, 170), (112, 168)))]
+    text = TWO.replace("<image>", "<image> <image> <image>")
+    with hero.attach(model, processor, **keep) as handle, torch.no_grad():
+        otherwise = ask(processor, text, *images, **options)
+        first = model(**otherwise).logits
+        layouts = handle.last.layout
+        assert [one.image_size for one in layouts] == [image.size[::-1] for image in images]
+    for name, value in options.items():
+        setattr(processor.image_processor, name, value)
+    options = {} if options.get("crop_to_patches", True) else options  # the processor's default wins
+    with hero.attach(model, processor, **keep) as handle, torch.no_grad():
+        assert torch.equal(model(**ask(processor, text, *images, **options)).logits, first)
+        assert handle.last.layout == layouts
+
+
+@pytest.mark.parametrize("family", OURS)
+def test_kinds_of_images(family):
+    """Files, arrays and tensors are counted as pictures are."""
+    picture, processor = tiny_picture(120, 90), processor_of(family)
+    pixels = np.array(picture)
+    kinds = [picture, pixels, pixels.transpose(2, 0, 1), torch.tensor(pixels).permute(2, 0, 1)]
+    with hero.attach(model_of(family), processor, keep_ratio=0.3):
+        wanted, *others = [ask(processor, TWO, image)["input_ids"] for image in kinds]
+    assert all(torch.equal(one, wanted) for one in others)
+
+
+def test_internvl_with_less_than_a_token_a_tile():
+    """5 tiles have as many tokens as 6 then: the attached processor tells the size."""
+    model, processor = model_of("internvl"), processor_of("internvl")
+    images = tiny_image(112, 168), tiny_image(60, 170, 1)
     given = ask(processor, PAIR, *images)
     reference, rule = reference_of("internvl"), rule_of({"keep_ratio": 0.05})
     logits = reference.logits(given, rule)
@@ -402,11 +440,11 @@ def test_policies_on_internvl(policy, case, keep):
     config = config or hero.HeroConfig(policy=policy, **options)
     with hero.attach(model, processor, config=config) as handle, torch.no_grad():
         inputs = batch_of(processor, "internvl", case)
-        reference.grids = [one.grid for one in handle.parts.geometry.layouts(inputs["image_sizes"])]
+        reference.grids = inputs["image_sizes"][:, 2:].tolist()
         rows, results, _ = reference._rows(given, rule, None, None)
         logits = [reference._forward(row.embeds) for row in rows]
         output, last = model(**inputs).logits, handle.last
-        counts_of = [handle.count_tokens(size) for size in inputs["image_sizes"].tolist()]
+        counts_of = [handle.count_tokens(cut[:2]) for cut in inputs["image_sizes"].tolist()]
     shares = torch.tensor(listed(results, "shares"))
     torch.testing.assert_close(last.shares, shares, rtol=0, atol=3e-5)
     assert last.budgets.tolist() == listed(results, "budgets")

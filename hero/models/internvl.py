@@ -70,7 +70,8 @@ class InternVLAdapter(Adapter):
         geometry, lengths = parts.geometry, [image.runs[0][1] for image in shown]
         ways = (lambda one: one.kept_tokens(config)), (lambda one: one.full_tokens)
         if sizes is not None:  # of an attached processor
-            layouts = geometry.layouts(sizes)
+            cuts = sizes.tolist() if hasattr(sizes, "tolist") else sizes
+            layouts = [geometry.of_grid(tuple(cut[2:]), tuple(cut[:2])) for cut in cuts]
             layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
             fits = any(list(map(count, layouts)) == lengths for count in ways)
             if fits and sum(one.crops for one in layouts) == len(pixels):
@@ -134,12 +135,13 @@ class InternVLAdapter(Adapter):
         if counts != [one.crops for one in layouts]:
             expected = f"{[one.crops for one in layouts]} crops of the images"
             raise error(ValueError, "processor", expected, counts)
-        outputs["image_sizes"] = torch.tensor([one.image_size for one in layouts])
+        # With the grids: options of a call may cut otherwise than those that the processor was attached with.
+        outputs["image_sizes"] = [[*one.image_size, *one.grid] for one in layouts]
         return layouts
 
 
 def _size(image) -> tuple[int, int]:
-    if hasattr(image, "mode"):  # of Pillow
+    if isinstance(image.size, tuple):  # of Pillow
         return image.size[::-1]
     return tuple(get_image_size(image, infer_channel_dimension_format(image)))
 
