@@ -71,6 +71,9 @@ class InternVLAdapter(Adapter):
         ways = (lambda one: one.kept_tokens(config)), (lambda one: one.full_tokens)
         if sizes is not None:  # of an attached processor
             layouts = geometry.layouts(sizes)
+            if inputs.get("image_grids") is not None:
+                pairs = zip(inputs["image_grids"].tolist(), layouts, strict=True)
+                layouts = [geometry.of_grid(tuple(grid), one.image_size) for grid, one in pairs]
             layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
             fits = any(list(map(count, layouts)) == lengths for count in ways)
             if fits and sum(one.crops for one in layouts) == len(pixels):
@@ -135,11 +138,13 @@ class InternVLAdapter(Adapter):
             expected = f"{[one.crops for one in layouts]} crops of the images"
             raise error(ValueError, "processor", expected, counts)
         outputs["image_sizes"] = torch.tensor([one.image_size for one in layouts])
+        # Options of a call may cut otherwise than those that the processor was attached with.
+        outputs["image_grids"] = torch.tensor([one.grid for one in layouts])
         return layouts
 
 
 def _size(image) -> tuple[int, int]:
-    if hasattr(image, "mode"):  # of Pillow
+    if isinstance(image.size, tuple):  # of Pillow
         return image.size[::-1]
     return tuple(get_image_size(image, infer_channel_dimension_format(image)))
 
