@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from . import timing
 from .page import replace, source, svg, table
 from .records import ROOT
 from .report_quality import render_quality
@@ -160,6 +161,29 @@ def end_to_end_plot(records: Sequence[Mapping]) -> str | None:
     return svg(Figure((9, 3.4 * rows), layout="constrained"), draw)
 
 
+# --- towers ----------------------------------------------------------------------------------------------
+
+TOWERS = {
+    "llava_next": "CLIP-L/14-336 (LLaVA-NeXT)",
+    "llava_onevision": "SigLIP-so400m/14-384, 26 layers (LLaVA-OneVision)",
+    "internvl": "InternViT-300M/14-448 (InternVL3), 2 × 2 merged",
+    "smolvlm": "SigLIP-so400m/14-384, 27 layers (SmolVLM), 3 × 3 merged",
+}
+
+
+def towers(record: Mapping) -> list[str]:
+    """The table of ``bench.towers``: each tower's times to stock, and the cost of its scores."""
+    policies, rows = record["towers"][0]["to stock"], []
+    for one in record["towers"]:
+        stock, kept = one["tokens"]
+        seconds = timing.summary(one["seconds"]["stock"])["median"]
+        rows.append([TOWERS[one["family"]], f"{stock} → {kept}", f"{seconds:.3g}"])
+        rows[-1] += [ratio(one["to stock"][name]) for name in policies] + [ratio(one["rows"])]
+    head = ["tower", "tokens", "stock, s", *(f"{name} to stock" for name in policies), "uniform to random"]
+    details = f"{record['threads']} thread", f"{record['towers'][0]['rows']['pairs']} rounds"
+    return [*source(record, *details), "", *table(head, rows)]
+
+
 # --- kernels --------------------------------------------------------------------------------------------
 
 
@@ -229,12 +253,13 @@ def render(page: str, records: Sequence[Mapping]) -> str:
     Raises:
         ValueError: a record of an unknown benchmark, or a page without its markers.
     """
-    sections: dict[str, list[str]] = {"end_to_end_cpu": [], "end_to_end_gpu": [], "kernels": []}
+    sections: dict[str, list[str]] = {"end_to_end_cpu": [], "end_to_end_gpu": [], "towers": [], "kernels": []}
     for record in records:
         if record["benchmark"] == "end_to_end":
             sections["end_to_end_gpu" if record["gpu"] else "end_to_end_cpu"] += ["", *end_to_end(record)]
-        elif record["benchmark"] == "kernels":
-            sections["kernels"] += ["", *kernels(record)]
+        elif record["benchmark"] in ("towers", "kernels"):
+            lines = (towers if record["benchmark"] == "towers" else kernels)(record)
+            sections[record["benchmark"]] += ["", *lines]
         elif record["benchmark"] != "quality":  # which has a page of its own
             raise ValueError(f"records: expected a known benchmark, got {record['benchmark']!r}")
     for name, lines in sections.items():

@@ -36,7 +36,10 @@ SHAPES: dict[str, tuple[Shape, dict]] = {
         dataclasses.replace(SO400M, vision=(26, *SO400M.vision[1:]), text=(1, 3584, 28, 64)),
         {"vision": {"model_type": "siglip_vision_model", "vision_use_head": False}},
     ),
-    "internvl": (dataclasses.replace(CLIP_L, text=(1, 3584, 28, 64), crop_size=448), {}),
+    "internvl": (
+        dataclasses.replace(CLIP_L, text=(1, 3584, 28, 64), crop_size=448),
+        {"vision": {"attention_bias": True}},
+    ),
     "smolvlm": (dataclasses.replace(SO400M, text=(1, 2048, 32, 64)), {"scale_factor": 3}),
 }
 SMALL = {"vision": (4, 64, 4, 128), "text": (1, 64, 4, 128), "crop_size": 84}

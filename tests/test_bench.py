@@ -36,6 +36,7 @@ from bench import (  # noqa: E402
     registry,
     report,
     timing,
+    towers,
     tune,
 )
 from bench.kernels import measure  # noqa: E402
@@ -464,6 +465,50 @@ def test_a_gpu_record_is_drawn_from_its_numbers(gpu_record, tmp_path):
 def test_the_page_shows_the_records():
     done = _run("bench.report", "--check")
     assert done.returncode == 0, done.stderr
+
+
+# --- towers ----------------------------------------------------------------------------------------------
+
+
+def test_towers_are_timed_and_rendered(tmp_path):
+    """Each family once, with every raw time; the checks at R = 1 are the script's own."""
+    done = _run("bench.towers", "--small", "--rounds", ROUNDS, "--out", tmp_path / "towers.json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "towers.json").read_text(encoding="utf-8"))
+    assert [one["family"] for one in record["towers"]] == list(report.TOWERS) == list(towers.SHAPES)
+    for one in record["towers"]:
+        assert set(one["seconds"]) == {"stock", "hero", "uniform", "random"} and one["crops"] == 3
+        assert all(len(times) == ROUNDS and min(times) > 0 for times in one["seconds"].values())
+        assert one["tokens"][0] > one["tokens"][1] > 0
+        assert len(_comparisons(one)) == 4
+        middle = statistics.median(
+            map(float.__truediv__, *(one["seconds"][n] for n in ("uniform", "random")))
+        )
+        assert one["rows"]["paired"] == pytest.approx(middle)
+    _page(tmp_path)
+    assert _report(tmp_path).returncode == 0
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    for one in record["towers"]:
+        found = f"| {report.TOWERS[one['family']]} | {one['tokens'][0]} → {one['tokens'][1]} |"
+        assert found in page and f"| {report.ratio(one['rows'])} |" in page
+    assert _report(tmp_path, "--check").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "weights"),
+    [
+        ("llava_onevision", 729, 397_747_744),
+        ("internvl", 256, 304_012_288),
+        ("smolvlm", 81, 412_987_248),
+    ],
+)
+def test_the_towers_have_their_published_sizes(monkeypatch, family, tokens, weights):
+    build, meta = models.random_model, torch.device("meta")
+    monkeypatch.setattr(towers, "random_model", lambda *given: build(*given[:2], meta, given[3]))
+    shape, fields = towers.SHAPES[family]
+    with hero.attach(towers.build(family, shape, **fields)) as handle:
+        assert handle.encoder.geometry.side**2 == tokens
+        assert sum(one.numel() for one in handle.encoder.vision_tower.parameters()) == weights
 
 
 # --- kernels ---------------------------------------------------------------------------------------------

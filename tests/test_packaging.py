@@ -93,6 +93,15 @@ def test_structure_of_the_packages():
     assert not [name for name, file in named.items() if len(file.read_text("utf-8").splitlines()) > 450]
 
 
+def test_the_page_on_models_quotes_the_code():
+    """Each block of Python names its file in the first line, and is in it."""
+    page = (ROOT / "docs" / "adding-a-model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n# (hero/\S+)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```python") == 4
+    for file, code in blocks:
+        assert code in (ROOT / file).read_text(encoding="utf-8"), file
+
+
 # --- requirements and pins -------------------------------------------------------------------------------
 
 
