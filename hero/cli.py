@@ -99,7 +99,8 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
         scored = timed("score", encoder.score, encoded, plan, text)
         budgets = timed("budget", encoder.budget, scored, plan)
         gathered = timed("select", encoder.select, encoded, scored, budgets, plan)
-        timed("project", encoder.project, gathered.tokens, gathered.index)
+        project = partial(encoder.project, is_projected=encoded.is_projected)
+        timed("project", project, gathered.tokens, gathered.index)
     return times
 
 

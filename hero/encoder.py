@@ -202,10 +202,10 @@ class HeroVisionEncoder(nn.Module):
             kwargs: further arguments of the tower, which is then called too.
         """
         needs, received = self._needs, not self._tower.has_cls
-        plan = plan.seen if isinstance(plan, Plan) else plan
+        own: CropPlan = plan.seen if isinstance(plan, Plan) else plan
         collectors = {
             name: attention_rows.Collector(weights, second_softmax=needs.second_softmax, received=received)
-            for name, weights in plan.weights.items()
+            for name, weights in own.weights.items()
         }
         keys = [attention_rows.KeyCollector(self._last_layer)] if needs.keys else []
         states = self._states if feature_layer is None else hidden_states(feature_layer, self.depth)
@@ -226,26 +226,27 @@ class HeroVisionEncoder(nn.Module):
         if with_patches:
             width = features.shape[-1] // len(states)
             features, patches = features.split((width * (len(states) - 1), width), dim=-1)
-        plan, m = plan.to(features.device), self._merge
+        own, m = own.to(features.device), self._merge
         features = merge(features, m)
         attention = {
-            name: hk.finalize_scores(average(collector.result().to(plan.device), m), valid=plan.valid)
+            name: hk.finalize_scores(average(collector.result().to(own.device), m), valid=own.valid)
             for name, collector in collectors.items()
         }
         cls = ran.cls
         if cls is None and self.needs_cls:  # of the patches, which are parts of a token's channels
-            cls = mean_features(features, plan.valid).unflatten(1, (m * m, -1)).mean(1)
-        return Encoded(
+            cls = mean_features(features, own.valid).unflatten(1, (m * m, -1)).mean(1)
+        encoded = Encoded(
             features=features,
             cls=cls,
             pooled=ran.pooled,
             attention=attention,
             pixel_values=pixel_values,
             output=ran.output,
-            keys=average(keys[0].result().to(plan.device).mT, m).mT if keys else None,
+            keys=average(keys[0].result().to(own.device).mT, m).mT if keys else None,
             patches=patches,
             attention_ran="fused" if any(one.fused for one in collectors.values()) else "native",
         )
+        return in_cells(encoded, plan, self.projector) if isinstance(plan, Plan) else encoded
 
     def text_embeddings(self, plan: Plan, text: Text) -> Callable[[], Tensor] | None:
         """Begin to embed the questions; on a GPU this runs beside the vision tower.
@@ -385,9 +386,8 @@ class HeroVisionEncoder(nn.Module):
             counts = lengths
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
         path = Path(not reason, reason, encoded.attention_ran)
-        projected = plan.of_crops is not None
-        selection = self._selection(plan.layouts, (*tensors, cu_seqlens), path, counts, projected)
-        return selection, encoded.output
+        details = (*tensors, cu_seqlens), path, counts, encoded.is_projected
+        return self._selection(plan.layouts, *details), encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -399,7 +399,6 @@ class HeroVisionEncoder(nn.Module):
             the rows of each image.
         """
         plan = plan.to(encoded.features.device)
-        encoded = in_cells(encoded, plan, self.projector)
         scored = self.score(encoded, plan, question)
         budgets = self.budget(scored, plan)
         gathered = self.select(encoded, scored, budgets, plan)
@@ -430,19 +429,19 @@ class HeroVisionEncoder(nn.Module):
     ) -> tuple[tuple[tuple[Tensor, ...], tuple[int, ...], Encoded] | None, str]:
         """What :meth:`choose` returns and takes, with :meth:`encode` replayed; or ``None`` and why not."""
         graphs, tower = self.cuda_graphs, self.vision_tower
+        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         if graphs is None:
             return None, "cuda_graphs=False"
-        given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-        reason = graphs.refusal(tower, partial(self._tower.is_plain, tower), crops, given)
-        if reason:
+        if reason := graphs.refusal(tower, partial(self._tower.is_plain, tower), crops, given):
             return None, reason
         states = self._states if feature_layer is None else hidden_states(feature_layer, self.depth)
 
         def encode(crops: Tensor, valid: Tensor, weights: Tensor) -> Encoded:
             own = CropPlan(valid, weights, self.rows, crops.device)
-            return self.encode(crops, own, feature_layer=states)
+            return self.encode(crops, own, feature_layer=feature_layer)
 
         def choose(encoded: Encoded) -> tuple[tuple[Tensor, ...], tuple[int, ...], Encoded]:
+            encoded = in_cells(encoded, plan, self.projector)
             tensors, lengths = self.choose(encoded, plan, question)
             return (*tensors[:-1], tensors[-1].clone()), lengths, encoded  # scores may be the graph's memory
 

@@ -19,7 +19,7 @@ __all__ = ["Encoded", "Selection"]
 
 @dataclass(frozen=True)
 class Encoded:
-    """What :meth:`hero.HeroVisionEncoder.encode` returns for T crops of P patches.
+    """What :meth:`hero.HeroVisionEncoder.encode` returns for T crops, or cells, of P patches.
 
     Attributes:
         features: ``[T, P, C]``, the features that the model uses, without CLS; may be a strided view.
@@ -32,6 +32,7 @@ class Encoded:
             the policy needs it.
         patches: ``[T, P, C]``, the last layer at the patches, if the policy compares them with the question
             and CLIP shares the tower's weights.
+        is_projected: whether the features went through the projector, as those of resized grids.
         attention_ran: what the layers that score patches ran, ``"native"`` or ``"fused"``.
     """
 
@@ -43,6 +44,7 @@ class Encoded:
     output: object | None = field(repr=False, default=None)
     keys: Tensor | None = None
     patches: Tensor | None = None
+    is_projected: bool = False
     attention_ran: str = "native"
 
 

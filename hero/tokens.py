@@ -54,6 +54,7 @@ def in_cells(encoded: Encoded, plan: Plan, projector: nn.Module | None) -> Encod
     """
     if plan.of_crops is None:
         return encoded
+    plan = plan.to(encoded.features.device)
     features = encoded.features if projector is None else projector(encoded.features)
     attention = {}
     for name, one in encoded.attention.items():
@@ -64,6 +65,7 @@ def in_cells(encoded: Encoded, plan: Plan, projector: nn.Module | None) -> Encod
         features=resize_to_cells(features, plan),
         cls=None if encoded.cls is None else average_in_cells(encoded.cls, plan),
         attention=attention,
+        is_projected=True,
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import threading
 
+import independent_families as families
 import pytest
 import torch
 from independent import tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
@@ -316,6 +317,21 @@ def test_attached(device):
             assert handle.last.path.cuda_graph == bool(cuda_graphs), handle.last.path
     for answer in answers[1:]:
         assert torch.equal(answer, answers[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision", "smolvlm"])
+def test_other_families(family, device):
+    """Features after the last norm, merged patches and resized grids are replayed too."""
+    model, processor = families.tiny_model(family=family).to(device), families.tiny_processor(family)
+    case = "resized and not" if family == "llava_onevision" else "two sizes"
+    inputs = families.batch_of(processor, family, case).to(device)
+    with hero.attach(model, cuda_graphs=False, tokenizer=processor.tokenizer) as handle, torch.no_grad():
+        wanted, stock = model(**inputs).logits, handle.last
+        with_graphs(handle.encoder, device)
+        for _ in range(3):
+            assert torch.equal(model(**inputs).logits, wanted)
+            assert torch.equal(handle.last.index, stock.index) and handle.last.path.cuda_graph
 
 
 def test_recording_leaves_no_weights_to_autocast():
