@@ -29,7 +29,6 @@ __all__ = ["Call", "current_call", "forward", "generate"]
 Handle: TypeAlias = Any  # a hero.Handle, whose module imports this one
 _CACHES = ("past_key_values", "cache")  # the names of the argument before and since transformers 5.24
 _HELD = "_hero_images"
-_OURS = ("keep_ratios", "image_grids")  # what attached processors add and stock models do not take
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     layouts = handle.layouts(inputs, new)
     if inputs.get("keep_ratios") is not None and not layouts:
         raise error(ValueError, "keep_ratios", "None without images", inputs["keep_ratios"])
-    inputs = {name: value for name, value in inputs.items() if name not in _OURS}
+    inputs = {name: value for name, value in inputs.items() if name not in adapter.ours}
     if is_new and layouts is None:
         raise ValueError("image_sizes: expected (height, width) of each image, got None")
     layouts = layouts or ()

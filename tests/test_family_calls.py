@@ -112,6 +112,21 @@ def test_internvl_with_less_than_a_token_a_tile():
                 call(**own)
 
 
+@pytest.mark.parametrize("family", OURS)
+def test_a_prefill_in_chunks(family):
+    model, processor = model_of(family), processor_of(family)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with hero.attach(model, processor, keep_ratio=0.3):
+        inputs = prompt_of(family, processor, TWO, tiny_image(120, 90))
+        whole = model.generate(**inputs, **options)
+        options["prefill_chunk_size"] = 7
+        if calls._transformers_version() < (5, 23):
+            with pytest.raises(ValueError, match=r"^prefill_chunk_size: expected None for images with"):
+                model.generate(**inputs, **options)
+        else:
+            assert torch.equal(model.generate(**inputs, **options), whole)
+
+
 # ------------------------------------------------------------------------ chat template and pipeline
 
 

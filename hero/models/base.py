@@ -150,11 +150,13 @@ class Adapter(ABC):
         has_run_per_crop: whether each crop has a run of placeholders of its own, between separators. Their
             lengths depend on the image's content, so images are encoded before the prompt is complete.
         takes_frames_for_images: whether frames of videos come as images, and would be thinned like them.
+        ours: inputs that attached processors add for hero alone, and that the stock model must not see.
     """
 
     reads_prompt: bool = False
     has_run_per_crop: bool = False
     takes_frames_for_images: bool = False
+    ours: tuple[str, ...] = ("keep_ratios",)
 
     @abstractmethod
     def parts(self, model: nn.Module) -> Parts:
