@@ -50,7 +50,7 @@ class Encoded:
 class Selection:
     """The visual tokens kept of a batch of images, packed, and how they were chosen.
 
-    T crops of P tokens. Of an image whose grid is resized (LLaVA-OneVision), cells take the place of its tiles.
+    T crops of P tokens. Where a grid is resized (LLaVA-OneVision), cells take the place of its tiles.
 
     Attributes:
         tokens: ``[total, D]`` projected features and newlines, image after image; ``None`` in
