@@ -23,6 +23,7 @@ def read_readme() -> str:
 
 PLOT = ["matplotlib>=3.9"]
 # Transformers' video processors, which some processors hold, need torchvision; SmolVLM's needs num2words.
+# No ranges: each torchvision requires one torch by itself, and the tests run without both.
 PROCESSORS = ["torchvision", "num2words"]
 # scikit-learn and scikit-image bring the digits and photographs that bench/mini draws its scenes from.
 BENCH = [*PLOT, "pytest", "pytest-benchmark", "scikit-learn", "scikit-image", "tqdm"]

@@ -243,7 +243,8 @@ def attach(
         options: arguments of :class:`hero.HeroConfig`, parameters of the policy included:
             ``keep_ratio=0.2, policy="hero", alpha=0.5``.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question in the prompt.
-        tokenizer: the language model's, to read the question; the processor's where ``None``.
+        tokenizer: the language model's, to read the question and the separators between tiles of Idefics3 and
+            SmolVLM; the processor's where ``None``.
         cuda_graphs: ``"auto"``, ``True`` or ``False``, as in :class:`hero.HeroVisionEncoder`: replay the
             vision tower from CUDA graphs. ``handle.last.path`` tells whether the last call did, or why not.
 
@@ -252,7 +253,8 @@ def attach(
 
     Raises:
         TypeError, ValueError: an unsupported model or processor, options out of range, a relevance
-            model without a tokenizer, a model that has hero attached already; each by name.
+            model without a tokenizer, or without a processor for pixels that are not normalised as CLIP's, a
+            model that has hero attached already; each by name.
     """
     if config is not None and options:
         raise ValueError(f"config: expected it or options, got both: {', '.join(options)}")

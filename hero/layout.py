@@ -206,8 +206,8 @@ class Geometry:
             ``NearestAspect``, ``LongestEdge`` or ``Whole``. Pairs (height, width) in pixels are pinpoints,
             none at all means ``Whole``.
         thumbnail, stitched, newlines: as in :class:`ImageLayout`. An image without tiles is its thumbnail.
-        resized_beyond: the number of tiles whose patches a stitched grid may hold without being resized
-            (LLaVA-OneVision: 9 in ``"anyres_max_9"``); ``None`` if grids are never resized.
+        resized_beyond: the number of tiles to whose patches a stitched grid is resized if it has more than
+            1.21 times as many (LLaVA-OneVision: 9 in ``"anyres_max_9"``); ``None`` if it never is.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of range, by name.

@@ -243,8 +243,7 @@ class ClipRelevance:
         """Unit embeddings ``[T, E]`` fp32 of crops.
 
         Args:
-            pixel_values: ``[T, 3, S, S]`` crops as the vision tower takes them; resized if CLIP's own size
-                differs.
+            pixel_values: ``[T, 3, S, S]`` crops, normalised as CLIP's; resized if CLIP's own size differs.
             pooled: ``[T, C]`` CLS features, after the final layer norm, of a tower that shares CLIP's
                 weights; replaces the second pass.
         """

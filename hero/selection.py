@@ -52,6 +52,8 @@ class Encoded:
 class Selection:
     """The visual tokens kept of a batch of images, packed, and how they were chosen.
 
+    T crops of P tokens. Where a grid is resized (LLaVA-OneVision), cells take the place of its tiles.
+
     Attributes:
         tokens: ``[total, D]`` projected features and newlines, image after image; ``None`` in
             ``handle.last``, which keeps no features in memory.

@@ -214,7 +214,7 @@ def half_to_thumbnail(
 
 @dataclass(frozen=True)
 class LayerPolicy(Policy):
-    """A policy that scores patches by CLS attention averaged over chosen layers.
+    """A policy that scores patches by attention averaged over chosen layers: CLS's, or what patches receive.
 
     Args:
         tile_layers: layers that score the patches of tiles (paper: low to middle layers, which attend to
