@@ -272,6 +272,11 @@ def attach(
             raise ValueError(
                 f"{name}: expected one without hero attached, got one with; call hero.detach({name}) first"
             )
+    if adapter.has_run_per_crop and tokenizer is None:
+        raise ValueError(
+            "tokenizer: expected the language model's tokenizer (or a processor), which tells the separators "
+            "between tiles, got None"
+        )
     if relevance is not None and tokenizer is None:
         raise ValueError(
             "tokenizer: expected the language model's tokenizer (or a processor), with which relevance reads "

@@ -108,7 +108,10 @@ def test_internvl_with_less_than_a_token_a_tile():
         assert_rows_equal(model(**given).logits, logits, 5e-5)  # runs of the stock length tell it too
         del own["image_sizes"]
         for call in (model, model.generate):
-            with pytest.raises(ValueError, match=r"^keep_ratio: expected at least 0.0625, or a processor"):
+            with pytest.raises(
+                ValueError,
+                match=r"^processor: expected one with hero attached, or a keep ratio of at least 0.0625",
+            ):
                 call(**own)
 
 
@@ -181,12 +184,8 @@ def test_calls_without_the_prompt_are_refused(family):
 
 @pytest.mark.parametrize("family", IDEFICS)
 def test_separators_need_a_tokenizer(family):
-    model = model_of(family)
-    inputs = prompt_of(family, processor_of(family), TWO, tiny_image(60, 170))
-    with hero.attach(model, keep_ratio=0.3):
-        for call in (model, model.generate):
-            with pytest.raises(ValueError, match=r"^tokenizer: expected the language model's tokenizer"):
-                call(**inputs)
+    with pytest.raises(ValueError, match=r"^tokenizer: expected the language model's tokenizer"):
+        hero.attach(model_of(family), keep_ratio=0.3)
 
 
 @pytest.mark.parametrize("family", ["internvl", "smolvlm"])
@@ -293,3 +292,30 @@ def test_quantised_weights(family):
     assert handle.last.index.tolist() == [place for result in results for place in result.index]
     assert_rows_equal(output, logits, 5e-5)
     assert answer.tolist() == reference.greedy(inputs, rule, 4)
+
+
+def test_a_video_beside_an_image():
+    """LLaVA-OneVision keeps videos whole: their placeholders are others."""
+    model, processor = model_of("llava_onevision"), processor_of("llava_onevision")
+    frames = torch.randn(1, 3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    video = torch.full((1, 3 * 4 + 1), model.config.video_token_id)  # 2 × 2 tokens a frame, and a newline
+
+    def asked() -> dict:
+        inputs = ask(processor, TWO, tiny_image(60, 170))
+        ids = torch.cat([inputs["input_ids"], video], dim=1)
+        return {
+            **inputs,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values_videos": frames,
+        }
+
+    with torch.no_grad():
+        stock = model(**asked()).logits
+        with hero.attach(model, processor, keep_ratio=1.0):
+            assert torch.equal(model(**asked()).logits, stock)
+        with hero.attach(model, processor, keep_ratio=0.3) as handle:
+            inputs = asked()
+            kept = int((inputs["input_ids"] == handle.image_token_id).sum())
+            assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] < stock.shape[1]
+            assert handle.last.lengths == [kept]

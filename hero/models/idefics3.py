@@ -60,11 +60,6 @@ class Idefics3Adapter(Adapter):
         )
 
     def shown(self, ids, parts, tokenizer):
-        if tokenizer is None:
-            raise ValueError(
-                "tokenizer: expected the language model's tokenizer (or a processor), which tells the "
-                "separators between tiles, got None: pass it to hero.attach"
-            )
         separators = {
             number: match
             for word, number in tokenizer.get_vocab().items()

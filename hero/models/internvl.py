@@ -72,8 +72,8 @@ class InternVLAdapter(Adapter):
         ways = (lambda one: one.kept_tokens(config)), (lambda one: one.full_tokens)
         if sizes is not None:  # of an attached processor
             layouts = geometry.layouts(sizes)
-            if inputs.get("image_grids") is not None:
-                pairs = zip(inputs["image_grids"].tolist(), layouts, strict=True)
+            if inputs.get("image_grids") is not None:  # a tensor or lists
+                pairs = zip(torch.as_tensor(inputs["image_grids"]).tolist(), layouts, strict=True)
                 layouts = [geometry.of_grid(tuple(grid), one.image_size) for grid, one in pairs]
             layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
             fits = any(list(map(count, layouts)) == lengths for count in ways)
@@ -94,8 +94,8 @@ class InternVLAdapter(Adapter):
                 continue
             if any(len(each) > 1 for each in fitting):
                 raise ValueError(
-                    f"keep_ratio: expected at least {1 / geometry.side**2:.3g}, or a processor with hero "
-                    "attached, to tell images of several tiles apart, got fewer tokens than tiles"
+                    f"processor: expected one with hero attached, or a keep ratio of at least "
+                    f"{1 / geometry.side**2:.3g}, for which images of other tiles have other numbers of tokens"
                 )
             if sum(one.crops for [one] in fitting) == len(pixels):
                 return [one for [one] in fitting]
@@ -138,9 +138,9 @@ class InternVLAdapter(Adapter):
         if counts != [one.crops for one in layouts]:
             expected = f"{[one.crops for one in layouts]} crops of the images"
             raise error(ValueError, "processor", expected, counts)
-        outputs["image_sizes"] = torch.tensor([one.image_size for one in layouts])
-        # Options of a call may cut otherwise than those that the processor was attached with.
-        outputs["image_grids"] = torch.tensor([one.grid for one in layouts])
+        outputs["image_sizes"] = [list(one.image_size) for one in layouts]
+        if geometry != processor._hero.geometry:  # options of the call cut otherwise
+            outputs["image_grids"] = [list(one.grid) for one in layouts]
         return layouts
 
 

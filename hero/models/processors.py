@@ -9,7 +9,6 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._checks import check_ratio, error
@@ -65,7 +64,7 @@ def process_images(self, original, images, **kwargs):
         layouts = with_ratios("keep_ratio", layouts, ratios)
         # As fractions of integers: whoever casts the inputs to half precision does not round them.
         exact = (Fraction(one.keep_ratio).limit_denominator(10**9) for one in layouts)
-        outputs["keep_ratios"] = torch.tensor([one.as_integer_ratio() for one in exact])
+        outputs["keep_ratios"] = [list(one.as_integer_ratio()) for one in exact]
     return outputs, [_shortened(self, *each) for each in zip(texts, layouts, strict=True)]
 
 
