@@ -301,7 +301,7 @@ def test_a_video_beside_an_image():
     video = torch.full((1, 3 * 4 + 1), model.config.video_token_id)  # 2 × 2 tokens a frame, and a newline
 
     def asked() -> dict:
-        inputs = ask(processor, TWO, tiny_image(60, 170))
+        inputs = prompt_of("llava_onevision", processor, TWO, tiny_image(60, 170))
         ids = torch.cat([inputs["input_ids"], video], dim=1)
         return {
             **inputs,

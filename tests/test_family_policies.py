@@ -4,7 +4,16 @@ import functools
 
 import pytest
 import torch
-from independent import ImageResult, Rule, allocate_exact, allocate_floor, numbers, quantised, select
+from independent import (
+    ImageResult,
+    Rule,
+    allocate_exact,
+    allocate_floor,
+    numbers,
+    quantised,
+    select,
+    tiny_tokenizer,
+)
 from independent_families import PAIR, TWO, InternVLReference, batch_of, independent_of, tiny_model
 from independent_policies import PEERS, IndependentPeers, IndependentPlus, PeerRule, counts
 from PIL import Image
@@ -108,7 +117,7 @@ def test_policies_on_internvl(policy, case, keep):
     config = config or hero.HeroConfig(policy=policy, **options)
     with hero.attach(model, processor, config=config) as handle, torch.no_grad():
         inputs = batch_of(processor, "internvl", case)
-        reference.grids = inputs["image_grids"].tolist()
+        reference.grids = [layout.grid for layout in handle.parts.geometry.layouts(inputs["image_sizes"])]
         rows, results, _ = reference._rows(given, rule, None, None)
         logits = [reference._forward(row.embeds) for row in rows]
         output, last = model(**inputs).logits, handle.last
@@ -153,7 +162,7 @@ def test_what_needs_cls_is_refused(family):
         ({"attention": "fused"}, "attention: expected 'native' for an encoder without CLS"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            hero.attach(model_of(family), **options)
+            hero.attach(model_of(family), tokenizer=tiny_tokenizer(), **options)
 
 
 @pytest.mark.parametrize("which", ["patched", "stock"])

@@ -94,8 +94,8 @@ class InternVLAdapter(Adapter):
                 continue
             if any(len(each) > 1 for each in fitting):
                 raise ValueError(
-                    f"processor: expected one with hero attached, or a keep ratio of at least "
-                    f"{1 / geometry.side**2:.3g}, for which images of other tiles have other numbers of tokens"
+                    "processor: expected one with hero attached, or a keep ratio of at least "
+                    f"{1 / geometry.side**2:.3g}, for which the number of tokens tells that of tiles"
                 )
             if sum(one.crops for [one] in fitting) == len(pixels):
                 return [one for [one] in fitting]
