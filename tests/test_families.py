@@ -354,6 +354,27 @@ def test_pictures(name, which):
         assert hero.visualize(image, handle.last, width=400).width == 400
 
 
+@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+@pytest.mark.parametrize("name", ["internvl", slow("smolvlm"), "llava_onevision"])
+def test_the_encoder_compiles_whole(name, backend):
+    """But for grids that may be resized, which are refused."""
+    sizes = torch.tensor([(112, 168), (60, 60)])
+    with hero.attach(model_of(name), tokenizer=tiny_tokenizer(), keep_ratio=0.3) as handle, torch.no_grad():
+        crops = sum(layout.crops for layout in handle.parts.geometry.layouts(sizes))
+        pixels = torch.randn((crops, 3, 56, 56), generator=torch.Generator().manual_seed(0))
+        torch._dynamo.reset()
+        compiled = torch.compile(handle.encoder, fullgraph=True, backend=backend)
+        if name == "llava_onevision":
+            with pytest.raises(
+                Exception, match="geometry: expected one that resizes no grids in compiled code"
+            ):
+                compiled(pixels, sizes)
+            return
+        found, wanted = compiled(pixels, sizes), handle.encoder(pixels, sizes)
+    assert torch.equal(found.index, wanted.index) and torch.equal(found.budgets, wanted.budgets)
+    torch.testing.assert_close(found.tokens, wanted.tokens, rtol=0, atol=1e-5)
+
+
 def test_a_tower_without_cls():
     """What needs CLS is refused by name; policies that do not, work."""
     model = model_of("llava_next, siglip")
