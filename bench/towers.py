@@ -23,7 +23,7 @@ from hero.layout import ImageLayout
 
 from . import timing
 from .end_to_end import TOLERANCE
-from .models import CLIP_L, SIZES, SPECIAL, Shape, random_model, shared_copy
+from .models import CLIP_L, SIZES, SPECIAL, Shape, build_processor, random_model, shared_copy
 from .records import environment, write
 
 KEEP, ROUNDS = 0.2, 3  # a call takes up to half a minute
@@ -57,13 +57,18 @@ def build(family: str, shape: Shape, vision: Mapping | None = None, **fields) ->
     return random_model(AutoModelForImageTextToText, config, torch.device("cpu"), torch.float32)
 
 
+def attach(model: torch.nn.Module, **options) -> hero.Handle:
+    """Attach hero; any tokenizer will do, since no prompt is read."""
+    return hero.attach(model, tokenizer=build_processor(CLIP_L).tokenizer, **options)
+
+
 def ready(family: str, model: torch.nn.Module) -> tuple[ImageLayout, dict[str, Callable]]:
     """The image and the calls to time; R = 1 was checked to give the stock tokens.
 
     Raises:
         RuntimeError: it does not.
     """
-    with hero.attach(model, keep_ratio=1.0) as handle:
+    with attach(model, keep_ratio=1.0) as handle:
         geometry = handle.encoder.geometry
         layout = geometry.of_grid((1, 2), (geometry.crop_size, 2 * geometry.crop_size))
         pixels = torch.randn(layout.crops, 3, geometry.crop_size, geometry.crop_size)
@@ -76,7 +81,7 @@ def ready(family: str, model: torch.nn.Module) -> tuple[ImageLayout, dict[str, C
     if not worst <= TOLERANCE[torch.float32]:
         raise RuntimeError(f"keep_ratio=1: expected the stock tokens, they differ by {worst}")
     for policy in POLICIES:
-        handle = hero.attach(shared_copy(model), keep_ratio=KEEP, policy=policy)
+        handle = attach(shared_copy(model), keep_ratio=KEEP, policy=policy)
         calls[policy] = lambda handle=handle: handle.encoder(pixels, [layout])
     return layout, calls
 

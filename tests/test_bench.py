@@ -506,7 +506,7 @@ def test_the_towers_have_their_published_sizes(monkeypatch, family, tokens, weig
     build, meta = models.random_model, torch.device("meta")
     monkeypatch.setattr(towers, "random_model", lambda *given: build(*given[:2], meta, given[3]))
     shape, fields = towers.SHAPES[family]
-    with hero.attach(towers.build(family, shape, **fields)) as handle:
+    with towers.attach(towers.build(family, shape, **fields)) as handle:
         assert handle.encoder.geometry.side**2 == tokens
         assert sum(one.numel() for one in handle.encoder.vision_tower.parameters()) == weights
 
