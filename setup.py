@@ -28,7 +28,7 @@ PROCESSORS = ["torchvision", "num2words"]
 # scikit-learn and scikit-image bring the digits and photographs that bench/mini draws its scenes from.
 BENCH = [*PLOT, "pytest", "pytest-benchmark", "scikit-learn", "scikit-image", "tqdm"]
 TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging", "accelerate", "peft"]
-DEV = [*TEST, "ruff", "mypy", "build"]
+DEV = [*TEST, "torchao", "ruff", "mypy", "build"]  # torchao: quantised models, with the newest torch alone
 # hero_llava_next subclasses lmms-eval's llava_hf, which imports decord.
 LMMS = ["lmms-eval[video-legacy]>=0.7.3"]
 
