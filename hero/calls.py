@@ -11,6 +11,7 @@ import contextvars
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias
 
@@ -192,9 +193,15 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
     if features is not None and adapter.reads_prompt:
         raise error(ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some")
+    if pixels is not None and not isinstance(pixels, Tensor):
+        raise error(TypeError, "pixel_values", "a tensor", pixels)
     old, new = handle.shown(ids, held) if is_new or held else ((), ())
-    if isinstance(inputs.get("keep_ratios"), Tensor):
-        inputs = {**inputs, "keep_ratios": inputs["keep_ratios"].tolist()}
+    ratios: Any = inputs.get("keep_ratios")
+    if isinstance(ratios, Real) and adapter.reads_prompt:
+        ratios = [ratios] * len(new)
+    if hasattr(ratios, "tolist"):
+        ratios = ratios.tolist()
+    inputs = inputs if ratios is None else {**inputs, "keep_ratios": ratios}
     layouts = handle.layouts(inputs, new)
     if inputs.get("keep_ratios") is not None and not layouts:
         raise error(ValueError, "keep_ratios", "None without images", inputs["keep_ratios"])
@@ -219,6 +226,10 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     if features is not None:
         kept = [*before, *((len(tokens),) for tokens in features.pooler_output)]
     seen = [tuple(length for _, length in image.runs) for image in (*old, *new)]
+
+    if adapter.reads_prompt and total != sum(map(sum, seen)):
+        expected = f"{sum(map(sum, seen))} image placeholders, in the runs of images"
+        raise error(ValueError, "input_ids", expected, total)
 
     def fits(runs: list[tuple[int, ...]]) -> bool:
         return runs == seen if adapter.reads_prompt else sum(map(sum, runs)) == total

@@ -50,7 +50,7 @@ def visualize(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range, or the image has another
-            size than the selection's. The message names the argument.
+            size than the selection's, where that is known. The message names the argument.
         OSError: the path or URL cannot be read.
         ImportError: matplotlib is not installed.
     """

@@ -156,6 +156,9 @@ def shrink(
     mask = torch.ones_like(ids) if given is None else given
     if mask.dim() != 2:
         raise ValueError(f"attention_mask: expected [B, L], got shape {tuple(mask.shape)}")
+    if len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
+        expected = f"one for input_ids of {tuple(ids.shape)}"
+        raise ValueError(f"attention_mask: expected {expected}, got shape {tuple(mask.shape)}")
     _check_aligned(inputs, ids)
     length = ids.shape[1]
     past, mask = mask[:, :-length], mask[:, -length:]  # a mask may begin with what a cache holds

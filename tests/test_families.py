@@ -3,6 +3,7 @@
 import functools
 
 import independent_families
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -282,7 +283,19 @@ def test_ratios_of_a_call(name, which):
         for call in (model, model.generate):
             with pytest.raises(ValueError, match=r"^keep_ratios: expected None without images"):
                 call(**text, keep_ratios=[0.5])
-        for wrong in ([0.5, 0.5, 0.5], [0.5], [0.0, 0.5], [0.5, 1.5], ["a", 0.5], "half"):
+        for right in (0.5, torch.tensor(0.5), np.array([0.5, 0.5])) if which == "stock" else ():
+            model(**inputs, keep_ratios=right)
+            assert handle.last.lengths[0] == images[0][1].lengths[0]
+        for wrong in (
+            [0.5, 0.5, 0.5],
+            [0.5],
+            [[1, 0], [1, 2]],
+            0.0,
+            [0.0, 0.5],
+            [0.5, 1.5],
+            ["a", 0.5],
+            "half",
+        ):
             with pytest.raises((TypeError, ValueError), match=r"^keep_ratios: expected "):
                 model(**{**inputs, "keep_ratios": wrong})
             if which == "patched":

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from independent import CHAT_TEMPLATE, CROP, tiny_image
+from independent import CACHE, CHAT_TEMPLATE, CROP, tiny_image
 from independent_families import PAIR, TWO, batch_of, independent_of, tiny_model, tiny_picture
 from test_families import RUN_PER_CROP as IDEFICS
 from test_families import model_of, prompt_of, reference_of
 from test_families import processor_or_skip as processor_of
 from test_llava_next import assert_rows_equal, config_of, rule_of
 from transformers import pipeline
+from transformers.cache_utils import DynamicCache
 
 import hero
 from hero import calls
@@ -319,3 +320,56 @@ def test_a_video_beside_an_image():
             kept = int((inputs["input_ids"] == handle.image_token_id).sum())
             assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1] < stock.shape[1]
             assert handle.last.lengths == [kept]
+
+
+@pytest.mark.parametrize("family", IDEFICS)
+def test_crops_that_the_prompt_does_not_show_are_refused(family):
+    """Such as all images of a conversation beside a cache, a cut prompt, padding first, or a hidden crop."""
+    model, processor = model_of(family), processor_of(family)
+    one, two = tiny_image(60, 170), tiny_image(120, 90, 1)
+    first, both = (prompt_of(family, processor, *given) for given in ((TWO, one), (PAIR, one, two)))
+    pixels, mask = first["pixel_values"], first["pixel_attention_mask"]
+    none = {"pixel_attention_mask": None}
+    padded = torch.cat([torch.zeros_like(pixels[:, :1]), pixels], dim=1)
+    hidden, part = mask.clone(), mask.clone()
+    hidden[:, 0], part[:, 0, 0] = 0, 0
+    wrong = [
+        {name: both[name] for name in ("pixel_values", "pixel_attention_mask")},
+        {"pixel_values": both["pixel_values"], **none},
+        {"pixel_values": padded, **none},
+        {"pixel_values": pixels[:, 1:], "pixel_attention_mask": mask[:, 1:]},
+        {"pixel_values": pixels[0], **none},
+        {"pixel_values": torch.cat([pixels, pixels]), **none},
+        {"pixel_attention_mask": hidden},
+        {"pixel_attention_mask": part},
+    ]
+    with hero.attach(model, tokenizer=processor.tokenizer, keep_ratio=0.3), torch.no_grad():
+        for change in wrong:
+            for call in (model, model.generate):
+                with pytest.raises(ValueError, match=r"^pixel_values"):
+                    call(**{**first, **change})
+        cache = DynamicCache()
+        answer = model.generate(**first, max_new_tokens=2, **{CACHE: cache})
+        words = torch.cat([answer, prompt_of(family, processor, TWO, two)["input_ids"]], dim=1)
+        again = {**both, "input_ids": words, "attention_mask": torch.ones_like(words)}
+        with pytest.raises(ValueError, match=r"^pixel_values"):
+            model.generate(**again, max_new_tokens=2, **{CACHE: cache})
+        ids = torch.cat([first["input_ids"], torch.full((1, 1), model.config.image_token_id)], dim=1)
+        with pytest.raises(ValueError, match=r"^input_ids: expected .* in the runs of images"):
+            model(**{**first, "input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_internvl_refuses_sizes_of_other_images():
+    model, processor = model_of("internvl"), processor_of("internvl")
+    with hero.attach(model, processor, keep_ratio=0.3), torch.no_grad():
+        inputs = prompt_of("internvl", processor, PAIR, tiny_image(60, 170), tiny_image(120, 90, 1))
+        sizes = inputs["image_sizes"]
+        for change in (
+            {"image_sizes": sizes[:1]},
+            {"image_sizes": [(56, 56), (56, 56)]},
+            {"image_grids": [[3, 2], [3, 4]]},
+            {"image_grids": [[1, 3]]},
+            {"pixel_values": inputs["pixel_values"].tolist()},
+        ):
+            with pytest.raises((TypeError, ValueError), match=rf"^{'|'.join(change)}|^image_sizes"):
+                model(**{**inputs, **change})

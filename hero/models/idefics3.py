@@ -28,11 +28,6 @@ _LONGEST_EDGE = 4  # of the published image processors, in crops
 
 
 def get_image_features(self, original, pixel_values, pixel_attention_mask=None, **kwargs):
-    if pixel_attention_mask is not None:
-        shown = pixel_attention_mask.flatten(2) != 0
-        if not bool((shown.all(2) == shown.any(2)).all()):
-            expected = "None, or masks that show or hide whole crops"
-            raise ValueError(f"pixel_attention_mask: expected {expected}, got one that hides parts")
     tokens, _ = self._hero.image_tokens(pixel_values, None)
     # A tensor, and blocks of one token each, since older versions take no list.
     output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
@@ -84,14 +79,31 @@ class Idefics3Adapter(Adapter):
         return images
 
     def layouts(self, inputs, parts, config, shown):
-        if inputs.get("pixel_values") is None:
+        pixels, mask = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
+        if pixels is None:
             return None
+        prompts = len(inputs["input_ids"])
+        if pixels.dim() != 5 or len(pixels) != prompts:
+            expected = f"[{prompts} prompts, crops, 3, S, S]"
+            raise ValueError(f"pixel_values: expected {expected}, got shape {tuple(pixels.shape)}")
+        counts = [0] * prompts
         for image in shown:
             if len(image.runs) != image.grid[0] * image.grid[1] + 1:
-                expected = "a separator for each tile of the grid, then that of the thumbnail"
-                raise error(
-                    ValueError, "input_ids", expected, f"{len(image.runs)} separators of {image.grid}"
-                )
+                expected, found = "a separator for each tile, then that of the thumbnail", len(image.runs)
+                raise error(ValueError, "input_ids", expected, f"{found} separators of {image.grid}")
+            counts[image.row] += len(image.runs)
+        # The stock model takes crops of zeros for padding; a mask also tells black crops from it.
+        seen = (pixels if mask is None or mask.dim() < 3 else mask).flatten(2) != 0
+        crops = torch.arange(pixels.shape[1]) < torch.tensor(counts)[:, None]
+        is_whole = mask is None or bool((seen.all(2) == seen.any(2)).all())
+        fits = max(counts) <= pixels.shape[1] and seen.any(2).tolist() == crops.tolist()
+        if not is_whole or not fits:
+            found = f"{seen.any(2).sum(1).tolist()}{'' if is_whole else ', parts of them hidden'}"
+            raise ValueError(
+                "pixel_values, pixel_attention_mask: expected the crops that prompts show after "
+                "<fake_token_around_image> and <row_1_col_1> or <global-img> and that no cache holds, "
+                f"{counts}, got {found}"
+            )
         return [parts.geometry.of_grid(image.grid) for image in shown]
 
     def crops(self, pixel_values, layouts, rows, parts):
@@ -99,8 +111,6 @@ class Idefics3Adapter(Adapter):
         for layout, row in zip(layouts, rows, strict=True):
             counts[row] += layout.crops
         most = pixel_values.shape[1]
-        if max(counts) > most:
-            raise error(ValueError, "pixel_values", f"{max(counts)} crops, as in the prompt", f"{most}")
         index = torch.tensor([row * most + crop for row, count in enumerate(counts) for crop in range(count)])
         crops = pixel_values.flatten(0, 1)[to_device(index, pixel_values.device)]
         return crops.to(parts.vision_tower.dtype)

@@ -71,14 +71,21 @@ class InternVLAdapter(Adapter):
         geometry, lengths = parts.geometry, [image.runs[0][1] for image in shown]
         ways = (lambda one: one.kept_tokens(config)), (lambda one: one.full_tokens)
         if sizes is not None:  # of an attached processor
-            layouts = geometry.layouts(sizes)
-            if inputs.get("image_grids") is not None:  # a tensor or lists
-                pairs = zip(torch.as_tensor(inputs["image_grids"]).tolist(), layouts, strict=True)
+            layouts, grids = geometry.layouts(sizes), inputs.get("image_grids")
+            if grids is not None:  # a tensor or lists
+                grids = torch.as_tensor(grids).tolist()
+                if len(grids) != len(layouts):
+                    raise error(ValueError, "image_grids", f"one for each of {len(layouts)} images", grids)
+                pairs = zip(grids, layouts, strict=True)
                 layouts = [geometry.of_grid(tuple(grid), one.image_size) for grid, one in pairs]
             layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
             fits = any(list(map(count, layouts)) == lengths for count in ways)
             if fits and sum(one.crops for one in layouts) == len(pixels):
                 return layouts
+            raise ValueError(
+                f"image_sizes: expected those of {len(pixels)} crops, whose runs are {lengths}, got those of "
+                f"{[one.crops for one in layouts]} crops"
+            )
         tiles = range(2, len(pixels))
         some = [geometry.of_grid((0, 0)), *(geometry.of_grid((1, k), is_known=False) for k in tiles)]
         choices = [some] * len(lengths)

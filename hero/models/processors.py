@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Real
 from typing import Any
-
-from torch import Tensor
 
 from .._checks import check_ratio, error
 from ..config import HeroConfig
@@ -60,8 +59,7 @@ def process_images(self, original, images, **kwargs):
     geometry = own.adapter.cut(self, own.geometry, kwargs)
     layouts = own.adapter.processed(self, geometry, outputs, images)
     if keep_ratio is not None:
-        ratios = [keep_ratio] * len(layouts) if isinstance(keep_ratio, Real) else keep_ratio
-        layouts = with_ratios("keep_ratio", layouts, ratios)
+        layouts = with_ratios("keep_ratio", layouts, keep_ratio)
         # As fractions of integers: whoever casts the inputs to half precision does not round them.
         exact = (Fraction(one.keep_ratio).limit_denominator(10**9) for one in layouts)
         outputs["keep_ratios"] = [list(one.as_integer_ratio()) for one in exact]
@@ -73,18 +71,18 @@ def with_ratios(name: str, layouts: Sequence[ImageLayout], ratios: Any) -> tuple
 
     Args:
         name: of the argument.
-        ratios: a number in (0, 1] for each image; or ``[B, 2]`` integers, numerators and denominators.
+        ratios: a number in (0, 1], or one for each image; or ``[B, 2]`` integers, numerator and denominator.
 
     Raises:
         TypeError, ValueError: anything else.
     """
-    if isinstance(ratios, Tensor):
-        ratios = ratios.tolist()
+    ratios = ratios.tolist() if hasattr(ratios, "tolist") else ratios
+    ratios = [ratios] * len(layouts) if isinstance(ratios, Real) else ratios
     if isinstance(ratios, str) or not isinstance(ratios, Sequence):
         raise error(TypeError, name, "a number in (0, 1], or one for each image", ratios)
     if len(ratios) != len(layouts):
         raise error(ValueError, name, f"one for each of {len(layouts)} images", ratios)
-    numbers = [one[0] / one[1] if isinstance(one, list) else one for one in ratios]
+    numbers = [one[0] / (one[1] or math.nan) if isinstance(one, list) else one for one in ratios]
     checked = [check_ratio(name, number) for number in numbers]
     return tuple(replace(one, keep_ratio=ratio) for one, ratio in zip(layouts, checked, strict=True))
 
