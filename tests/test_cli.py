@@ -311,6 +311,7 @@ def test_an_address_without_an_image_is_one_line(capsys, monkeypatch, server, tm
     assert f"image: expected an image file or URL, got {url!r}: " in line and reason in line
 
 
+@pytest.mark.slow
 def test_a_file_name_that_is_no_text(tmp_path):
     """Its bytes are not UTF-8, which a terminal may refuse to show."""
     name = b"\xff.png"

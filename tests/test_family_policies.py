@@ -165,6 +165,7 @@ def test_what_needs_cls_is_refused(family):
             hero.attach(model_of(family), tokenizer=tiny_tokenizer(), **options)
 
 
+@SLOW
 @pytest.mark.parametrize("which", ["patched", "stock"])
 @pytest.mark.parametrize("family", OURS)
 def test_exact_ties(family, which):
