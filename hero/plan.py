@@ -26,7 +26,16 @@ from .layout import ImageLayout
 from .policies import Rows
 from .signals import Places, places_of
 
-__all__ = ["CropPlan", "Plan", "Plans", "check_crops", "check_pixels", "make_plan", "with_image"]
+__all__ = [
+    "CropPlan",
+    "Plan",
+    "Plans",
+    "check_crops",
+    "check_pixels",
+    "check_shown_crops",
+    "make_plan",
+    "with_image",
+]
 
 LIMIT = 256  # plans that an encoder keeps
 
@@ -249,4 +258,28 @@ def check_crops(shape: Sequence[int], layouts: Sequence[ImageLayout]) -> None:
         raise ValueError(
             f"image_sizes: expected {shape[0]} images of at most {shape[1]} crops, "
             f"got {len(counts)} images of {counts} crops"
+        )
+
+
+def check_shown_crops(pixels: Tensor, mask: Tensor | None, counts: Sequence[int]) -> None:
+    """Check that pixels padded by prompt ``[prompts, crops, ...]`` are the crops that separators announce.
+
+    Args:
+        mask: ``[prompts, crops, ...]``, 0 where pixels are padding. Without one, crops of zeros are padding,
+            as the stock model has it.
+        counts: crops of the images of each prompt that no cache holds.
+
+    Raises:
+        ValueError: other crops, or parts of them hidden.
+    """
+    seen = (pixels if mask is None or mask.dim() < 3 else mask).flatten(2) != 0
+    crops = torch.arange(pixels.shape[1]) < torch.tensor(counts)[:, None]
+    is_whole = mask is None or bool((seen.all(2) == seen.any(2)).all())
+    fits = max(counts) <= pixels.shape[1] and seen.any(2).tolist() == crops.tolist()
+    if not is_whole or not fits:
+        found = f"{seen.any(2).sum(1).tolist()}{'' if is_whole else ', parts of them hidden'}"
+        raise ValueError(
+            "pixel_values, pixel_attention_mask: expected the crops that prompts show after "
+            "<fake_token_around_image> and <row_1_col_1> or <global-img> and that no cache holds, "
+            f"{list(counts)}, got {found}"
         )

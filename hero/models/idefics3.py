@@ -17,6 +17,7 @@ from hero_kernels.segments import to_device
 
 from .._checks import error
 from ..layout import Geometry
+from ..plan import check_shown_crops
 from ..tiling import LongestEdge, Whole
 from . import tower_for
 from .base import Adapter, Parts, Patch, Shown
@@ -92,18 +93,7 @@ class Idefics3Adapter(Adapter):
                 expected, found = "a separator for each tile, then that of the thumbnail", len(image.runs)
                 raise error(ValueError, "input_ids", expected, f"{found} separators of {image.grid}")
             counts[image.row] += len(image.runs)
-        # The stock model takes crops of zeros for padding; a mask also tells black crops from it.
-        seen = (pixels if mask is None or mask.dim() < 3 else mask).flatten(2) != 0
-        crops = torch.arange(pixels.shape[1]) < torch.tensor(counts)[:, None]
-        is_whole = mask is None or bool((seen.all(2) == seen.any(2)).all())
-        fits = max(counts) <= pixels.shape[1] and seen.any(2).tolist() == crops.tolist()
-        if not is_whole or not fits:
-            found = f"{seen.any(2).sum(1).tolist()}{'' if is_whole else ', parts of them hidden'}"
-            raise ValueError(
-                "pixel_values, pixel_attention_mask: expected the crops that prompts show after "
-                "<fake_token_around_image> and <row_1_col_1> or <global-img> and that no cache holds, "
-                f"{counts}, got {found}"
-            )
+        check_shown_crops(pixels, mask, counts)
         return [parts.geometry.of_grid(image.grid) for image in shown]
 
     def crops(self, pixel_values, layouts, rows, parts):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .._checks import error
@@ -17,7 +16,7 @@ from ..layout import Geometry
 from ..tiling import NearestAspect, Whole
 from . import tower_for
 from .base import Adapter, Parts, Patch, Shown, runs_of
-from .processors import with_ratios
+from .processors import sizes_of, with_ratios
 
 __all__ = ["ADAPTER"]
 
@@ -27,9 +26,8 @@ def get_image_features(
 ):
     strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
     layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-    tokens, _ = self._hero.image_tokens(
-        pixel_values.to(self.dtype), None, feature_layer=_layer(layer, strategy)
-    )
+    pixel_values, layer = pixel_values.to(self.dtype), _layer(layer, strategy)
+    tokens, _ = self._hero.image_tokens(pixel_values, None, feature_layer=layer)
     # generate counts the entries of each image as those of a list, forward takes a tensor.
     output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
     return output if kwargs.get("return_dict", True) else output.to_tuple()
@@ -73,11 +71,10 @@ class InternVLAdapter(Adapter):
         if sizes is not None:  # of an attached processor
             layouts, grids = geometry.layouts(sizes), inputs.get("image_grids")
             if grids is not None:  # a tensor or lists
-                grids = torch.as_tensor(grids).tolist()
                 if len(grids) != len(layouts):
                     raise error(ValueError, "image_grids", f"one for each of {len(layouts)} images", grids)
-                pairs = zip(grids, layouts, strict=True)
-                layouts = [geometry.of_grid(tuple(grid), one.image_size) for grid, one in pairs]
+                grids = map(tuple, torch.as_tensor(grids).tolist())
+                layouts = list(map(geometry.of_grid, grids, [one.image_size for one in layouts]))
             layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
             fits = any(list(map(count, layouts)) == lengths for count in ways)
             if fits and sum(one.crops for one in layouts) == len(pixels):
@@ -140,21 +137,14 @@ class InternVLAdapter(Adapter):
         return [Patch(model.model, "get_image_features", get_image_features)]
 
     def processed(self, processor, geometry, outputs, images):
-        layouts = geometry.layouts([_size(image) for image in make_flat_list_of_images(images)])
+        layouts = geometry.layouts(sizes_of(images))
         counts = [int(count) for count in outputs["num_patches"]]
         if counts != [one.crops for one in layouts]:
-            expected = f"{[one.crops for one in layouts]} crops of the images"
-            raise error(ValueError, "processor", expected, counts)
+            raise error(ValueError, "processor", f"{[one.crops for one in layouts]} crops of images", counts)
         outputs["image_sizes"] = [list(one.image_size) for one in layouts]
         if geometry != processor._hero.geometry:  # options of the call cut otherwise
             outputs["image_grids"] = [list(one.grid) for one in layouts]
         return layouts
-
-
-def _size(image) -> tuple[int, int]:
-    if isinstance(image.size, tuple):  # of Pillow
-        return image.size[::-1]
-    return tuple(get_image_size(image, infer_channel_dimension_format(image)))
 
 
 ADAPTER = InternVLAdapter()

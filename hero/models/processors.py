@@ -20,6 +20,7 @@ __all__ = [
     "num_multimodal_tokens",
     "process_images",
     "refuse_videos",
+    "sizes_of",
     "with_ratios",
 ]
 
@@ -85,6 +86,20 @@ def with_ratios(name: str, layouts: Sequence[ImageLayout], ratios: Any) -> tuple
     numbers = [one[0] / (one[1] or math.nan) if isinstance(one, list) else one for one in ratios]
     checked = [check_ratio(name, number) for number in numbers]
     return tuple(replace(one, keep_ratio=ratio) for one, ratio in zip(layouts, checked, strict=True))
+
+
+def sizes_of(images: Any) -> list[tuple[int, int]]:
+    """(height, width) of images as an image processor takes them, in order."""
+    from transformers import image_utils
+
+    sizes = []
+    for image in image_utils.make_flat_list_of_images(images):
+        if isinstance(image.size, tuple):  # of Pillow
+            sizes.append(image.size[::-1])
+        else:
+            channels = image_utils.infer_channel_dimension_format(image)
+            sizes.append(tuple(image_utils.get_image_size(image, channels)))
+    return sizes
 
 
 def refuse_videos(self, original, *args, **kwargs):
