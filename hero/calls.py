@@ -11,7 +11,6 @@ import contextvars
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias
 
@@ -196,12 +195,6 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     if pixels is not None and not isinstance(pixels, Tensor):
         raise error(TypeError, "pixel_values", "a tensor", pixels)
     old, new = handle.shown(ids, held) if is_new or held else ((), ())
-    ratios: Any = inputs.get("keep_ratios")
-    if isinstance(ratios, Real) and adapter.reads_prompt:
-        ratios = [ratios] * len(new)
-    if hasattr(ratios, "tolist"):
-        ratios = ratios.tolist()
-    inputs = inputs if ratios is None else {**inputs, "keep_ratios": ratios}
     layouts = handle.layouts(inputs, new)
     if inputs.get("keep_ratios") is not None and not layouts:
         raise error(ValueError, "keep_ratios", "None without images", inputs["keep_ratios"])

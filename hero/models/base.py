@@ -22,11 +22,13 @@ __all__ = [
     "Shown",
     "Tower",
     "TowerOutput",
+    "check_tokens",
     "hidden_states",
     "is_untouched",
     "parameter",
     "runs_of",
     "square",
+    "token_blocks",
     "unwrapped",
 ]
 
@@ -311,6 +313,23 @@ def runs_of(is_image: Tensor) -> list[tuple[int, int, int]]:
     edges = torch.nn.functional.pad(is_image.int(), (1, 1)).diff(dim=1)
     begins, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
     return [(row, begin, end - begin) for (row, begin), (_, end) in zip(begins, ends, strict=True)]
+
+
+def token_blocks(tokens: list[Tensor], return_dict: bool = True) -> Any:
+    """What ``get_image_features`` returns where its features must be one tensor: the tokens as ``[n, 1, D]``.
+
+    ``generate`` counts the entries of each image as those of a list, and older versions take no list.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
+    return output if return_dict else output.to_tuple()
+
+
+def check_tokens(name: str, tokens: int, geometry: Geometry) -> None:
+    """Raise ``ValueError`` unless a processor counts as many tokens a crop as the model has."""
+    if tokens != geometry.side**2:
+        raise error(ValueError, f"{name} of the processor", f"{geometry.side**2}", tokens)
 
 
 def square(name: str, size: Any) -> int:

@@ -11,7 +11,6 @@ import re
 from dataclasses import replace
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hero_kernels.segments import to_device
 
@@ -20,9 +19,9 @@ from ..layout import Geometry
 from ..plan import check_shown_crops
 from ..tiling import LongestEdge, Whole
 from . import tower_for
-from .base import Adapter, Parts, Patch, Shown
+from .base import Adapter, Parts, Patch, Shown, check_tokens, token_blocks
 
-__all__ = ["ADAPTER", "Idefics3Adapter"]
+__all__ = ["ADAPTER"]
 
 _SEPARATOR = re.compile(r"<row_(\d+)_col_(\d+)>|<global-img>")
 _LONGEST_EDGE = 4  # of the published image processors, in crops
@@ -30,9 +29,7 @@ _LONGEST_EDGE = 4  # of the published image processors, in crops
 
 def get_image_features(self, original, pixel_values, pixel_attention_mask=None, **kwargs):
     tokens, _ = self._hero.image_tokens(pixel_values, None)
-    # A tensor, and blocks of one token each, since older versions take no list.
-    output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
-    return output if kwargs.get("return_dict", True) else output.to_tuple()
+    return token_blocks(tokens, kwargs.get("return_dict", True))
 
 
 class Idefics3Adapter(Adapter):
@@ -112,10 +109,8 @@ class Idefics3Adapter(Adapter):
         if not hasattr(processor, "image_seq_len") or not hasattr(processor, "fake_image_token"):
             name = "an Idefics3Processor or a SmolVLMProcessor"
             raise TypeError(f"processor: expected {name}, got {type(processor).__name__}")
-        geometry, tokens = parts.geometry, processor.image_seq_len
-        if tokens != geometry.side**2:
-            raise error(ValueError, "image_seq_len of the processor", f"{geometry.side**2}", tokens)
-        return self.cut(processor, geometry, {})
+        check_tokens("image_seq_len", processor.image_seq_len, parts.geometry)
+        return self.cut(processor, parts.geometry, {})
 
     def cut(self, processor, geometry, options):
         def option(name):

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .._checks import error
 from ..layout import Geometry
 from ..tiling import NearestAspect, Whole
 from . import tower_for
-from .base import Adapter, Parts, Patch, Shown, runs_of
+from .base import Adapter, Parts, Patch, Shown, check_tokens, runs_of, token_blocks
 from .processors import sizes_of, with_ratios
 
 __all__ = ["ADAPTER"]
@@ -28,9 +27,7 @@ def get_image_features(
     layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
     pixel_values, layer = pixel_values.to(self.dtype), _layer(layer, strategy)
     tokens, _ = self._hero.image_tokens(pixel_values, None, feature_layer=layer)
-    # generate counts the entries of each image as those of a list, forward takes a tensor.
-    output = BaseModelOutputWithPooling(pooler_output=torch.cat(tokens)[:, None])
-    return output if kwargs.get("return_dict", True) else output.to_tuple()
+    return token_blocks(tokens, kwargs.get("return_dict", True))
 
 
 def _layer(layer, strategy):
@@ -118,10 +115,8 @@ class InternVLAdapter(Adapter):
         image_processor = getattr(processor, "image_processor", None)
         if not hasattr(processor, "image_seq_length") or not hasattr(image_processor, "max_patches"):
             raise TypeError(f"processor: expected an InternVLProcessor, got {type(processor).__name__}")
-        geometry, tokens = parts.geometry, processor.image_seq_length
-        if tokens != geometry.side**2:
-            raise error(ValueError, "image_seq_length of the processor", f"{geometry.side**2}", tokens)
-        return self.cut(processor, geometry, {})
+        check_tokens("image_seq_length", processor.image_seq_length, parts.geometry)
+        return self.cut(processor, parts.geometry, {})
 
     def cut(self, processor, geometry, options):
         images = processor.image_processor
