@@ -72,18 +72,19 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
-def check_integer(name: str, value: object, low: int = 1) -> int:
-    """``value`` as an integer >= ``low``.
+def check_integer(name: str, value: object, low: int = 1, high: int | None = None) -> int:
+    """``value`` as an integer >= ``low``, and at most ``high``.
 
     Raises:
         TypeError, ValueError: anything else.
     """
-    expected = f"an integer >= {low}"
+    expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise error(TypeError, name, expected, value)
-    if value < low:
+    number = int(value)
+    if number < low or (high is not None and number > high):
         raise error(ValueError, name, expected, value)
-    return int(value)
+    return number
 
 
 def check_flag(name: str, value: object, *, expected: str = "a bool") -> bool:

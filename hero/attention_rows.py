@@ -11,6 +11,9 @@ takes them. Like transformers' own output capturing, that is not safe to run fro
 
 Received attention needs the log-sum-exp of every query. Where SDPA would run PyTorch's flash attention, that
 kernel is called directly, since it returns its log-sum-exp too. The output is the same, bit for bit.
+
+Encoders that pack images into one sequence call attention once a layer only under a name with "flash" in it,
+and otherwise once an image. So their function has such a name, and divides the sequence itself.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +35,26 @@ import hero_kernels as hk
 
 from .patches import put, restore
 
-__all__ = ["Collector", "KeyCollector", "collect", "install", "installed", "remove"]
+__all__ = ["Collector", "KeyCollector", "Packed", "collect", "install", "installed", "remove"]
 
 NAME = "hero_attention_rows"
+PACKED = "hero_flash_attention_rows"
 _STATE = "_hero_attention_rows"
 _collectors: contextvars.ContextVar[tuple] = contextvars.ContextVar("hero_collectors", default=())
 # By device: the flash attention behind SDPA. On a CPU the reference is no faster with a log-sum-exp.
 _FLASH = {"cuda": "_scaled_dot_product_flash_attention"}
+
+
+class Packed(NamedTuple):
+    """Images one after another in one sequence, as packed encoders take them.
+
+    Attributes:
+        lengths: patches of each image.
+        cu_seqlens: ``[B + 1]`` int32, where each image begins, on the device of the encoder.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
 
 
 class Collector:
@@ -49,14 +65,21 @@ class Collector:
             crop, since thumbnails and tiles are scored by different layers.
         second_softmax: as in :func:`hero_kernels.cls_attention`.
         received: score by received attention, for encoders without CLS.
+        packed: the images of a packed encoder.
     """
 
     def __init__(
-        self, weights: Mapping[int, Tensor | float], *, second_softmax: bool = False, received: bool = False
+        self,
+        weights: Mapping[int, Tensor | float],
+        *,
+        second_softmax: bool = False,
+        received: bool = False,
+        packed: Packed | None = None,
     ):
         self.weights = weights
         self.second_softmax = second_softmax
         self.received = received
+        self.packed = packed
         self.seen: set[int] = set()
         self.fused = False  # whether a layer ran attention that returns the rows
         self.rows: Tensor | None = None  # [T, H, P] fp32
@@ -70,6 +93,9 @@ class Collector:
         if layer not in self.weights:
             return
         options = self._options(layer, query.device)
+        if self.packed is not None:
+            options |= {"cu_seqlens": self.packed.cu_seqlens.to(query.device)}
+            options |= {"max_seqlen": max(self.packed.lengths)}
         if self.received:
             rows = hk.received_attention(query, key, scale, lse=lse, **options)
         else:
@@ -298,6 +324,30 @@ def _attention(module, query, key, value, attention_mask, **kwargs):
     return output
 
 
+def _packed_attention(module, query, key, value, attention_mask, **kwargs):
+    """The registered attention function of packed encoders; query, key and value are ``[1, H, N, D]``."""
+    state, collectors = module.__dict__[_STATE], _collectors.get()
+    base, lse = _base(module, state.config), None
+    if "flash" in (state.config._attn_implementation or ""):
+        output = base(state.view, query, key, value, attention_mask, **kwargs)
+    else:  # what the module does under other names, with lengths that are known already
+        places, *_ = (kwargs.pop(f"{name}_{side}") for name in ("cu_seq_lens", "max_length") for side in "qk")
+        lengths = collectors[0].packed.lengths if collectors else places.diff().tolist()
+        parts, sums = [], []
+        for one in zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True):
+            if collectors and _runs_flash(base, *one, attention_mask, kwargs):
+                (part, _), lse = _flash(*one, kwargs["scaling"])
+            else:
+                part, lse = base(state.view, *one, attention_mask, **kwargs)[0], None
+            parts.append(part)
+            sums.append(lse)
+        output = torch.cat(parts, 1), None
+        lse = None if any(one is None for one in sums) else torch.cat(sums, 2)
+    for collector in collectors:
+        collector.add(state.layer, query, key, kwargs["scaling"], lse)
+    return output
+
+
 def _interface():
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -311,6 +361,7 @@ def install(
     second_softmax: bool = False,
     attention: str = "native",
     keys: Sequence[int] = (),
+    packed: bool = False,
 ) -> None:
     """Make the attention modules ``{layer: module}`` compute rows for the collectors of each pass.
 
@@ -320,6 +371,7 @@ def install(
         attention: ``"fused"`` runs attention that returns the rows, ``"native"`` the module's own with the
             rows beside it, ``"auto"`` what was measured to be faster.
         keys: layers whose keys are read.
+        packed: whether the encoder packs images into one sequence.
 
     Raises:
         ValueError: one of the modules has hero attached already.
@@ -328,14 +380,15 @@ def install(
         raise ValueError(
             "vision_tower: expected an encoder without hero attached, got one with: call hero.detach first"
         )
-    if NAME not in _interface():
-        type(_interface()).register(NAME, _attention)
+    name, function = (PACKED, _packed_attention) if packed else (NAME, _attention)
+    if name not in _interface():
+        type(_interface()).register(name, function)
     for layer, module in modules.items():
         view = _View(module, module.config)
         state = _State(module.config, view, layer, received, second_softmax, attention, layer in keys)
         put(module, _STATE, state)
         put(module, "config", copy.copy(module.config))
-        module.config._attn_implementation_internal = NAME
+        module.config._attn_implementation_internal = name
 
 
 def installed(module: nn.Module) -> bool:

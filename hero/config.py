@@ -16,6 +16,7 @@ __all__ = ["ALLOCATIONS", "DEFAULT_KEEP_RATIO", "HeroConfig", "count_tokens"]
 
 DEFAULT_KEEP_RATIO = 0.2
 ALLOCATIONS = ("exact", "floor")
+LARGEST_BLOCK = 64  # whose scores the selection kernels hold in registers
 ATTENTIONS = ("auto", "native", "fused")
 
 
@@ -38,6 +39,8 @@ class HeroConfig:
             for encoders with CLS, without attention mask or dropout. ``"auto"`` runs the latter in place of
             SDPA on GPUs where it was measured to be faster (:func:`hero_kernels.fused_attention_is_faster`),
             and never at ``keep_ratio=1``, which is the stock model.
+        block: side in tokens, at most 64, of the blocks that act as tiles where images are not cut into crops
+            (Qwen2-VL and later); 12 if ``None``. Other models take none.
         policy_options: parameters of the policy, such as ``alpha=0.5`` of ``"hero"``.
 
     Raises:
@@ -50,6 +53,7 @@ class HeroConfig:
     policy: Policy
     allocation: str
     attention: str
+    block: int | None
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class HeroConfig:
         policy: str | Policy = "hero",
         allocation: str = "exact",
         attention: str = "auto",
+        block: int | None = None,
         **policy_options: Any,
     ):
         if keep_ratio is not None and keep_tokens is not None:
@@ -74,6 +79,7 @@ class HeroConfig:
             "policy": make_policy(policy, policy_options),
             "allocation": check_choice("allocation", allocation, ALLOCATIONS),
             "attention": check_choice("attention", attention, ATTENTIONS),
+            "block": None if block is None else check_integer("block", block, 1, LARGEST_BLOCK),
         }
         for name, field in fields.items():
             object.__setattr__(self, name, field)

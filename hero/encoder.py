@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import hero_kernels as hk
 from hero_kernels.segments import to_device
 
-from . import attention_rows, compiled
+from . import attention_rows, compiled, packed
 from ._checks import check_flag, error
 from .config import HeroConfig
 from .cuda_graphs import CudaGraphs, Path
-from .layout import Geometry, Pinpoints, grid_pinpoints
+from .layout import Geometry
 from .models import hidden_states, tower_for
-from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, with_image
-from .policies import Observed, Scored, check_supported
+from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, make_plan, with_image
+from .policies import Observed, Scored, supported_rows
 from .relevance import ClipRelevance, check_questions, check_relevance, renormalization, renormalized
 from .selection import Encoded, Selection
 from .signals import mean_features
@@ -40,11 +40,13 @@ class HeroVisionEncoder(nn.Module):
 
     Args:
         vision_tower: of transformers: ``CLIPVisionModel``, ``SiglipVisionModel``, ``InternVLVisionModel``, or
-            that of Idefics3 or SmolVLM. Its attention modules that score patches change until :meth:`remove`.
+            that of Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5. Its attention modules that
+            score patches change until :meth:`remove`.
         projector: maps features to the language model's width; ``None`` leaves them as they are.
         config: what to keep; ``HeroConfig()`` if ``None``.
         geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1 and
-            1×3 of LLaVA-NeXT. If its patches are m times the tower's, a token is m × m patches merged.
+            1×3 of LLaVA-NeXT. If its patches are m times the tower's, a token is m × m patches merged. Qwen's
+            towers take :class:`hero.tiling.Blocks`.
         image_newline: ``[D]`` embedding that ends each row of the stitched grid, or a function that returns
             it at each call; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to divide tokens among tiles by the question.
@@ -87,25 +89,19 @@ class HeroVisionEncoder(nn.Module):
                 raise error(TypeError, name, expected, value)
         if not (image_newline is None or isinstance(image_newline, Tensor) or callable(image_newline)):
             raise error(TypeError, "image_newline", "a tensor [D], a function or None", image_newline)
-        self._tower = tower_for(vision_tower)
-        crop_size, patch_size = self._tower.geometry(vision_tower)
-        if geometry is None:
-            geometry = Geometry(crop_size, patch_size, Pinpoints(grid_pinpoints(crop_size)))
-        self._merge, rest = divmod(geometry.patch_size, patch_size)
-        if geometry.crop_size != crop_size or rest or (crop_size // patch_size) % self._merge:
-            expected = f"crops of {crop_size} px and patches of {patch_size} px, or several merged"
-            raise error(ValueError, "geometry", expected, (geometry.crop_size, geometry.patch_size))
-        modules = self._tower.attention_modules(vision_tower)
+        self.kind = tower_for(vision_tower)
+        geometry, self._merge = self.kind.geometry_of(vision_tower, geometry, config)
+        modules = self.kind.attention_modules(vision_tower)
         self.depth = len(modules)
         self._states = hidden_states(feature_layer, self.depth)
         self._last_layer = min(max(*self._states, 1), self.depth) - 1  # of the features
         self.config, policy = config, config.policy
-        self.rows = policy.rows(self.depth, self._last_layer)
         self._needs = needs = policy.needs(relevance is not None)
         self.geometry = dataclasses.replace(geometry, newlines=image_newline is not None)
-        has = {"has_cls": self._tower.has_cls, "has_thumbnail": geometry.thumbnail != "none"}
-        check_supported(policy, self.rows, needs, depth=self.depth, **has)
-        if config.attention == "fused" and not self._tower.has_cls:
+        has = {"has_cls": self.kind.has_cls, "has_thumbnail": geometry.thumbnail != "none"}
+        scoring = self.kind.scoring_layers(vision_tower)
+        self.rows = supported_rows(policy, needs, self.depth, self._last_layer, scoring, **has)
+        if config.attention == "fused" and not self.kind.has_cls:
             raise error(ValueError, "attention", "'native' for an encoder without CLS", config.attention)
         self._shared = relevance is not None and relevance.shares_weights(vision_tower)
         if self.needs_text:
@@ -124,16 +120,17 @@ class HeroVisionEncoder(nn.Module):
         keys = [self._last_layer] if needs.keys else []
         layers = (layer for rows in self.rows.values() for layer in rows.layers)
         self._scored_layers = tuple(sorted({*layers, *keys}))
-        self._plans = Plans()
+        self.plans = Plans()
         self._name = compiled.register(self)
-        self._observed = {layer: modules[layer] for layer in self._scored_layers}
-        is_stock = config.keep_ratio == 1.0 or not self._tower.has_cls  # fused attention rounds differently
+        self.observed = {layer: modules[layer] for layer in self._scored_layers}
+        is_stock = config.keep_ratio == 1.0 or not self.kind.has_cls  # fused attention rounds differently
         attention_rows.install(
-            self._observed,
-            received=not self._tower.has_cls,
+            self.observed,
+            received=not self.kind.has_cls,
             second_softmax=needs.second_softmax,
             attention="native" if is_stock and config.attention == "auto" else config.attention,
             keys=keys,
+            packed=self.kind.is_packed,
         )
 
     @property
@@ -150,8 +147,8 @@ class HeroVisionEncoder(nn.Module):
         """Restore the tower exactly, and drop plans and CUDA graphs."""
         if self.cuda_graphs is not None:
             self.cuda_graphs.clear()
-        self._plans.clear()
-        attention_rows.remove(self._observed)
+        self.plans.clear()
+        attention_rows.remove(self.observed)
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -159,23 +156,27 @@ class HeroVisionEncoder(nn.Module):
 
     def plan(self, image_sizes, device: torch.device) -> Plan:
         """The plan of a batch of images (see :meth:`prepare`), computed when the sizes are first seen."""
-        return self._plans.get(self.geometry.layouts(image_sizes), self.config, self.rows, device)
+        layouts = self.geometry.layouts(image_sizes)
+        return self.plans.get((layouts, device), partial(make_plan, layouts, self.config, self.rows, device))
 
     def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, Plan]:
         """Check the input and plan the batch.
 
         Args:
             pixel_values: ``[B, crops, 3, S, S]``, padded to the largest number of crops, or ``[T, 3, S, S]``,
-                all crops one after another; floating.
+                all crops one after another; floating. ``[patches, channels]`` for Qwen's towers.
             image_sizes: ``[B, 2]`` (height, width) in pixels: pairs of integers or a tensor. Reading a tensor
-                on a GPU synchronises with it.
+                on a GPU synchronises with it. Or layouts (:class:`hero.Geometry`).
 
         Returns:
-            crops ``[T, 3, S, S]`` and the plan, which the other stages take.
+            crops ``[T, 3, S, S]``, or packed pixels, and the plan, which the other stages take.
 
         Raises:
             TypeError, ValueError: another type, rank, dtype or size, by name.
         """
+        if self.kind.is_packed:
+            plan = self.plan(image_sizes, getattr(pixel_values, "device", torch.device("cpu")))
+            return packed.check_pixels(pixel_values, plan.layouts, self._merge**2), plan
         check_pixels(pixel_values, self.geometry.crop_size)
         plan = self.plan(image_sizes, pixel_values.device)
         check_crops(pixel_values.shape, plan.seen.layouts)
@@ -194,14 +195,16 @@ class HeroVisionEncoder(nn.Module):
         whole: bool = False,
         **kwargs,
     ) -> Encoded:
-        """Run the tower on crops ``[T, 3, S, S]``, with the policy's attention rows beside its attention.
+        """Run the tower on prepared pixels, with the policy's attention rows beside its attention.
 
         Args:
             feature_layer: other hidden states for the features of this call; the rows stay the same.
             whole: call the tower instead of the layers needed, to have its output as well.
             kwargs: further arguments of the tower, which is then called too.
         """
-        needs, received = self._needs, not self._tower.has_cls
+        if self.kind.is_packed:
+            return packed.encode(self, pixel_values, cast(Plan, plan), **kwargs)
+        needs, received = self._needs, not self.kind.has_cls
         own: CropPlan = plan.seen if isinstance(plan, Plan) else plan
         collectors = {
             name: attention_rows.Collector(weights, second_softmax=needs.second_softmax, received=received)
@@ -212,8 +215,8 @@ class HeroVisionEncoder(nn.Module):
         with_patches = needs.patch_relevance and self._shared
         if with_patches:  # the last layer is one more hidden state of the features
             states = (*states, self.depth)
-        with attention_rows.collect([*collectors.values(), *keys], self._observed):
-            ran = self._tower.run(
+        with attention_rows.collect([*collectors.values(), *keys], self.observed):
+            ran = self.kind.run(
                 self.vision_tower,
                 pixel_values,
                 states,
@@ -285,6 +288,8 @@ class HeroVisionEncoder(nn.Module):
 
         def pixels() -> Tensor:
             pixels = encoded.pixel_values
+            if self.kind.is_packed:
+                pixels = packed.pixels_of_blocks(self, pixels, plan)
             return pixels if self._to_clip is None else renormalized(pixels, *self._to_clip)
 
         def relevance() -> Tensor:
@@ -365,8 +370,10 @@ class HeroVisionEncoder(nn.Module):
         self, pixel_values: Tensor, image_sizes, text: Text = None, **kwargs
     ) -> tuple[Selection, object | None]:
         """:meth:`forward`, and what the tower returned; keyword arguments go to :meth:`encode`."""
+        given = pixel_values, image_sizes, text
+        if torch.compiler.is_compiling() and self.kind.is_packed:
+            return torch.compiler.disable(self.run)(*given, **kwargs)
         if torch.compiler.is_compiling():
-            given = pixel_values, image_sizes, text
             tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
             path = Path(False, "compiled code", encoded.attention_ran)
             return self._selection(sizes, tensors, path), encoded.output
@@ -429,10 +436,12 @@ class HeroVisionEncoder(nn.Module):
     ) -> tuple[tuple[tuple[Tensor, ...], tuple[int, ...], Encoded] | None, str]:
         """What :meth:`choose` returns and takes, with :meth:`encode` replayed; or ``None`` and why not."""
         graphs, tower = self.cuda_graphs, self.vision_tower
+        if self.kind.is_packed:
+            return None, "an encoder of packed images"
         given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
         if graphs is None:
             return None, "cuda_graphs=False"
-        if reason := graphs.refusal(tower, partial(self._tower.is_plain, tower), crops, given):
+        if reason := graphs.refusal(tower, partial(self.kind.is_plain, tower), crops, given):
             return None, reason
         states = self._states if feature_layer is None else hidden_states(feature_layer, self.depth)
 

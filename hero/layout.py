@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from ._checks import check_integer, count, error
-from .tiling import Pinpoints, Tiling, Whole
+from .tiling import Blocks, Pinpoints, Tiling, Whole
 
 __all__ = ["LLAVA_NEXT_PINPOINTS", "Geometry", "ImageLayout", "Keep", "Pinpoints", "grid_pinpoints"]
 
@@ -57,6 +57,8 @@ class ImageLayout:
         encoded: the layout of the crops that the encoder sees, where their grid is resized: this layout is
             that of the resized grid, whose cells of p × p tokens act as tiles. Otherwise ``None``.
         keep_ratio: what is kept of this image, if that is not what the configuration says.
+        is_whole: whether the encoder sees the image whole. Blocks of p × p of its tokens, of which the last
+            of a row or column may be smaller, are its tiles then.
     """
 
     image_size: tuple[int, int] | None
@@ -70,8 +72,11 @@ class ImageLayout:
     grid_is_known: bool = True
     encoded: ImageLayout | None = None
     keep_ratio: float | None = None
+    is_whole: bool = False
 
     def __str__(self) -> str:
+        if self.is_whole:
+            return f"{self.rows[1]} × {self.columns[1]} tokens"
         size = self.image_size
         return f"{self.crops} crops" if size is None else f"{size} px"
 
@@ -151,8 +156,9 @@ class ImageLayout:
 
     @property
     def _tile_tokens(self) -> int:
-        """Tokens of the tiles that the keep ratio counts: with padding, or those of the resized grid."""
-        return self.tiles * self.patches if self.encoded is None else sum(self.valid_counts)
+        """Tokens of the tiles that the keep ratio counts: with padding, but for resized grids and blocks."""
+        with_padding = self.encoded is None and not self.is_whole
+        return self.tiles * self.patches if with_padding else sum(self.valid_counts)
 
     def _keep(self, config: Keep) -> tuple[float | None, int | None]:
         """Ratio and number of tokens to keep, of which one is ``None``."""
@@ -163,8 +169,8 @@ class ImageLayout:
     def _quota(self, config: Keep) -> tuple[int, int]:
         """Patch tokens for (the thumbnail, all tiles together) before these are capped."""
         given = self._keep(config)
-        if self.thumbnail == "none":
-            return 0, count(*given, self._tile_tokens)
+        if self.thumbnail == "none":  # a run of no placeholders would not show where an image is
+            return 0, max(count(*given, self._tile_tokens), int(self.is_whole))
         divided = config.policy.divide(*given, self.patches, self._tile_tokens)
         fits = isinstance(divided, tuple) and len(divided) == 2 and all(type(n) is int for n in divided)
         if not fits or not 0 <= divided[0] <= self.patches or divided[1] < 0:
@@ -203,8 +209,8 @@ class Geometry:
         crop_size: side of a crop in pixels.
         patch_size: side of a visual token in pixels (of the merged token, where patches are merged).
         tiling: how the grid of tiles follows from the image size: :class:`hero.tiling.Pinpoints`,
-            ``NearestAspect``, ``LongestEdge`` or ``Whole``. Pairs (height, width) in pixels are pinpoints,
-            none at all means ``Whole``.
+            ``NearestAspect``, ``LongestEdge``, ``Whole`` or ``Blocks``. Pairs (height, width) in pixels are
+            pinpoints, none at all means ``Whole``. Blocks are as large as crops.
         thumbnail, stitched, newlines: as in :class:`ImageLayout`. An image without tiles is its thumbnail.
         resized_beyond: the number of tiles to whose patches a stitched grid is resized if it has more than
             1.21 times as many (LLaVA-OneVision: 9 in ``"anyres_max_9"``); ``None`` if it never is.
@@ -237,6 +243,8 @@ class Geometry:
             raise error(ValueError, "thumbnail", "'first', 'last' or 'none'", self.thumbnail)
         if isinstance(self.tiling, Whole) and self.thumbnail == "none":
             raise ValueError("tiling: expected one with tiles where there is no thumbnail, got none")
+        if isinstance(self.tiling, Blocks) and (self.thumbnail != "none" or self.newlines):
+            raise ValueError("tiling: expected another one for images with thumbnail or newlines, got Blocks")
         if self.resized_beyond is not None:
             check_integer("resized_beyond", self.resized_beyond)
 
@@ -285,6 +293,11 @@ class Geometry:
         rows, columns = (0, grid[0] * self.side), (0, grid[1] * self.side)
         return self._of(image_size, grid, rows, columns, grid_is_known=is_known)
 
+    def of_tokens(self, rows: int, columns: int, image_size: tuple[int, int] | None = None) -> ImageLayout:
+        """Layout of an image that the encoder sees whole, as rows × columns tokens."""
+        grid = math.ceil(rows / self.side), math.ceil(columns / self.side)
+        return self._of(image_size, grid, (0, rows), (0, columns), is_whole=True)
+
     def _of(self, image_size, grid, rows, columns, **fields) -> ImageLayout:
         own = self.thumbnail, self.stitched, self.newlines
         return ImageLayout(image_size, grid, self.side, rows, columns, *own, **fields)
@@ -307,6 +320,10 @@ class Geometry:
 
 @lru_cache(maxsize=4096)
 def _layout(geometry: Geometry, height: int, width: int) -> ImageLayout:
+    if isinstance(geometry.tiling, Blocks):
+        return geometry.of_tokens(
+            *geometry.tiling.tokens(height, width, geometry.patch_size), (height, width)
+        )
     grid = geometry.tiling.grid(height, width, geometry.crop_size)
     if geometry.tiling.pads:
         return geometry.padded((height, width), grid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -190,7 +190,7 @@ class Plans:
     """The plans that one encoder used last. Safe to use from several threads; copies start empty."""
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self):
@@ -204,31 +204,28 @@ class Plans:
         with self._lock:
             self._plans.clear()
 
-    def get(
-        self,
-        layouts: tuple[ImageLayout, ...],
-        config: HeroConfig,
-        rows: Mapping[str, Rows],
-        device: torch.device,
-    ) -> Plan:
-        """:func:`make_plan`, or the plan it returned before."""
-        key = layouts, device
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """``make()``, or what it returned for this key before."""
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                plan = self._plans[key] = make_plan(layouts, config, rows, device)
+                plan = self._plans[key] = make()
                 if len(self._plans) > LIMIT:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
         return plan
 
 
-def with_image(problem: ValueError, crops: Tensor, plan: Plan) -> ValueError:
-    """The problem, or, if NaN was found, the first image whose crops ``[T, 3, S, S]`` are not finite."""
-    bad = ~crops.isfinite().flatten(1).all(1)
+def with_image(problem: ValueError, pixels: Tensor, plan: Plan) -> ValueError:
+    """The problem, or, if NaN was found, the first image whose crops, or packed rows, are not finite."""
+    bad = ~pixels.isfinite().flatten(1).all(1)
     if "NaN" not in str(problem) or not bool(bad.any()):
         return problem
-    image = int(plan.places.images[bad.nonzero()[0, 0]])
+    images = plan.seen.places.images
+    if pixels.dim() == 2:
+        tokens = torch.tensor([layout.full_tokens for layout in plan.layouts])
+        images = torch.arange(len(tokens)).repeat_interleave(tokens * (len(pixels) // int(tokens.sum())))
+    image = int(images[bad.nonzero()[0, 0].to(images.device)])
     return ValueError(f"pixel_values: expected finite numbers, got others in image {image} ({problem})")
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "density_of",
     "equal_shares",
     "mean_features",
+    "parts_of",
     "places_of",
     "region_sums",
     "regions_of",
@@ -83,24 +84,42 @@ def density_of(layouts: Sequence[ImageLayout]) -> Tensor:
     return torch.tensor(densities)
 
 
-def equal_shares(valid: Tensor) -> TileSignal:
-    """The signal that gives every tile of an image the same share. ``valid`` is ``[T, P]``."""
+def equal_shares(valid: Tensor, layouts: Sequence[ImageLayout] = ()) -> TileSignal:
+    """The signal that gives every tile of an image the same share, and every block one as large as it is.
+
+    Args:
+        valid: ``[T, P]`` bool.
+        layouts: of images with blocks.
+    """
+    if layouts and layouts[0].is_whole:
+        return TileSignal(valid.sum(1).float(), 1.0)
     return TileSignal(torch.ones(len(valid), device=valid.device), 1.0)
 
 
-def saliency(cls: Tensor, places: Places) -> Tensor:
+def parts_of(layouts: Sequence[ImageLayout]) -> Tensor:
+    """``[B, T]`` fp64: the part of an image's tokens that each of its blocks has; 0 for those of others."""
+    rows = [torch.tensor([layout.valid_counts]).double() / layout.full_tokens for layout in layouts]
+    return torch.block_diag(*rows)
+
+
+def saliency(cls: Tensor, places: Places, parts: Tensor | None = None) -> Tensor:
     """Cosine of each crop's CLS feature with the CLS feature of its image's thumbnail.
 
     Args:
         cls: ``[T, C]``, the encoder's last layer at CLS before the post layer norm (or the mean of the
             patch features, for encoders without CLS).
-        places: of images that all have a thumbnail.
+        places: of the images.
+        parts: of images without thumbnail (:func:`parts_of`): the mean of the image replaces it.
 
     Returns:
         ``[T]`` fp32.
     """
     unit = F.normalize(cls.float(), dim=-1)
-    return (unit * unit[places.thumbnails]).sum(-1)
+    if parts is None:
+        return (unit * unit[places.thumbnails]).sum(-1)
+    # In fp64, so that the zeros of other images of the batch do not change the fp32 result.
+    means = F.normalize((parts @ cls.double()).float(), dim=-1)
+    return (unit * means[places.images]).sum(-1)
 
 
 def mean_features(features: Tensor, valid: Tensor) -> Tensor:

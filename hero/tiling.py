@@ -14,7 +14,7 @@ from typing import ClassVar, TypeAlias
 
 from ._checks import check_integer, error
 
-__all__ = ["LongestEdge", "NearestAspect", "Pinpoints", "Tiling", "Whole"]
+__all__ = ["Blocks", "LongestEdge", "NearestAspect", "Pinpoints", "Tiling", "Whole"]
 
 
 @dataclass(frozen=True)
@@ -149,4 +149,41 @@ def _resized(height: int, width: int, longer: int) -> tuple[int, int]:
     return (int(longer / aspect), longer) if width >= height else (longer, int(longer * aspect))
 
 
-Tiling: TypeAlias = Pinpoints | NearestAspect | LongestEdge | Whole
+@dataclass(frozen=True)
+class Blocks:
+    """The image is resized to whole tokens, and blocks of its tokens act as tiles (Qwen2-VL and later).
+
+    Args:
+        min_pixels, max_pixels: of the resized image, as its processor has them; ``None`` if that is unknown.
+
+    Raises:
+        TypeError, ValueError: not integers with 1 <= min_pixels <= max_pixels, or one of them alone.
+    """
+
+    pads: ClassVar[bool] = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.min_pixels, self.max_pixels) != (None, None):
+            check_integer("max_pixels", self.max_pixels, check_integer("min_pixels", self.min_pixels))
+
+    def tokens(self, height: int, width: int, size: int) -> tuple[int, int]:
+        """(rows, columns) of tokens of ``size`` px: ``smart_resize`` of transformers' image processors."""
+        if self.min_pixels is None or self.max_pixels is None:
+            raise ValueError(
+                "processor: expected the model's, whose pixel limits tell how an image is resized, got None"
+            )
+        if max(height, width) / min(height, width) > 200:
+            raise error(ValueError, "image_size", "an aspect ratio of at most 200", (height, width))
+        rows, columns = round(height / size), round(width / size)
+        if rows * columns * size**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            return max(1, math.floor(height / shrink / size)), max(1, math.floor(width / shrink / size))
+        if rows * columns * size**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            return math.ceil(height * grow / size), math.ceil(width * grow / size)
+        return rows, columns
+
+
+Tiling: TypeAlias = Pinpoints | NearestAspect | LongestEdge | Whole | Blocks

@@ -420,7 +420,7 @@ def test_no_synchronisation_on_a_gpu(case):
         encoder, images = on_gpu(sizes, **ALL[case])
         with torch.no_grad():
             encoder(images, sizes)  # compiles kernels
-            encoder._plans.clear()
+            encoder.plans.clear()
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):  # once planning, once planned

@@ -643,7 +643,7 @@ def test_threads(which):
 def test_nothing_stays_in_memory(model, rule):
     handle, processor = attached(model, "patched", config_of(RULES[rule]))
     references = []
-    run = handle.encoder._tower.run
+    run = handle.encoder.kind.run
     add = hero.attention_rows.Collector._take
 
     def spy_run(*args, **kwargs):
@@ -656,7 +656,7 @@ def test_nothing_stays_in_memory(model, rule):
         return add(self, layer, rows, added)
 
     with handle:
-        vars(handle.encoder._tower)["run"] = spy_run
+        vars(handle.encoder.kind)["run"] = spy_run
         hero.attention_rows.Collector._take = spy_take
         try:
             with torch.no_grad():
@@ -665,7 +665,7 @@ def test_nothing_stays_in_memory(model, rule):
                 model.generate(**inputs, max_new_tokens=2)
         finally:
             hero.attention_rows.Collector._take = add
-            del vars(handle.encoder._tower)["run"]
+            del vars(handle.encoder.kind)["run"]
         gc.collect()
         alive = [reference() for reference in references if reference() is not None]
         assert len(references) > 8

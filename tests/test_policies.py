@@ -247,7 +247,7 @@ def test_compiled_tower(model, reference, policy):
             assert selection.index.tolist() == [place for result in results for place in result.index]
             tokens = torch.cat([result.tokens for result in results])
             torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
-        for module in handle.encoder._observed.values():
+        for module in handle.encoder.observed.values():
             state = module.__dict__["_hero_attention_rows"]
             assert state.rows is None and state.keys is None
 

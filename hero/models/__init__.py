@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import importlib
 import operator
+from typing import Any
 
 from torch import nn
 
-from .base import (
-    Adapter,
-    Parts,
-    Patch,
-    Shown,
-    Tower,
-    TowerOutput,
-    hidden_states,
-    is_untouched,
-    unwrapped,
-)
+from .base import Adapter, Parts, Patch, Shown
 from .processors import ProcessorCounts, with_ratios
+from .towers import PackedTower, Tower, TowerOutput, hidden_states, is_untouched, unwrapped
 
 __all__ = [
     "Adapter",
+    "PackedTower",
     "Parts",
     "Patch",
     "ProcessorCounts",
@@ -44,20 +37,34 @@ _ADAPTERS = {
     "InternVLForConditionalGeneration": "internvl",
     "Idefics3ForConditionalGeneration": "idefics3",
     "SmolVLMForConditionalGeneration": "smolvlm",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
 }
+_MODULES = dict.fromkeys([name for name in _ADAPTERS.values() if name.startswith("qwen")], "qwen_vl")
 _TOWERS = {
     "CLIPVisionModel": "clip",
     "SiglipVisionModel": "siglip",
     "InternVLVisionModel": "internvit",
     "Idefics3VisionTransformer": "idefics3_vision",
     "SmolVLMVisionTransformer": "smolvlm_vision",
+    "Qwen2VisionTransformerPretrainedModel": "qwen_vision",
+    "Qwen2_5_VisionTransformerPretrainedModel": "qwen_vision",
+    "Qwen3VLVisionModel": "qwen_vision",
+    "Qwen3VLMoeVisionModel": "qwen_vision",
+    "Qwen3_5VisionModel": "qwen_vision",
+    "Qwen3_5MoeVisionModel": "qwen_vision",
 }
 
 
 def _find(kind: str, argument: str, table: dict[str, str], value: object):
     for cls in type(value).__mro__:
         if cls.__name__ in table and cls.__module__.startswith("transformers."):
-            return importlib.import_module(f"{__name__}.{table[cls.__name__]}")
+            name = table[cls.__name__]
+            return importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
     hint = ""
     for inner in ("module", "_orig_mod", "base_model.model"):  # DataParallel, torch.compile, PEFT
         try:
@@ -79,12 +86,12 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 
 def supported_types() -> list[str]:
-    """The supported models' ``config.model_type``: the names of their adapters' modules."""
+    """The supported models' ``config.model_type``."""
     return list(_ADAPTERS.values())
 
 
-def tower_for(vision_tower: nn.Module) -> Tower:
-    """The kind of a vision encoder, wrapped or not.
+def tower_for(vision_tower: nn.Module) -> Any:
+    """The kind of a vision encoder, wrapped or not: a :class:`Tower` or a :class:`PackedTower`.
 
     Raises:
         ValueError: an unsupported encoder; the message names those supported.

@@ -1,4 +1,4 @@
-"""The interfaces of a model family (:class:`Adapter`) and of a vision encoder (:class:`Tower`)."""
+"""The interface of a model family (:class:`Adapter`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import error
-from ..config import HeroConfig
+from ..config import DEFAULT_KEEP_RATIO, HeroConfig
 from ..layout import Geometry, ImageLayout
 from . import processors
 
@@ -20,35 +20,11 @@ __all__ = [
     "Parts",
     "Patch",
     "Shown",
-    "Tower",
-    "TowerOutput",
     "check_tokens",
-    "hidden_states",
-    "is_untouched",
     "parameter",
     "runs_of",
-    "square",
     "token_blocks",
-    "unwrapped",
 ]
-
-CAPTURING = "transformers.utils.output_capturing"
-
-
-class TowerOutput(NamedTuple):
-    """What :meth:`Tower.run` returns; T crops.
-
-    Attributes:
-        features: ``[T, P, C]``, without CLS; may be a strided view.
-        cls: ``[T, C]``, the last layer at CLS before the final layer norm; ``None`` if not needed.
-        pooled: ``[T, C]``, the same after it.
-        output: what the module returned; ``None`` if only the layers needed were run.
-    """
-
-    features: Tensor
-    cls: Tensor | None
-    pooled: Tensor | None
-    output: object | None
 
 
 @dataclass(frozen=True)
@@ -81,54 +57,6 @@ class Patch:
     function: Callable
 
 
-class Tower(ABC):
-    """A kind of vision encoder.
-
-    Attributes:
-        has_cls: whether it has a CLS token; without one, patches are scored by received attention.
-        takes_clip_pixels: whether its pixels are normalised as CLIP's, unless a processor tells otherwise.
-    """
-
-    has_cls: bool = True
-    takes_clip_pixels: bool = False
-
-    @abstractmethod
-    def attention_modules(self, tower: nn.Module) -> dict[int, nn.Module]:
-        """``{layer: attention module}`` of every layer, in order."""
-
-    @abstractmethod
-    def geometry(self, tower: nn.Module) -> tuple[int, int]:
-        """(crop size, patch size) in pixels."""
-
-    @abstractmethod
-    def is_plain(self, tower: nn.Module) -> bool:
-        """Whether running the tower runs its class's code alone: no wrapper, hooks or replaced methods."""
-
-    @abstractmethod
-    def run(
-        self,
-        tower: nn.Module,
-        pixel_values: Tensor,
-        states: Sequence[int],
-        *,
-        cls: bool = True,
-        scored: Sequence[int] = (),
-        whole: bool = False,
-        **kwargs,
-    ) -> TowerOutput:
-        """Encode crops.
-
-        Args:
-            pixel_values: ``[T, 3, S, S]``.
-            states: the hidden states that the features are, 0 the embeddings; several are concatenated. The
-                one after the last layer's is the last layer's after the tower's last norm.
-            cls: whether ``cls`` and ``pooled`` are needed.
-            scored: the layers that score patches, whose attention must run.
-            whole: call the module, to return its output too.
-            kwargs: further arguments of the module, which is then called as well.
-        """
-
-
 class Shown(NamedTuple):
     """An image as a prompt shows it.
 
@@ -136,11 +64,13 @@ class Shown(NamedTuple):
         row: its prompt.
         runs: (column, length) of its runs of placeholders, which may be empty.
         grid: (rows, columns) of its tiles, if the prompt tells it.
+        number: which of the images of all prompts it is.
     """
 
     row: int
     runs: tuple[tuple[int, int], ...]
     grid: tuple[int, int] | None = None
+    number: int = 0
 
 
 class Adapter(ABC):
@@ -152,12 +82,18 @@ class Adapter(ABC):
         has_run_per_crop: whether each crop has a run of placeholders of its own, between separators. Their
             lengths depend on the image's content, so images are encoded before the prompt is complete.
         takes_frames_for_images: whether frames of videos come as images, and would be thinned like them.
+        takes_features: whether features that were computed ahead are taken as ``mm_encoder_outputs``.
+        keeps_positions: whether tokens keep the positions of the full prompt, which depend on what is kept.
+        keep_ratio: what :func:`hero.attach` keeps by default.
         ours: inputs that attached processors add for hero alone, and that the stock model must not see.
     """
 
     reads_prompt: bool = False
     has_run_per_crop: bool = False
     takes_frames_for_images: bool = False
+    takes_features: bool = True
+    keeps_positions: bool = False
+    keep_ratio: float = DEFAULT_KEEP_RATIO
     ours: tuple[str, ...] = ("keep_ratios",)
 
     @abstractmethod
@@ -266,48 +202,6 @@ class Adapter(ABC):
         """
 
 
-def hidden_states(feature_layer: object, depth: int) -> tuple[int, ...]:
-    """``feature_layer`` as indices >= 0 of hidden states; 0 is the input of the first layer.
-
-    ``"last_hidden_state"``, the last layer after the encoder's last norm, is ``depth + 1``.
-
-    Raises:
-        TypeError, ValueError: not a hidden state, or several, of an encoder of ``depth`` layers.
-    """
-    if feature_layer == "last_hidden_state":
-        return (depth + 1,)
-    layers = (feature_layer,) if isinstance(feature_layer, int) else feature_layer
-    expected = f"hidden states in [{-depth - 1}, {depth}], at least one"
-    if not isinstance(layers, Sequence) or any(type(layer) is not int for layer in layers):
-        raise error(TypeError, "feature_layer", expected, feature_layer)
-    if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
-        raise error(ValueError, "feature_layer", expected, feature_layer)
-    return tuple(layer % (depth + 1) for layer in layers)
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether a module has its class's ``forward`` and no hooks of the user's.
-
-    Those of transformers' own output capturing do nothing unless outputs are asked for.
-    """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    hooks += (*module._backward_hooks.values(), *module._backward_pre_hooks.values())
-    return "forward" not in module.__dict__ and all(one.__module__ == CAPTURING for one in hooks)
-
-
-def unwrapped(tower: nn.Module) -> nn.Module:
-    """The vision encoder inside a wrapper: of ``torch.compile``, or of PEFT's ``modules_to_save``."""
-    while True:
-        if hasattr(tower, "_orig_mod"):
-            tower = tower._orig_mod
-        elif hasattr(tower, "modules_to_save") and hasattr(tower, "original_module"):
-            active = [] if tower.disable_adapters else tower.active_adapters
-            names = [name for name in active if name in tower.modules_to_save]
-            tower = tower.modules_to_save[names[0]] if names else tower.original_module
-        else:
-            return tower
-
-
 def runs_of(is_image: Tensor) -> list[tuple[int, int, int]]:
     """(row, column, length) of each run of placeholders, from ``[B, L]`` bool."""
     edges = torch.nn.functional.pad(is_image.int(), (1, 1)).diff(dim=1)
@@ -330,18 +224,6 @@ def check_tokens(name: str, tokens: int, geometry: Geometry) -> None:
     """Raise ``ValueError`` unless a processor counts as many tokens a crop as the model has."""
     if tokens != geometry.side**2:
         raise error(ValueError, f"{name} of the processor", f"{geometry.side**2}", tokens)
-
-
-def square(name: str, size: Any) -> int:
-    """A side in pixels, from an integer or from two equal ones.
-
-    Raises:
-        ValueError: two different ones.
-    """
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if sides[0] != sides[-1]:
-        raise error(ValueError, name, "the side of a square", size)
-    return int(sides[0])
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:

@@ -36,6 +36,7 @@ class Idefics3Adapter(Adapter):
     reads_prompt = True
     has_run_per_crop = True
     takes_frames_for_images = True
+    takes_features = False
 
     def parts(self, model):
         config, tower = model.config, model.model.vision_model

@@ -41,6 +41,7 @@ def _layer(layer, strategy):
 class InternVLAdapter(Adapter):
     reads_prompt = True
     takes_frames_for_images = True
+    takes_features = False
     ours = ("keep_ratios", "image_grids", "image_sizes")  # with image_sizes a prefill cannot be chunked
 
     def parts(self, model):

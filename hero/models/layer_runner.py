@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from .base import Tower, TowerOutput, is_untouched, square, unwrapped
+from .towers import Tower, TowerOutput, is_untouched, square, unwrapped
 
 __all__ = ["TowerKind"]
 

@@ -10,7 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..layout import Geometry
 from ..tiling import Tiling, Whole
 from . import tower_for
-from .base import Adapter, Parts, Patch, Tower
+from .base import Adapter, Parts, Patch
+from .towers import AnyTower
 
 __all__ = ["ADAPTER", "check_crops", "check_strategy", "kept_features", "parts_of"]
 
@@ -52,7 +53,7 @@ def parts_of(model: nn.Module, tiling: Tiling, image_newline: Callable[[], Tenso
     )
 
 
-def check_strategy(strategy: str, tower: Tower) -> None:
+def check_strategy(strategy: str, tower: AnyTower) -> None:
     """Raise ``ValueError`` unless features are the patches alone."""
     if strategy != ("default" if tower.has_cls else "full"):
         expected = "'default' (without CLS)" if tower.has_cls else "'full' (there is no CLS)"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._checks import error
@@ -40,8 +40,8 @@ __all__ = [
     "SignalWeights",
     "Uniform",
     "VisionZip",
-    "check_supported",
     "make_policy",
+    "supported_rows",
 ]
 
 _BUILT_IN = (Hero, HeroPlus, HiRED, FasterVLM, VisionZip, GlobalCom2, Uniform, Random)
@@ -96,26 +96,28 @@ def make_policy(policy: str | Policy, options: dict[str, Any] | None = None) -> 
     return found(**options)
 
 
-def check_supported(
+def supported_rows(
     policy: Policy,
-    rows: Mapping[str, Rows],
     needs: Needs,
-    *,
     depth: int,
+    feature_layer: int,
+    scoring: Sequence[int] | None,
+    *,
     has_cls: bool,
     has_thumbnail: bool,
-) -> None:
-    """Raise ``ValueError`` unless a policy is defined for an encoder and its images.
+) -> dict[str, Rows]:
+    """The attention rows of a policy, if it is defined for an encoder and its images.
 
     Args:
         policy: the policy.
-        rows, needs: what it reads (:meth:`Policy.rows`, :meth:`Policy.needs`).
-        depth: number of the encoder's layers.
+        needs: what else it reads (:meth:`Policy.needs`).
+        depth, feature_layer, scoring: as in :meth:`Policy.rows`.
         has_cls: whether the encoder has a CLS token.
         has_thumbnail: whether images have a thumbnail.
+
+    Raises:
+        TypeError, ValueError: it is not, by name.
     """
-    if not isinstance(rows, Mapping) or not all(isinstance(one, Rows) for one in rows.values()):
-        raise error(TypeError, f"policy {policy.name!r}", "rows() to return a dictionary of Rows", rows)
     for required, given, where in (
         ("requires_cls", has_cls, "an encoder without CLS"),
         ("requires_thumbnail", has_thumbnail, "images without a thumbnail"),
@@ -125,7 +127,17 @@ def check_supported(
             raise ValueError(f"policy: expected one of {others} for {where}, got {policy.name!r}")
     if needs.second_softmax and not has_cls:
         raise error(ValueError, "second_softmax", "False for an encoder without CLS", True)
+    # Policies of users need not take what concerns packed encoders alone.
+    rows = policy.rows(depth, feature_layer, *(() if scoring is None else (scoring,)))
+    name = f"policy {policy.name!r}"
+    if not isinstance(rows, Mapping) or not all(isinstance(one, Rows) for one in rows.values()):
+        raise error(TypeError, name, "rows() to return a dictionary of Rows", rows)
+    if scoring is not None:  # these have no thumbnails
+        rows = {key: one._replace(thumbnail={}) for key, one in rows.items()}
     layers = {layer for one in rows.values() for layer in one.layers}
     if not layers <= set(range(depth)):
-        expected = f"rows() to name layers in [0, {depth})"
-        raise error(ValueError, f"policy {policy.name!r}", expected, sorted(layers))
+        raise error(ValueError, name, f"rows() to name layers in [0, {depth})", sorted(layers))
+    if scoring is not None and not layers <= set(scoring):
+        expected = f"rows() to name layers with full attention, {list(scoring)}"
+        raise error(ValueError, name, expected, sorted(layers))
+    return dict(rows)

@@ -160,13 +160,15 @@ class Policy(ABC):
         return first, keep_tokens - first
 
     @abstractmethod
-    def rows(self, depth: int, feature_layer: int) -> dict[str, Rows]:
+    def rows(self, depth: int, feature_layer: int, scoring: Sequence[int] | None = None) -> dict[str, Rows]:
         """The attention rows it reads, by name; only these are computed.
 
         Args:
             depth: number of the encoder's layers.
             feature_layer: the last layer, 0-based, whose output is among the features: ``depth − 2`` for
                 LLaVA, which takes hidden state −2.
+            scoring: the layers whose attention sees whole images, given for encoders that need not have it in
+                all layers (Qwen2-VL and later): only these can score.
 
         Raises:
             ValueError: a layer that the encoder does not have, by name.
@@ -219,7 +221,8 @@ class LayerPolicy(Policy):
     Args:
         tile_layers: layers that score the patches of tiles (paper: low to middle layers, which attend to
             objects). Integers are 0-based indices, negative from the end; floats in [0, 1] are fractions of
-            depth, ``round(f · (depth − 1))``.
+            depth, ``round(f · (depth − 1))``. In encoders with windowed attention (Qwen2.5-VL) a fraction
+            means the nearest layer with full attention, the lower of two.
         thumbnail_layers: the same for the thumbnail (paper: deep layers, which attend to global tokens).
         second_softmax: whether each head's row gets a second softmax over the patches, as in the paper's
             released code.
@@ -237,27 +240,40 @@ class LayerPolicy(Policy):
             object.__setattr__(self, name, check_layers(name, getattr(self, name)))
         check_flag("second_softmax", self.second_softmax)
 
-    def rows(self, depth, feature_layer):
-        tiles = resolve_layers("tile_layers", self.tile_layers, depth)
-        return {PATCHES: Rows.mean(resolve_layers("thumbnail_layers", self.thumbnail_layers, depth), tiles)}
+    def rows(self, depth, feature_layer, scoring=None):
+        thumbnail, tiles = (
+            resolve_layers(name, getattr(self, name), depth, scoring)
+            for name in ("thumbnail_layers", "tile_layers")
+        )
+        return {PATCHES: Rows.mean(thumbnail, tiles)}
 
     def needs(self, with_relevance):
         return Needs(second_softmax=self.second_softmax)
 
 
-def resolve_layers(name: str, layers: Sequence[int | float], depth: int) -> tuple[int, ...]:
+def resolve_layers(
+    name: str, layers: Sequence[int | float], depth: int, scoring: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """0-based indices of ``layers`` in an encoder of ``depth`` layers, sorted, without duplicates.
 
+    Args:
+        scoring: as in :meth:`Policy.rows`.
+
     Raises:
-        ValueError: an index outside ``[-depth, depth)``.
+        ValueError: an index outside ``[-depth, depth)``, or not among ``scoring``.
     """
     resolved = set()
     for layer in layers:
-        if isinstance(layer, float):
+        if isinstance(layer, float) and scoring is not None:
+            place = layer * (depth - 1)
+            resolved.add(min(scoring, key=lambda one: (abs(one - place), one)))
+        elif isinstance(layer, float):
             resolved.add(int(layer * (depth - 1) + 0.5))
-        elif -depth <= layer < depth:
-            resolved.add(layer % depth)
-        else:
+        elif not -depth <= layer < depth:
             expected = f"indices in [{-depth}, {depth}) for an encoder of {depth} layers"
             raise error(ValueError, name, expected, layer)
+        elif scoring is not None and layer % depth not in scoring:
+            raise error(ValueError, name, f"layers with full attention, {list(scoring)}", layer)
+        else:
+            resolved.add(layer % depth)
     return tuple(sorted(resolved))

@@ -39,7 +39,7 @@ class GlobalCom2(Policy):
     requires_cls = True
     requires_thumbnail = True
 
-    def rows(self, depth, feature_layer):
+    def rows(self, depth, feature_layer, scoring=None):
         return {PATCHES: Rows.mean([feature_layer], [feature_layer])}
 
     def constants(self, layouts):

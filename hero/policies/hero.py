@@ -106,7 +106,8 @@ class Hero(LayerPolicy):
     def constants(self, layouts):
         from .. import signals
 
-        return {"density": signals.density_of(layouts)}
+        constants = {"density": signals.density_of(layouts)}
+        return constants | ({"parts": signals.parts_of(layouts)} if layouts[0].is_whole else {})
 
     def score(self, observed):
         from hero_kernels import TileSignal
@@ -115,13 +116,14 @@ class Hero(LayerPolicy):
 
         patches = observed.attention[PATCHES]
         weights = self.signal_weights(observed.relevance is not None)
-        if observed.layouts[0].thumbnail == "none":  # saliency compares with it: concentration replaces it
+        parts = observed.constants.get("parts")
+        if parts is None and observed.layouts[0].thumbnail == "none":  # saliency compares with it
             weights = weights._replace(saliency=0.0, entropy=weights.entropy + weights.saliency)
         found = []
         if weights.density:
             found.append(TileSignal(observed.constants["density"], weights.density))
         if weights.saliency:
-            cosine = signals.saliency(observed.cls, observed.places)
+            cosine = signals.saliency(observed.cls, observed.places, parts)
             found.append(TileSignal(cosine, weights.saliency, self.temperature_cls))
         if weights.relevance:
             found.append(TileSignal(observed.relevance(), weights.relevance, self.temperature_clip))

@@ -25,7 +25,7 @@ class Random(Policy):
     name = "random"
     summary = "equal tile budgets; patches at random, the same ones on every run"
 
-    def rows(self, depth, feature_layer):
+    def rows(self, depth, feature_layer, scoring=None):
         return {}
 
     def constants(self, layouts):
@@ -40,4 +40,4 @@ class Random(Policy):
     def score(self, observed):
         from .. import signals
 
-        return Scored(observed.constants["scores"], (signals.equal_shares(observed.valid),))
+        return Scored(observed.constants["scores"], (signals.equal_shares(observed.valid, observed.layouts),))

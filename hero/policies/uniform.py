@@ -31,4 +31,4 @@ class Uniform(LayerPolicy):
         from .. import signals
 
         patches = observed.attention[PATCHES]
-        return Scored(patches.scores, (signals.equal_shares(observed.valid),))
+        return Scored(patches.scores, (signals.equal_shares(observed.valid, observed.layouts),))
