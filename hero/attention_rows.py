@@ -123,7 +123,7 @@ class Collector:
             weight = weight.to(rows.device)[:, None, None]
         self._take(layer, rows * weight, None)
 
-    def _options(self, layer: int, device: torch.device) -> dict[str, object]:
+    def _options(self, layer: int, device: torch.device) -> dict[str, Any]:
         weight = self.weights[layer]
         # Layers may be on several devices: the rows stay on the first one's.
         local = self.rows is not None and self.rows.device == device

@@ -11,7 +11,7 @@ import contextvars
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from ._checks import error
 from .config import HeroConfig
 from .generation import as_called, restored, setting
 from .layout import ImageLayout
+from .positions import Image, place
 from .prompt import deal, images_of_rows, questions, shrink
 from .selection import Selection
 
@@ -64,8 +65,11 @@ class Call:
 
     def repeated(self, pixel_values: Tensor, image_sizes: Any) -> tuple[list[int], list[int]]:
         """The images, and the prompt of each, as older transformers repeat them for beams and sequences."""
-        if self.handle.adapter.has_run_per_crop:  # pixels of a prompt after another
+        adapter = self.handle.adapter
+        if adapter.has_run_per_crop or adapter.keeps_positions:  # images of a prompt after another
             repeats = len(pixel_values) // self.prompts
+            if adapter.keeps_positions:
+                repeats = len(image_sizes) // len(self.layouts)
             pairs = [
                 (number, row * repeats + copy)
                 for row in sorted(set(self.rows))
@@ -190,10 +194,20 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     held = in_cache if whole else ()
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
-    if features is not None and adapter.reads_prompt:
+    if features is not None and not adapter.takes_features:
         raise error(ValueError, "mm_encoder_outputs", "None: pixel_values, from which hero selects", "some")
     if pixels is not None and not isinstance(pixels, Tensor):
         raise error(TypeError, "pixel_values", "a tensor", pixels)
+    given, device = inputs, None if ids is None else ids.device
+    if adapter.keeps_positions and is_new:
+        if whole and start and pixels is not None:
+            raise ValueError(
+                "pixel_values: expected None beside a cache, where the stock model fails too, and "
+                "mm_encoder_outputs={'image': model.get_image_features(...)} of the new images, got pixels"
+            )
+        inputs = _on_host(inputs)
+        ids = inputs.get("input_ids")
+    on_host = inputs
     old, new = handle.shown(ids, held) if is_new or held else ((), ())
     layouts = handle.layouts(inputs, new)
     if inputs.get("keep_ratios") is not None and not layouts:
@@ -246,19 +260,20 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             text = questions(ids, inputs.get("attention_mask"), handle.image_token_id, rows, handle.tokenizer)
         own, prompts = tuple(kept[len(held) :]), 0 if ids is None else len(ids)
         call = Call(handle, text, tuple(rows), layouts, own, in_cache, start, prompts)
-        if features is None and (config.allocation == "floor" or adapter.has_run_per_crop):
-            # The lengths of the runs depend on the data: encode the images first.
+        encodes_first = adapter.has_run_per_crop or adapter.keeps_positions
+        output = features
+        if features is None and (config.allocation == "floor" or encodes_first):
+            # The prompt, its runs or its positions, depends on what is kept: encode the images first.
             layer = adapter.feature_layer(inputs.get("vision_feature_layer"))
             crops = adapter.crops(pixels, layouts, rows, handle.parts)
             selection, output = handle.encode(crops, layouts, text, feature_layer=layer)
             runs = tuple(adapter.runs_of(selection))
             kept = [*before, *runs]
             call = replace(call, encoded=(selection, output), runs=runs)
+    numbers = sorted(range(len(now)), key=[*(one.row for one in held), *rows].__getitem__)
     if now != kept:
-        images = sorted(
-            zip([*(one.row for one in held), *rows], now, kept, (*old, *new) or now, strict=True),
-            key=itemgetter(0),
-        )
+        every_row, every_run = [*(one.row for one in held), *rows], (*old, *new) or now
+        images = [(every_row[one], now[one], kept[one], every_run[one]) for one in numbers]
         if adapter.has_run_per_crop:
             inputs, images = deal(inputs, images)
         pairs = [pair for _, now, kept, _ in images for pair in zip(now, kept, strict=True)]
@@ -267,7 +282,39 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         inputs = shrink(
             inputs, handle.image_token_id, pairs, pad_token_id=0 if pad is None else pad, cached=cached
         )
-    return inputs, call
+    if adapter.keeps_positions and is_new and kept != full:
+        tokens = getattr(output, "hero_kept", None)
+        if tokens is None:
+            expected = "what get_image_features returned with hero attached"
+            raise error(ValueError, "mm_encoder_outputs", expected, "others")
+        tokens = [*[None] * len(held), *tokens]
+        shorter = [Image(sum(now[one]), sum(kept[one]), sum(full[one]), tokens[one]) for one in numbers]
+        options = {"image_token_id": handle.image_token_id, "whole": whole, "device": device}
+        inputs = place(handle.model, on_host, inputs, shorter, **options)
+    return _on_device(inputs, on_host, given, device), call
+
+
+def _on_host(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with all but pixels and embeddings on the CPU."""
+    stay = ("pixel_values", "pixel_values_videos", "inputs_embeds")
+    return {
+        name: value.cpu() if isinstance(value, Tensor) and name not in stay else value
+        for name, value in inputs.items()
+    }
+
+
+def _on_device(
+    inputs: Mapping[str, Any], on_host: Mapping[str, Any], given: Mapping[str, Any], device: Any
+) -> dict[str, Any]:
+    """Inputs as given where they are still the same, the others on the device."""
+    return {
+        name: given[name]
+        if value is on_host.get(name)
+        else value.to(device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def _of_embeddings(handle: Handle, inputs: dict, layouts: tuple[ImageLayout, ...]) -> Call:

@@ -394,7 +394,10 @@ class HeroVisionEncoder(nn.Module):
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
         path = Path(not reason, reason, encoded.attention_ran)
         details = (*tensors, cu_seqlens), path, counts, encoded.is_projected
-        return self._selection(plan.layouts, *details), encoded.output
+        selection, output = self._selection(plan.layouts, *details), encoded.output
+        if self.kind.is_packed:
+            output = packed.kept_output(self, output, selection, plan)
+        return selection, output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None

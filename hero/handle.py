@@ -83,9 +83,7 @@ class Handle:
         if not self.adapter.reads_prompt:
             return (), ()
         if ids is None:
-            raise ValueError(
-                "input_ids: expected the prompt, which tells which crops make an image, got None"
-            )
+            raise ValueError("input_ids: expected the prompt, which tells what is an image, got None")
         before = Counter(one.row for one in held)
         old: list[Shown] = []
         new: list[Shown] = []
@@ -105,7 +103,10 @@ class Handle:
         if found is None or not len(found):
             return None if found is None else ()
         layouts, ratios = self.parts.geometry.layouts(found), inputs.get("keep_ratios")
-        return layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
+        layouts = layouts if ratios is None else with_ratios("keep_ratios", layouts, ratios)
+        if len(layouts) > len(shown) > 0:  # the others are in the cache
+            layouts = tuple(layouts[image.number] for image in shown)
+        return layouts
 
     def crops(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[ImageLayout, ...]]:
         """Pixels and images of a call, as the encoder takes them.
@@ -155,7 +156,7 @@ class Handle:
 
     def image_tokens(
         self, pixel_values: Tensor, image_sizes, *, feature_layer=None, **kwargs
-    ) -> tuple[list[Tensor], object]:
+    ) -> tuple[list[Tensor], Any]:
         """Kept tokens of each image, and what the vision tower returned. Sets :attr:`last`.
 
         What the tower returned is ``None`` within a call of the model, where nobody sees it.
@@ -163,22 +164,29 @@ class Handle:
         Args:
             image_sizes: ``None`` for families whose images only the prompt of a call tells.
         """
+        selection, output, order = self.images(
+            pixel_values, image_sizes, feature_layer=feature_layer, **kwargs
+        )
+        images = selection.per_image()
+        return [images[number] for number in order], output
+
+    def images(
+        self, pixel_values: Tensor, image_sizes, *, feature_layer=None, **kwargs
+    ) -> tuple[Selection, Any, Sequence[int]]:
+        """:meth:`image_tokens` as a selection, and which of its images are asked for, in order."""
         call = calls.current_call(self)
         if call is not None and call.layouts:
             # Beam search in older transformers repeats the images before they are encoded.
             order, rows = call.repeated(pixel_values, image_sizes)
             if call.encoded is not None:
-                selection, output = call.encoded
-                images = selection.per_image()
-                return [images[number] for number in order], output
+                return *call.encoded, order
             layouts = [call.layouts[number] for number in order]
             pixel_values = self.adapter.crops(pixel_values, layouts, rows, self.parts)
             text = call.text if call.text is None else [call.text[number] for number in order]
             selection, output = self.encode(
                 pixel_values, layouts, text, feature_layer=feature_layer, **kwargs
             )
-            return selection.per_image(), output
-        text = None
+            return selection, output, range(len(layouts))
         if image_sizes is None:
             raise ValueError(
                 "pixel_values: expected a call of generate or forward, whose prompt tells which crops make "
@@ -187,9 +195,9 @@ class Handle:
         if self.encoder.cuda_graphs is None or not self.encoder.cuda_graphs.required:
             kwargs["whole"] = True
         selection, output = self.encode(
-            pixel_values, image_sizes, text, feature_layer=feature_layer, **kwargs
+            pixel_values, image_sizes, None, feature_layer=feature_layer, **kwargs
         )
-        return selection.per_image(), output
+        return selection, output, range(len(selection.layout))
 
     def encode(self, pixel_values, image_sizes, text, **kwargs) -> tuple[Selection, object]:
         """Run the encoder on the parts that the model has now."""
@@ -236,12 +244,13 @@ def attach(
 
     Args:
         model: one of transformers' ``ForConditionalGeneration`` classes of LLaVA-1.5, LLaVA-NeXT,
-            LLaVA-OneVision, InternVL, Idefics3 and SmolVLM.
+            LLaVA-OneVision, InternVL, Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
         processor: its processor, which then emits only as many image placeholders as are kept. With
             ``None``, prompts of the stock length are shortened on entry instead.
         config: what to keep, or
         options: arguments of :class:`hero.HeroConfig`, parameters of the policy included:
-            ``keep_ratio=0.2, policy="hero", alpha=0.5``.
+            ``keep_ratio=0.2, policy="hero", alpha=0.5``. With neither a configuration nor a number of tokens
+            0.2 of them are kept, 0.7 for Qwen's models, which lose more by it.
         relevance: a :class:`hero.ClipRelevance`, to weigh tiles by the question in the prompt.
         tokenizer: the language model's, to read the question and the separators between tiles of Idefics3 and
             SmolVLM; the processor's where ``None``.
@@ -260,8 +269,11 @@ def attach(
         raise ValueError(f"config: expected it or options, got both: {', '.join(options)}")
     if config is not None and not isinstance(config, HeroConfig):
         raise error(TypeError, "config", "hero.HeroConfig", config)
-    config = HeroConfig(**options) if config is None else config
     adapter = adapter_for(model)
+    if config is None:
+        if options.get("keep_ratio") is None and options.get("keep_tokens") is None:
+            options["keep_ratio"] = adapter.keep_ratio
+        config = HeroConfig(**options)
     parts = adapter.parts(model)
     geometry = parts.geometry
     if processor is not None:
@@ -306,7 +318,7 @@ def attach(
         normalization=normalization,
         cuda_graphs=cuda_graphs,
     )
-    handle = Handle(model, processor, encoder, tokenizer, adapter, parts, geometry)
+    handle = Handle(model, processor, encoder, tokenizer, adapter, parts, encoder.geometry)
     handle._put()
     return handle
 

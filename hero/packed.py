@@ -88,8 +88,10 @@ def _blocks_of(layout: ImageLayout, first: int) -> Tensor:
     return tokens.view(down, side, across, side).transpose(1, 2).reshape(down * across, side * side)
 
 
-def encode(encoder: Any, pixel_values: Tensor, plan: Plan, **kwargs) -> Encoded:
-    """:meth:`hero.HeroVisionEncoder.encode` of packed images. Features are merged and projected."""
+def encode(
+    encoder: Any, pixel_values: Tensor, plan: Plan, *, feature_layer: Any = None, whole: bool = True, **kwargs
+) -> Encoded:
+    """:meth:`hero.HeroVisionEncoder.encode` of packed images: always the whole encoder, which merges too."""
     kind, tower = encoder.kind, encoder.vision_tower
     own = plan_of(encoder, plan, pixel_values.device)
     collectors = {

@@ -37,7 +37,7 @@ class Parts:
     """
 
     vision_tower: nn.Module
-    projector: nn.Module
+    projector: nn.Module | None
     image_newline: Callable[[], Tensor] | None
     geometry: Geometry
     feature_layer: int | str | tuple[int, ...]
