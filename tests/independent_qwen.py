@@ -4,11 +4,11 @@
     inputs = batch_of(tiny_processor("qwen3_vl"), "two rows")
     reference.greedy(inputs, Rule(keep_ratio=0.3), 5)
 
-Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5 and Qwen3.5-MoE. As ``independent.py`` it is written from
-the specification alone and shares no code with the package under test: one image, one row and one token at a
-time, without padding and without a cache, in plain loops. Attention maps are made here from what the
-tower's attention modules are given. Borrowed from transformers are the model itself (a private eager copy) and
-its ``get_rope_index`` for the full prompt.
+Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5 and Qwen3.5-MoE. As ``independent.py`` it is written
+from the specification alone and shares no code with the package under test: one image, one row and one token
+at a time, without padding and without a cache, in plain loops. Attention maps are made here from what the
+tower's attention modules are given. Borrowed from transformers are the model itself (a private eager copy)
+and its ``get_rope_index`` for the full prompt.
 
 Words: a *token* is what the language model gets, of 2 x 2 patches; the *merged grid* of an image has
 ``gh x gw`` tokens, numbered in raster order; a *block* is a square of tokens of that grid.
@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import transformers
 from independent import (
@@ -50,7 +49,7 @@ FRACTIONS = (0.2, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class Rule:
-    """What to keep. ``keep_tokens`` wins over ``keep_ratio``; shares by ``policy`` and the weights of "hero"."""
+    """What to keep. ``keep_tokens`` wins over ``keep_ratio``; the weights are those of "hero"."""
 
     keep_ratio: float | None = 0.2
     keep_tokens: int | None = None
@@ -146,7 +145,7 @@ def blocks_of(height: int, width: int, side: int) -> list[list[int]]:
 
 
 def window_order(height: int, width: int, side: int) -> list[int]:
-    """The tokens of a merged grid as the tower of Qwen2.5-VL has them: window by window of ``side`` tokens."""
+    """The tokens of a merged grid as Qwen2.5-VL's tower has them, window by window of ``side`` tokens."""
     return [token for window in blocks_of(height, width, side) for token in window]
 
 
@@ -475,7 +474,8 @@ def numbers64(tensor: torch.Tensor) -> list[float]:
 # ----------------------------------------------------------------------------------------------------
 # tiny models and processors
 
-SPECIAL = "<unk> <pad> <s> </s> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|>".split()
+SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
+SPECIAL += ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 FAMILIES: dict[str, tuple[str, str, int]] = {
     "qwen2_vl": ("Qwen2VL", "Qwen2VLProcessor", 14),
@@ -567,7 +567,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A whitespace tokenizer that pads on the left and adds nothing."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = [*SPECIAL, *"USER ASSISTANT : what is in this picture and that one please describe . ?".split()]
+    words = [*SPECIAL, "USER", "ASSISTANT", ":", "what", "is", "in", "this", "picture", "and", "that"]
+    words += ["one", "please", "describe", ".", "?"]
     words += [f"w{number}" for number in range(VOCABULARY - len(words))]
     model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
     inner = Tokenizer(model)
@@ -638,14 +639,26 @@ def picture(family: str, grid: tuple[int, int], seed: int = 0):
 
 def batch_of(processor: ProcessorMixin, family: str, case: str, **kwargs: Any) -> BatchFeature:
     """The processor's output for a case, padded."""
+    return batch_of_rows(processor, family, CASES[case], **kwargs)
+
+
+def batch_of_rows(
+    processor: ProcessorMixin,
+    family: str,
+    rows: Sequence[tuple[str, Sequence[tuple[int, int]]]],
+    **kwargs: Any,
+) -> BatchFeature:
+    """The processor's output for rows of a prompt and its pictures' merged grids, padded."""
     texts, images = [], []
-    for text, grids in CASES[case]:
+    for text, grids in rows:
         texts.append(text)
         images += [picture(family, grid, len(images) + number) for number, grid in enumerate(grids)]
-    return processor(images=images, text=texts, padding=True, return_tensors="pt", **kwargs)
+    return processor(images=images or None, text=texts, padding=True, return_tensors="pt", **kwargs)
 
 
-def with_video(inputs: Mapping[str, Any], family: str, frames: int = 2, grid: tuple[int, int] = (4, 6)) -> dict:
+def with_video(
+    inputs: Mapping[str, Any], family: str, frames: int = 2, grid: tuple[int, int] = (4, 6)
+) -> dict:
     """A prompt of one row with a video in front, made by hand: ``frames`` grids of patches.
 
     Qwen3-VL and 3.5 have each frame in a run of its own.
@@ -660,7 +673,11 @@ def with_video(inputs: Mapping[str, Any], family: str, frames: int = 2, grid: tu
     patch = FAMILIES[family][2]
     generator = torch.Generator().manual_seed(3)
     given = dict(inputs)
-    for name, front in (("input_ids", words), ("mm_token_type_ids", kinds), ("attention_mask", [1] * len(words))):
+    for name, front in (
+        ("input_ids", words),
+        ("mm_token_type_ids", kinds),
+        ("attention_mask", [1] * len(words)),
+    ):
         given[name] = torch.cat([torch.tensor([front]), inputs[name]], dim=1)
     patches = frames * grid[0] * grid[1]
     given["pixel_values_videos"] = torch.randn(patches, 3 * 2 * patch * patch, generator=generator)

@@ -1,17 +1,22 @@
 """Qwen's packed towers with hero attached, against the independent reference and the stock models."""
 
 import functools
+import itertools
+import random
 from contextlib import contextmanager
 
 import pytest
 import torch
+from independent import CACHE, IGNORE
 from independent_qwen import (
     CASES,
     FAMILIES,
+    IMAGE,
     TOLERANCE,
     QwenReference,
     Rule,
     batch_of,
+    batch_of_rows,
     blocks_of,
     kept_of,
     layers_of,
@@ -43,22 +48,23 @@ RULES = {
 FEW = {"max_new_tokens": 5, "do_sample": False}
 
 
-def diagonal(*axes, every=None):
-    """All combinations with every family; fast are those of a diagonal, where each value comes up once.
+def diagonal(*axes, every=()):
+    """Every family with all combinations of the axes' values, of which two are fast.
 
     Args:
         *axes: The values of each axis beside the family.
-        every: Values of the last axis that stay fast with each family.
+        every: Values of the last axis that are always fast.
     """
+
+    def chosen(number):
+        return tuple(axis[(number + place * (number // 2)) % len(axis)] for place, axis in enumerate(axes))
+
     found = []
     for number, family in enumerate(FAMILIES):
-        combinations = [(family,)]
-        for axis in axes:
-            combinations = [(*one, value) for one in combinations for value in axis]
-        fast = {(family, *(axis[(number + shift) % len(axis)] for axis in axes)) for shift in (0, len(FAMILIES))}
-        for one in combinations:
-            is_fast = one in fast or (every is not None and one[-1] in every)
-            found.append(pytest.param(*one, marks=[] if is_fast else pytest.mark.slow))
+        fast = {chosen(number), chosen(number + 7)}
+        for one in itertools.product(*axes):
+            marks = [] if one in fast or one[-1] in every else pytest.mark.slow
+            found.append(pytest.param(family, *one, marks=marks))
     return found
 
 
@@ -200,14 +206,18 @@ def test_the_reference_is_the_stock_model(family, case):
     inputs = stock_batch(family, case)
     with torch.no_grad():
         assert_logits(
-            family, model_of(family)(**inputs).logits, reference_of(family).logits(inputs, Rule(keep_ratio=1.0))
+            family,
+            model_of(family)(**inputs).logits,
+            reference_of(family).logits(inputs, Rule(keep_ratio=1.0)),
         )
 
 
 # --------------------------------------------------------------------------------------- everything is kept
 
 
-@pytest.mark.parametrize(("family", "case", "which", "side"), diagonal(tuple(CASES), PROCESSORS, ("left", "right")))
+@pytest.mark.parametrize(
+    ("family", "case", "which", "side"), diagonal(tuple(CASES), PROCESSORS, ("left", "right"))
+)
 def test_everything_kept_is_the_stock_model(family, case, which, side):
     model, inputs = model_of(family), stock_batch(family, case, side)
     with torch.no_grad():
@@ -281,6 +291,37 @@ def check_forward(family, case, which, rule, side):
     assert_positions(seen, rows, side)
 
 
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 40), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_batches(family, seeds):
+    """Rows of 0 to 3 images of any size, padded on either side, by either prompt."""
+    model, reference = model_of(family), reference_of(family)
+    for seed in seeds:
+        dice, rows = random.Random(f"{family} {seed}"), []
+        for _ in range(dice.randint(1, 4)):
+            grids = [(dice.randint(1, 11), dice.randint(1, 11)) for _ in range(dice.randint(0, 3))]
+            words = [IMAGE] * len(grids) + dice.choices(
+                ("what", "is", "that", "w7", "w30"), k=dice.randint(1, 9)
+            )
+            rows.append((" ".join([*dice.sample(words, len(words)), "w9"]), grids))
+        if not any(grids for _, grids in rows):
+            continue
+        options = {"keep_ratio": dice.uniform(0.03, 1.0), "block": dice.randint(1, 7)}
+        options["tile_layers"] = tuple(dice.sample((1, 3, -1), dice.randint(1, 3)))
+        options["policy"] = dice.choice(("hero", "hero", "hero+", "uniform"))
+        side, which = dice.choice(("left", "right")), dice.choice(PROCESSORS)
+        full = batch_of_rows(tiny_processor(family), family, rows, padding_side=side)
+        with torch.no_grad():
+            wanted, images = reference.rows(full, rule_of(options))
+            handle, processor = attached(family, which, **options)
+            with handle, watched(model) as seen:
+                logits = model(**batch_of_rows(processor, family, rows, padding_side=side)).logits
+                assert kept_tokens(handle.last) == [image.kept for image in images], (seed, rows, options)
+                assert model.model.rope_deltas[:, 0].tolist() == [row.delta for row in wanted]
+            assert_logits(family, logits, [reference._forward(row) for row in wanted], side)
+            assert_positions(seen, wanted, side)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_prompts_with_one_handle(family):
     """The short prompt and the full one are the same call."""
@@ -293,7 +334,9 @@ def test_both_prompts_with_one_handle(family):
         kept = kept_tokens(handle.last)
         two, again = model(**full).logits, model.generate(**full, **FEW)
         assert kept_tokens(handle.last) == kept
-        assert_logits(family, two, [row[mask.bool()] for row, mask in zip(one, short["attention_mask"], strict=True)])
+        assert_logits(
+            family, two, [row[mask.bool()] for row, mask in zip(one, short["attention_mask"], strict=True)]
+        )
     assert torch.equal(answer[:, short["input_ids"].shape[1] :], again[:, full["input_ids"].shape[1] :])
     assert torch.equal(again[:, : full["input_ids"].shape[1]], full["input_ids"])
 
@@ -304,11 +347,15 @@ def test_features_that_the_model_returns(family):
     model, inputs = model_of(family), stock_batch(family, "two images in a prompt")
     _, images = expected(family, "two images in a prompt", "0.2")
     with hero.attach(model, **RULES["0.2"]), torch.no_grad():
-        found = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+        found = model.model.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
+        )
     for number, image in enumerate(images):
         levels = [one[number] for one in getattr(found, "deepstack_features", None) or ()]
         assert len(levels) == len(image.deep)
-        for one, stock in zip((found.pooler_output[number], *levels), (image.features, *image.deep), strict=True):
+        for one, stock in zip(
+            (found.pooler_output[number], *levels), (image.features, *image.deep), strict=True
+        ):
             torch.testing.assert_close(one, stock[image.kept], rtol=1e-4, atol=1e-4)
 
 
@@ -316,7 +363,8 @@ def test_features_that_the_model_returns(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "case", "which", "rule"), diagonal(tuple(CASES), PROCESSORS, ("0.2", "0.5", "0.07", "9 tokens"))
+    ("family", "case", "which", "rule"),
+    diagonal(tuple(CASES), PROCESSORS, ("0.2", "0.5", "0.07", "9 tokens")),
 )
 def test_greedy_and_positions(family, case, which, rule):
     model, (rows, images) = model_of(family), expected(family, case, rule)
@@ -371,8 +419,6 @@ def test_ways_of_generating(family, which, how):
 @pytest.mark.parametrize(("family", "which"), diagonal(PROCESSORS))
 def test_decoding_by_hand(family, which):
     """Token by token with forward: the model's deltas place them behind the full prompt."""
-    from independent import CACHE
-
     model, case = model_of(family), "one image"
     rows, images = expected(family, case, "0.2")
     wanted = reference_of(family).greedy(stock_batch(family, case), rule_of(RULES["0.2"]), 4, images)
@@ -381,8 +427,8 @@ def test_decoding_by_hand(family, which):
         output, answer = model(**batch_of(processor, family, case), use_cache=True), []
         for _ in range(4):
             answer.append(int(output.logits[0, -1].argmax()))
-            cache = output[CACHE] if CACHE in output else output.past_key_values
-            output = model(input_ids=torch.tensor([answer[-1:]]), use_cache=True, **{CACHE: cache})
+            given = {CACHE: output[CACHE], "use_cache": True}
+            output = model(input_ids=torch.tensor([answer[-1:]]), **given)
     assert answer == wanted[0]
     assert_positions(seen, rows)
 
@@ -423,8 +469,10 @@ def test_loss_and_gradients(family, which, side):
 
     def labelled(inputs):
         labels = inputs["input_ids"].clone()
-        labels[inputs["attention_mask"] == 0] = -100
-        labels[labels == model.config.image_token_id] = -100
+        labels[inputs["attention_mask"] == 0] = IGNORE
+        labels[labels == model.config.image_token_id] = IGNORE
+        for own, mask in zip(labels, inputs["attention_mask"], strict=True):
+            own[int(mask.argmax())] = IGNORE  # which padding on the left would predict
         return {**inputs, "labels": labels}
 
     wanted = reference.loss(labelled(stock_batch(family, case, side)), rule_of(RULES[rule]))
