@@ -13,6 +13,7 @@ __all__ = [
     "check_layers",
     "check_positive",
     "check_ratio",
+    "check_types",
     "check_real",
     "count",
     "error",
@@ -111,6 +112,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if value not in choices:
         raise error(ValueError, name, expected, value)
     return value
+
+
+def check_types(*arguments: tuple[str, object, type, str]) -> None:
+    """Raise ``TypeError`` unless arguments (name, value, class, expected) are of their classes."""
+    for name, value, kind, expected in arguments:
+        if not isinstance(value, kind) and not (value is None and expected.endswith("None")):
+            raise error(TypeError, name, expected, value)
 
 
 def check_layers(name: str, value: object) -> tuple[int | float, ...]:

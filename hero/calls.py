@@ -1,24 +1,22 @@
 """What calls of an attached model do: shorten the prompt, pass the question on, keep the caller's view.
 
 ``forward`` and ``generate`` accept prompts with as many image placeholders as tokens are kept, and stock
-prompts, which are shortened. A key-value cache records the images that it holds, so that a later turn either
-continues on it or is refused.
+prompts, which are shortened.
 """
 
 from __future__ import annotations
 
 import contextvars
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import error
-from .config import HeroConfig
+from .caches import Held, cache_of, check_held, held_of_sizes, images_in, record
 from .generation import as_called, restored, setting
 from .layout import ImageLayout
 from .positions import Image, place
@@ -28,24 +26,6 @@ from .selection import Selection
 __all__ = ["Call", "current_call", "forward", "generate"]
 
 Handle: TypeAlias = Any  # a hero.Handle, whose module imports this one
-_CACHES = ("past_key_values", "cache")  # the names of the argument before and since transformers 5.24
-_HELD = "_hero_images"
-
-
-@dataclass(frozen=True)
-class Held:
-    """An image in a key-value cache: its layout and runs, what decided on them, and where it is."""
-
-    layout: ImageLayout
-    runs: tuple[int, ...]
-    config: HeroConfig
-    row: int = 0
-    start: int = 0  # length of the cache before the turn of the image
-
-    @property
-    def length(self) -> int:
-        """Its tokens."""
-        return sum(self.runs)
 
 
 @dataclass(frozen=True)
@@ -126,7 +106,7 @@ def forward(self: nn.Module, original: Callable, *args, **kwargs):
     finally:
         _call.reset(token)
     if outer is None and call is not None:
-        _record(call, inputs, output)
+        record(call, inputs, output)
     return output
 
 
@@ -155,7 +135,7 @@ def generate(self: nn.Module, original: Callable, *args, **kwargs):
     finally:
         _call.reset(token)
         if call is not None:
-            _record(call, kwargs, output)  # an interrupted call has filled the cache too
+            record(call, kwargs, output)  # an interrupted call has filled the cache too
     if not shrunk:
         return output
     sequences = output if isinstance(output, Tensor) else output.sequences
@@ -187,10 +167,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     ids, pixels, features = inputs.get("input_ids"), inputs.get("pixel_values"), features_of(inputs)
     encoder, config, adapter = handle.encoder, handle.config, handle.adapter
     is_new = pixels is not None or features is not None
-    cache = _cache_of(inputs)
-    in_cache = getattr(cache, _HELD, ())
-    start = int(cache.get_seq_length()) if cache is not None and (is_new or in_cache) else 0
-    in_cache = _kept_of_cropped(in_cache, start)
+    cache = cache_of(inputs)
+    in_cache, start = images_in(cache, is_new=is_new)
     held = in_cache if whole else ()
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
@@ -221,10 +199,10 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     is_image = None if ids is None else ids == handle.image_token_id
     total = int(is_image.sum()) if is_image is not None and (layouts or held) else 0
     if total == 0 and not (is_new and layouts):
-        return inputs, None
+        return _on_device(inputs, on_host, given, device), None
     if not is_new:  # all images are in the cache
-        held, layouts = _held_of_sizes(handle, held, layouts), ()
-    _check_held(handle, held)
+        held, layouts = held_of_sizes(handle, held, layouts), ()
+    check_held(handle, held)
     every = (*(one.layout for one in held), *layouts)
     written = [adapter.runs(layout, layout.equal_counts(config)) for layout in every]
     full = [adapter.runs(layout, layout.full_counts) for layout in every]
@@ -271,6 +249,10 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             kept = [*before, *runs]
             call = replace(call, encoded=(selection, output), runs=runs)
     numbers = sorted(range(len(now)), key=[*(one.row for one in held), *rows].__getitem__)
+    positions = inputs.get("position_ids")
+    moves = adapter.keeps_positions and is_new and kept != full and (positions is None or now != kept)
+    if moves:  # positions are made from the full prompt's
+        inputs.pop("position_ids", None)
     if now != kept:
         every_row, every_run = [*(one.row for one in held), *rows], (*old, *new) or now
         images = [(every_row[one], now[one], kept[one], every_run[one]) for one in numbers]
@@ -282,7 +264,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         inputs = shrink(
             inputs, handle.image_token_id, pairs, pad_token_id=0 if pad is None else pad, cached=cached
         )
-    if adapter.keeps_positions and is_new and kept != full:
+    if moves:
         tokens = getattr(output, "hero_kept", None)
         if tokens is None:
             expected = "what get_image_features returned with hero attached"
@@ -343,82 +325,6 @@ def _mask_of_padding(model: nn.Module, ids: Tensor, kwargs: dict) -> Tensor | No
         return None
     mask = ids != pad
     return None if bool(mask.all()) else mask.long()
-
-
-# --- caches ----------------------------------------------------------------------------------------------
-
-
-def _cache_of(inputs: Mapping[str, Any]) -> Any:
-    return next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
-
-
-def _kept_of_cropped(held: Sequence[Held], length: int) -> tuple[Held, ...]:
-    """The images that a cache of this length still holds: it may have been cropped since.
-
-    Raises:
-        ValueError: it was cropped within an image.
-    """
-    for one in held:
-        if one.start < length < one.start + one.length:
-            raise ValueError(
-                f"past_key_values: expected a cache that holds an image of {one.layout}, or was "
-                f"cropped to {one.start} positions, before its turn, got one cropped to {length}"
-            )
-    return tuple(one for one in held if one.start < length)
-
-
-def _held_of_sizes(
-    handle: Handle, held: tuple[Held, ...], layouts: Sequence[ImageLayout]
-) -> tuple[Held, ...]:
-    """The images in the cache, where the caller gives their sizes again or not at all.
-
-    Raises:
-        ValueError: other images than the cache holds, or a cache that was filled without hero, or none.
-    """
-    if layouts and not held:
-        if any(layout.kept_tokens(handle.config) != layout.full_tokens for layout in layouts):
-            raise ValueError(
-                "pixel_values: expected the images, or a cache that was filled with hero attached and holds "
-                "them, got neither"
-            )
-        runs = (handle.adapter.runs(layout, layout.full_counts) for layout in layouts)
-        return tuple(Held(*one, handle.config) for one in zip(layouts, runs, strict=True))
-    if layouts and [str(one.layout) for one in held] != [str(one) for one in layouts]:
-        sizes = [str(one.layout) for one in held], [str(one) for one in layouts]
-        raise ValueError(
-            f"image_sizes: expected those of the images in the cache, {sizes[0]}, got {sizes[1]}"
-        )
-    return held
-
-
-def _check_held(handle: Handle, held: Sequence[Held]) -> None:
-    """Raise ``ValueError`` if the cache was filled by another configuration than the handle's."""
-    config = handle.config
-    for one in held:
-        exact = config.allocation == one.config.allocation == "exact"
-        if one.length != one.layout.kept_tokens(config) if exact else one.config != config:
-            now, then = config.to_dict(), one.config.to_dict()
-            changed = {name for name in {*now, *then} if now.get(name) != then.get(name)}
-            now, then = ({name: one[name] for name in sorted(changed & set(one))} for one in (now, then))
-            count = one.layout.kept_tokens(config)
-            raise ValueError(
-                f"past_key_values: expected {count} tokens of an image of {one.layout} {now}, got "
-                f"{one.length} {then}: start a new cache"
-            )
-
-
-def _record(call: Call, inputs: Mapping[str, Any], output: object) -> None:
-    """Note on the cache which images it holds after a call."""
-    cache = _cache_of(inputs)
-    if cache is None:
-        cache = _cache_of({name: getattr(output, name, None) for name in _CACHES})
-    if cache is None or int(cache.get_seq_length()) <= call.start:
-        return
-    new = (
-        Held(layout, runs, call.handle.config, row, call.start)
-        for layout, runs, row in zip(call.layouts, call.runs, call.rows, strict=True)
-    )
-    setattr(cache, _HELD, tuple(sorted((*call.held, *new), key=attrgetter("row"))))
 
 
 # --- what generate is given ------------------------------------------------------------------------------

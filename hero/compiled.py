@@ -19,9 +19,10 @@ from hero_kernels import Finalized
 from hero_kernels._library import features_gradient, no_gradient
 
 from ._checks import error
+from .cuda_graphs import Path
 from .plan import CropPlan, Plan, check_crops, check_pixels
 from .policies import Policy
-from .selection import Encoded
+from .selection import Encoded, Selection
 
 __all__ = ["register", "run"]
 
@@ -47,16 +48,17 @@ def run(
     image_sizes: Tensor | Sequence[Sequence[int]],
     text: Tensor | None,
     **kwargs,
-) -> tuple[tuple[Tensor, ...], Any, Encoded]:
-    """All stages but the projection, in code that is being compiled.
+) -> tuple[Selection, Any]:
+    """All stages in code that is being compiled. Packed encoders run as they are: the graph breaks.
 
     Returns:
-        tokens, index, budgets, shares, scores and ``cu_seqlens`` of a :class:`hero.Selection`, its sizes, and
-        what was encoded.
+        what :meth:`hero.HeroVisionEncoder.run` does.
 
     Raises:
         TypeError, ValueError: what only eager code takes, by name.
     """
+    if encoder.kind.is_packed:
+        return torch.compiler.disable(encoder.run)(pixel_values, image_sizes, text, **kwargs)
     check_pixels(pixel_values, encoder.geometry.crop_size)
     if text is not None and not isinstance(text, Tensor):
         raise TypeError("text: expected embeddings [B, E] in compiled code, got strings")
@@ -92,7 +94,8 @@ def run(
         name,
         padded,
     )
-    return tuple(tensors), pairs if table is None else table, encoded
+    path = Path(False, "compiled code", encoded.attention_ran)
+    return encoder.selection(pairs if table is None else table, tensors, path), encoded.output
 
 
 def _sizes(image_sizes: Any) -> tuple[Tensor | None, list[tuple[int, int]]]:

@@ -14,7 +14,7 @@ import hero_kernels as hk
 from hero_kernels.segments import to_device
 
 from . import attention_rows, compiled, packed
-from ._checks import check_flag, error
+from ._checks import check_flag, check_types, error
 from .config import HeroConfig
 from .cuda_graphs import CudaGraphs, Path
 from .layout import Geometry
@@ -22,7 +22,7 @@ from .models import hidden_states, tower_for
 from .plan import CropPlan, Plan, Plans, check_crops, check_pixels, make_plan, with_image
 from .policies import Observed, Scored, supported_rows
 from .relevance import ClipRelevance, check_questions, check_relevance, renormalization, renormalized
-from .selection import Encoded, Selection
+from .selection import Encoded, Selection, with_replaced
 from .signals import mean_features
 from .tokens import average, average_in_cells, in_cells, merge, resize_to_cells
 
@@ -45,8 +45,7 @@ class HeroVisionEncoder(nn.Module):
         projector: maps features to the language model's width; ``None`` leaves them as they are.
         config: what to keep; ``HeroConfig()`` if ``None``.
         geometry: how images are cut; ``None`` takes the tower's sizes and the grids 1×2, 2×1, 2×2, 3×1 and
-            1×3 of LLaVA-NeXT. If its patches are m times the tower's, a token is m × m patches merged. Qwen's
-            towers take :class:`hero.tiling.Blocks`.
+            1×3 of LLaVA-NeXT. If its patches are m times the tower's, a token is m × m patches merged.
         image_newline: ``[D]`` embedding that ends each row of the stitched grid, or a function that returns
             it at each call; ``None`` for none.
         relevance: a :class:`hero.ClipRelevance`, to divide tokens among tiles by the question.
@@ -56,8 +55,8 @@ class HeroVisionEncoder(nn.Module):
             Relevance undoes it where CLIP encodes the crops anew.
         cuda_graphs: replay the tower and its scores from a CUDA graph, one for each number of crops.
             ``"auto"`` does so on a GPU for up to 16 crops, from the second call with this number on, where
-            nothing prevents it (gradients, hooks, wrappers, several devices); ``True`` raises an error where
-            something does; ``False`` never does. ``selection.path`` tells what was done and why.
+            nothing prevents it (gradients, hooks, wrappers, several devices, packed images); ``True`` raises
+            an error where something does; ``False`` never does. ``selection.path`` tells what was done.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range; a tower with hero attached.
@@ -78,15 +77,13 @@ class HeroVisionEncoder(nn.Module):
     ):
         super().__init__()
         config = HeroConfig() if config is None else config
-        for name, value, kind, expected in (
+        check_types(
             ("config", config, HeroConfig, "hero.HeroConfig"),
             ("relevance", relevance, ClipRelevance, "hero.ClipRelevance or None"),
             ("vision_tower", vision_tower, nn.Module, "an nn.Module"),
             ("projector", projector, nn.Module, "an nn.Module or None"),
             ("geometry", geometry, Geometry, "hero.Geometry or None"),
-        ):
-            if not isinstance(value, kind) and not (value is None and expected.endswith("None")):
-                raise error(TypeError, name, expected, value)
+        )
         if not (image_newline is None or isinstance(image_newline, Tensor) or callable(image_newline)):
             raise error(TypeError, "image_newline", "a tensor [D], a function or None", image_newline)
         self.kind = tower_for(vision_tower)
@@ -110,6 +107,8 @@ class HeroVisionEncoder(nn.Module):
         self._to_clip = None if normalization is None else renormalization(normalization)
         if cuda_graphs != "auto":
             check_flag("cuda_graphs", cuda_graphs, expected="'auto', True or False")
+        if cuda_graphs is True and self.kind.is_packed:
+            raise error(ValueError, "cuda_graphs", "'auto' or False for packed images", True)
         self.cuda_graphs = CudaGraphs(required=cuda_graphs is True) if cuda_graphs else None
         self.vision_tower, self.projector = vision_tower, projector
         if isinstance(image_newline, Tensor) and not isinstance(image_newline, nn.Parameter):
@@ -155,8 +154,8 @@ class HeroVisionEncoder(nn.Module):
         self._name = compiled.register(self)  # a copy is another encoder
 
     def plan(self, image_sizes, device: torch.device) -> Plan:
-        """The plan of a batch of images (see :meth:`prepare`), computed when the sizes are first seen."""
-        layouts = self.geometry.layouts(image_sizes)
+        """The plan of a batch of images (see :meth:`prepare`), made when the sizes are first seen."""
+        layouts = self.geometry.layouts(self.kind.layouts(self.vision_tower, image_sizes, self.geometry))
         return self.plans.get((layouts, device), partial(make_plan, layouts, self.config, self.rows, device))
 
     def prepare(self, pixel_values: Tensor, image_sizes) -> tuple[Tensor, Plan]:
@@ -165,8 +164,8 @@ class HeroVisionEncoder(nn.Module):
         Args:
             pixel_values: ``[B, crops, 3, S, S]``, padded to the largest number of crops, or ``[T, 3, S, S]``,
                 all crops one after another; floating. ``[patches, channels]`` for Qwen's towers.
-            image_sizes: ``[B, 2]`` (height, width) in pixels: pairs of integers or a tensor. Reading a tensor
-                on a GPU synchronises with it. Or layouts (:class:`hero.Geometry`).
+            image_sizes: ``[B, 2]`` (height, width) in pixels: pairs of integers or a tensor; for Qwen's
+                towers ``image_grid_thw`` ``[B, 3]``. Reading a tensor on a GPU synchronises with it.
 
         Returns:
             crops ``[T, 3, S, S]``, or packed pixels, and the plan, which the other stages take.
@@ -252,10 +251,7 @@ class HeroVisionEncoder(nn.Module):
         return in_cells(encoded, plan, self.projector) if isinstance(plan, Plan) else encoded
 
     def text_embeddings(self, plan: Plan, text: Text) -> Callable[[], Tensor] | None:
-        """Begin to embed the questions; on a GPU this runs beside the vision tower.
-
-        Args:
-            text: as in :meth:`forward`.
+        """Begin to embed the questions, ``text`` of :meth:`forward`; on a GPU beside the vision tower.
 
         Returns:
             a function that returns the embeddings ``[B, E]``; ``None`` if the question affects nothing.
@@ -309,6 +305,7 @@ class HeroVisionEncoder(nn.Module):
                 constants=plan.constants,
                 relevance=None if clip is None else relevance,
                 patch_relevance=None if clip is None else patch_relevance,
+                block_budgets=plan.block_budgets,
             )
             scored = self.config.policy.score(observed)
         if not isinstance(scored, Scored):
@@ -318,8 +315,9 @@ class HeroVisionEncoder(nn.Module):
 
     def budget(self, scored: Scored, plan: Plan) -> hk.TileBudgets:
         """Patches to keep of each crop."""
-        allocation = self.config.allocation
-        return hk.tile_budgets(scored.signals, plan.valid_counts, plan.segments, allocation=allocation)
+        counts, allocation = plan.valid_counts, self.config.allocation
+        found = hk.tile_budgets(scored.signals, counts, plan.segments, allocation=allocation)
+        return found if scored.budgets is None else found._replace(budgets=scored.budgets)
 
     def select(self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, plan: Plan) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
@@ -334,13 +332,7 @@ class HeroVisionEncoder(nn.Module):
             ranks=None if replaced is None else replaced.ranks,
             valid_counts=plan.valid_counts,
         )
-        if replaced is None:
-            return gathered
-        place = gathered.index.clamp_min(0).long()
-        slot = replaced.slots.flatten()[place].masked_fill(gathered.index < 0, -1)
-        values = replaced.values[place // plan.segments.patches, slot.clamp_min(0)]
-        tokens = torch.where((slot >= 0)[:, None], values, gathered.tokens)
-        return gathered._replace(tokens=tokens)
+        return gathered if replaced is None else with_replaced(gathered, replaced)
 
     def project(self, tokens: Tensor, index: Tensor, *, is_projected: bool = False) -> Tensor:
         """Tokens ``[total, D]`` in the language model's width, with newlines where the index is negative."""
@@ -370,13 +362,8 @@ class HeroVisionEncoder(nn.Module):
         self, pixel_values: Tensor, image_sizes, text: Text = None, **kwargs
     ) -> tuple[Selection, object | None]:
         """:meth:`forward`, and what the tower returned; keyword arguments go to :meth:`encode`."""
-        given = pixel_values, image_sizes, text
-        if torch.compiler.is_compiling() and self.kind.is_packed:
-            return torch.compiler.disable(self.run)(*given, **kwargs)
         if torch.compiler.is_compiling():
-            tensors, sizes, encoded = compiled.run(self, self._name, *given, **kwargs)
-            path = Path(False, "compiled code", encoded.attention_ran)
-            return self._selection(sizes, tensors, path), encoded.output
+            return compiled.run(self, self._name, pixel_values, image_sizes, text, **kwargs)
         crops, plan = self.prepare(pixel_values, image_sizes)
         question = self.text_embeddings(plan, text)
         try:
@@ -394,10 +381,10 @@ class HeroVisionEncoder(nn.Module):
             cu_seqlens = to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
         path = Path(not reason, reason, encoded.attention_ran)
         details = (*tensors, cu_seqlens), path, counts, encoded.is_projected
-        selection, output = self._selection(plan.layouts, *details), encoded.output
+        selection = self.selection(plan.layouts, *details)
         if self.kind.is_packed:
-            output = packed.kept_output(self, output, selection, plan)
-        return selection, output
+            return selection, packed.kept_output(self, encoded.output, selection, plan)
+        return selection, encoded.output
 
     def choose(
         self, encoded: Encoded, plan: Plan, question: Callable[[], Tensor] | None
@@ -415,7 +402,7 @@ class HeroVisionEncoder(nn.Module):
         tensors = gathered.tokens, gathered.index, budgets.budgets, budgets.shares, scored.scores
         return tensors, gathered.lengths
 
-    def _selection(
+    def selection(
         self,
         images: Any,
         tensors: Sequence[Tensor],
@@ -423,6 +410,7 @@ class HeroVisionEncoder(nn.Module):
         counts: Sequence[int] | None = None,
         is_projected: bool = False,
     ) -> Selection:
+        """What the encoder returns, with the tokens projected."""
         names = ("tokens", "index", "budgets", "shares", "scores", "cu_seqlens")
         fields: dict[str, Any] = dict(zip(names, tensors, strict=True))
         fields["tokens"] = self.project(*tensors[:2], is_projected=is_projected)
@@ -439,11 +427,9 @@ class HeroVisionEncoder(nn.Module):
     ) -> tuple[tuple[tuple[Tensor, ...], tuple[int, ...], Encoded] | None, str]:
         """What :meth:`choose` returns and takes, with :meth:`encode` replayed; or ``None`` and why not."""
         graphs, tower = self.cuda_graphs, self.vision_tower
-        if self.kind.is_packed:
-            return None, "an encoder of packed images"
         given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-        if graphs is None:
-            return None, "cuda_graphs=False"
+        if graphs is None or self.kind.is_packed:
+            return None, "packed images" if self.kind.is_packed else "cuda_graphs=False"
         if reason := graphs.refusal(tower, partial(self.kind.is_plain, tower), crops, given):
             return None, reason
         states = self._states if feature_layer is None else hidden_states(feature_layer, self.depth)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import calls
 from ._checks import error
+from .caches import Held
 from .config import HeroConfig
 from .encoder import HeroVisionEncoder
 from .layout import Geometry, ImageLayout
@@ -72,9 +73,7 @@ class Handle:
         """The selection of this thread's last call, without tokens; ``None`` before the first."""
         return self._last.value
 
-    def shown(
-        self, ids: Tensor | None, held: Sequence[calls.Held] = ()
-    ) -> tuple[Sequence[Shown], Sequence[Shown]]:
+    def shown(self, ids: Tensor | None, held: Sequence[Held] = ()) -> tuple[Sequence[Shown], Sequence[Shown]]:
         """The images that prompts ``[B, L]`` show: those held in a cache, and the others.
 
         Raises:
@@ -83,7 +82,8 @@ class Handle:
         if not self.adapter.reads_prompt:
             return (), ()
         if ids is None:
-            raise ValueError("input_ids: expected the prompt, which tells what is an image, got None")
+            expected = "the prompt, which tells which crops or runs make an image"
+            raise error(ValueError, "input_ids", expected, None)
         before = Counter(one.row for one in held)
         old: list[Shown] = []
         new: list[Shown] = []

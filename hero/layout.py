@@ -193,6 +193,16 @@ class ImageLayout:
             return self._quota(config)[1]
         return self.budget(config)[1]
 
+    def block_budgets(self, config: Keep) -> list[int]:
+        """Tokens of each block in proportion to its size: largest remainders, ties to the lower block."""
+        total, whole = self.tile_quota(config), sum(self.valid_counts)
+        budgets = [total * count // whole for count in self.valid_counts]
+        if config.allocation == "exact":
+            by_remainder = sorted(range(self.tiles), key=lambda n: -(total * self.valid_counts[n] % whole))
+            for block in by_remainder[: total - sum(budgets)]:
+                budgets[block] += 1
+        return budgets
+
     def kept_tokens(self, config: Keep) -> int:
         """Length of the packed sequence; with ``allocation="floor"`` an upper bound."""
         return sum(self.budget(config)) + self.newline_count

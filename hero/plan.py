@@ -80,6 +80,7 @@ class Plan(CropPlan):
         cu_seqlens: ``[B + 1]`` int32, where the kept tokens of each image begin, with ``allocation="exact"``.
         places: the image of each crop, its thumbnail and tiles.
         constants: what :meth:`hero.policies.Policy.constants` returned.
+        block_budgets: ``[T]`` int32, :meth:`hero.layout.ImageLayout.block_budgets` of whole images.
         of_crops: the plan of the crops that the encoder sees, where the grid of an image is resized: this
             plan is then that of its cells. Otherwise ``None``.
     """
@@ -90,6 +91,7 @@ class Plan(CropPlan):
     cu_seqlens: Tensor
     places: Places
     constants: Mapping[str, Any]
+    block_budgets: Tensor | None = None
     of_crops: Plan | None = None
     _moved: dict[torch.device, Plan] = field(default_factory=dict, repr=False)
 
@@ -109,7 +111,15 @@ class Plan(CropPlan):
     @torch.inference_mode(False)  # a plan made in inference mode must also serve calls with gradients
     def _copied(self, device: torch.device) -> Plan:
         self.segments.warm(device)
-        names = ("valid", "valid_counts", "cu_seqlens", "places", "layer_weights", "constants")
+        names = (
+            "valid",
+            "valid_counts",
+            "cu_seqlens",
+            "places",
+            "layer_weights",
+            "constants",
+            "block_budgets",
+        )
         tensors = {name: getattr(self, name) for name in names}
         moved = tree_map_only(Tensor, lambda tensor: to_device(tensor, device), tensors)
         of_crops = self.of_crops and self.of_crops._copied(device)
@@ -157,6 +167,7 @@ def make_plan(
             rows=rows,
             constants=config.policy.constants(layouts),
             device=torch.device("cpu"),
+            block_budgets=_block_budgets(layouts, config),
             of_crops=of_crops,
         )
     if device == cpu.device:
@@ -175,6 +186,13 @@ def _segment(layout: ImageLayout, config: HeroConfig) -> hk.Segment:
         newline_rows=layout.rows if layout.newlines else (0, 0),
         thumbnail_newline=layout.newlines and not layout.tiles,
     )
+
+
+def _block_budgets(layouts: Sequence[ImageLayout], config: HeroConfig) -> Tensor | None:
+    if not layouts[0].is_whole:
+        return None
+    budgets = [budget for layout in layouts for budget in layout.block_budgets(config)]
+    return torch.tensor(budgets, dtype=torch.int32)
 
 
 def _valid(layout: ImageLayout) -> Tensor:

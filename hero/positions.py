@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from hero_kernels.segments import to_device
 
+from .caches import CACHES, cache_of
+
 __all__ = ["Image", "place"]
 
 _ALIGNED = ("input_ids", "mm_token_type_ids", "token_type_ids")
-_CACHES = ("past_key_values", "cache")
 
 
 class Image(NamedTuple):
@@ -128,14 +129,13 @@ def place(
 def _stock(model: nn.Module, asked: Mapping[str, Any], inside: Tensor, *, whole: bool) -> Tensor | None:
     """The stock model's positions of the full prompt, on the CPU; it sets ``rope_deltas`` too."""
     if whole:
-        rest = {name: value for name, value in asked.items() if name not in ("input_ids", *_CACHES)}
+        rest = {name: value for name, value in asked.items() if name not in ("input_ids", *CACHES)}
         rest.setdefault("attention_mask", inside.long())
         return type(model)._prepare_position_ids_for_generation(model, asked["input_ids"], rest)
     base: Any = model.model
     names = set(inspect.signature(type(base).compute_3d_position_ids).parameters) - {"self"}
     arguments = {name: asked.get(name) for name in names}
-    cache = next((asked[name] for name in _CACHES if asked.get(name) is not None), None)
-    arguments |= dict.fromkeys(names & set(_CACHES), cache)
+    arguments |= dict.fromkeys(names & set(CACHES), cache_of(asked))
     arguments["inputs_embeds"] = torch.empty(*inside.shape, 0)
     return type(base).compute_3d_position_ids(base, **arguments)
 

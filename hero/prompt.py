@@ -218,6 +218,8 @@ def shrink(
     if labels is not None:
         shortened["shift_labels"] = _of_next(labels, lambda labels: repack(labels, -100))
     positions = inputs.get("position_ids")
+    if positions is not None and positions.dim() != 2:
+        raise ValueError(f"position_ids: expected [B, L], got shape {tuple(positions.shape)}")
     if positions is not None:
         before, after = (
             (torch.cat([past, one], dim=1).long().cumsum(1) - 1).clamp_min(0)[:, -one.shape[1] :]

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hero_kernels import Finalized
+from hero_kernels import Finalized, Gathered
 
 from .config import HeroConfig
 from .cuda_graphs import Path
 from .layout import Geometry, ImageLayout
+from .policies import Replacement
 
-__all__ = ["Encoded", "Selection"]
+__all__ = ["Encoded", "Selection", "with_replaced"]
 
 
 @dataclass(frozen=True)
@@ -120,3 +121,12 @@ class Selection:
         keep = torch.zeros(self.scores.numel(), dtype=torch.bool, device=self.index.device)
         keep[self.index[self.index >= 0].long()] = True
         return keep.view_as(self.scores)
+
+
+def with_replaced(gathered: Gathered, replaced: Replacement) -> Gathered:
+    """Kept features, of which a policy has replaced some."""
+    place = gathered.index.clamp_min(0).long()
+    slot = replaced.slots.flatten()[place].masked_fill(gathered.index < 0, -1)
+    values = replaced.values[place // replaced.slots.shape[1], slot.clamp_min(0)]
+    tokens = torch.where((slot >= 0)[:, None], values, gathered.tokens)
+    return gathered._replace(tokens=tokens)

@@ -30,8 +30,7 @@ def get_image_features(self, original, pixel_values, image_grid_thw=None, **kwar
     if _is_video.get():
         return original(pixel_values, image_grid_thw, **kwargs)
     handle, asked = self._hero, {name: kwargs[name] for name in _OUTPUTS if kwargs.get(name)}
-    layouts = ADAPTER.layouts({"image_grid_thw": image_grid_thw}, handle.parts, handle.config, ())
-    _, output, order = handle.images(pixel_values, layouts, **asked)
+    _, output, order = handle.images(pixel_values, image_grid_thw, **asked)
     output = copy.copy(output)  # generate repeats features in place
     output.pooler_output = tuple(output.pooler_output[number] for number in order)
     if getattr(output, "deepstack_features", None) is not None:
@@ -72,26 +71,18 @@ class QwenAdapter(Adapter):
         return [Shown(row, ((at, length),), None, number) for number, (row, at, length) in enumerate(runs)]
 
     def layouts(self, inputs, parts, config, shown):
-        grids, expected = inputs.get("image_grid_thw"), "[images, 3], (1, rows, columns) of patches"
+        grids = inputs.get("image_grid_thw")
         is_new = inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs")
         if grids is None:
             if is_new:
-                raise error(ValueError, "image_grid_thw", expected, None)
+                raise error(ValueError, "image_grid_thw", "(1, rows, columns) of patches of each image", None)
             return None
-        tower = parts.vision_tower
-        merge, grids = tower_for(tower).merge_size(tower), torch.as_tensor(grids)
-        if grids.dim() != 2 or grids.shape[1] != 3 or grids.is_floating_point():
-            raise error(ValueError, "image_grid_thw", expected, tuple(grids.shape))
-        for grid in grids.tolist():
-            if grid[0] != 1 or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
-                raise error(ValueError, "image_grid_thw", f"{expected}, multiples of {merge}", grid)
+        layouts = tower_for(parts.vision_tower).layouts(parts.vision_tower, grids, parts.geometry)
         last = max((image.number for image in shown), default=-1)
-        if is_new and len(grids) != len(shown) and len(grids) <= last:
+        if is_new and len(layouts) != len(shown) and len(layouts) <= last:
             expected = f"those of the {last + 1} images that prompts show, or of the {len(shown)} new ones"
-            raise error(ValueError, "image_grid_thw", expected, grids.tolist())
-        return [
-            parts.geometry.of_tokens(rows // merge, columns // merge) for _, rows, columns in grids.tolist()
-        ]
+            raise error(ValueError, "image_grid_thw", expected, [str(one) for one in layouts])
+        return layouts
 
     def mixes_up_beams(self, layouts, rows, version):
         return version == (5, 18) and len(set(rows)) < len(rows)

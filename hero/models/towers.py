@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import error
 from ..config import HeroConfig
-from ..layout import Geometry, grid_pinpoints
+from ..layout import Geometry, ImageLayout, grid_pinpoints
 from ..tiling import Blocks, Pinpoints
 
 __all__ = [
@@ -70,6 +70,10 @@ class AnyTower(ABC):
         """
         return None
 
+    def layouts(self, tower: nn.Module, image_sizes: Any, geometry: Geometry) -> Any:
+        """Images as :meth:`hero.Geometry.layouts` takes them."""
+        return image_sizes
+
     @abstractmethod
     def geometry_of(
         self, tower: nn.Module, geometry: Geometry | None, config: HeroConfig
@@ -118,6 +122,19 @@ class PackedTower(AnyTower):
     @abstractmethod
     def run(self, tower: nn.Module, pixel_values: Tensor, inputs: Mapping[str, Any], **kwargs) -> Any:
         """What the tower returns, with the merged tokens of all images as ``pooler_output``."""
+
+    def layouts(self, tower, image_sizes, geometry):
+        """From ``image_grid_thw`` ``[B, 3]``: frames, one an image, rows and columns of patches."""
+        if isinstance(image_sizes, Sequence) and all(isinstance(one, ImageLayout) for one in image_sizes):
+            return image_sizes
+        merge, expected = self.merge_size(tower), "[images, 3], (1, rows, columns) of patches"
+        grids = torch.as_tensor(image_sizes)
+        if grids.dim() != 2 or grids.shape[1] != 3 or grids.is_floating_point():
+            raise error(ValueError, "image_grid_thw", expected, tuple(grids.shape))
+        for grid in grids.tolist():
+            if grid[0] != 1 or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+                raise error(ValueError, "image_grid_thw", f"{expected}, multiples of {merge}", grid)
+        return [geometry.of_tokens(rows // merge, columns // merge) for _, rows, columns in grids.tolist()]
 
     def geometry_of(self, tower, geometry, config):
         layers, policy, size = "thumbnail_layers", config.policy, self.token_size(tower)

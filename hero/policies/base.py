@@ -79,6 +79,7 @@ class Observed:
         layouts: the :class:`hero.layout.ImageLayout` of each image.
         places: the :class:`hero.signals.Places` of the crops.
         constants: what :meth:`Policy.constants` returned, on the device.
+        block_budgets: ``[T]`` int32, budgets in proportion to the size of blocks, where these are the tiles.
         relevance: returns the cosine ``[T]`` of each tile and the question; ``None`` without a relevance
             model.
         patch_relevance: returns the cosine ``[T, P]`` of each patch and the question; likewise.
@@ -92,6 +93,7 @@ class Observed:
     constants: Mapping[str, Any] = field(default_factory=dict)
     relevance: Callable[[], Tensor] | None = None
     patch_relevance: Callable[[], Tensor] | None = None
+    block_budgets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,12 @@ class Scored:
     Attributes:
         scores: ``[T, P]`` fp32, patch scores.
         signals: the signals that divide each image's tile tokens among its tiles.
+        budgets: ``[T]`` int32, the tokens of each crop; ``None`` if the signals decide.
     """
 
     scores: Tensor
     signals: tuple[TileSignal, ...]
+    budgets: Tensor | None = None
 
 
 class Replacement(NamedTuple):

@@ -40,4 +40,5 @@ class Random(Policy):
     def score(self, observed):
         from .. import signals
 
-        return Scored(observed.constants["scores"], (signals.equal_shares(observed.valid, observed.layouts),))
+        shares = signals.equal_shares(observed.valid, observed.layouts)
+        return Scored(observed.constants["scores"], (shares,), observed.block_budgets)

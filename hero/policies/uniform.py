@@ -1,6 +1,6 @@
 """Equal budgets, patches by CLS attention: HERO's choice of layers without its tile signals.
 
-    score_c[j] as in HERO,  share_i = 1/K
+    score_c[j] as in HERO,  share_i = 1/K (of blocks: in proportion to their tokens)
 
 Ours, for comparison.
 """
@@ -31,4 +31,5 @@ class Uniform(LayerPolicy):
         from .. import signals
 
         patches = observed.attention[PATCHES]
-        return Scored(patches.scores, (signals.equal_shares(observed.valid, observed.layouts),))
+        shares = signals.equal_shares(observed.valid, observed.layouts)
+        return Scored(patches.scores, (shares,), observed.block_budgets)
