@@ -72,6 +72,7 @@ _KINDS = {  # by annotation
     "Tensor": _as_is("Tensor"),
     "Tensor | None": _as_is("Tensor?"),
     "float": _Kind("float {}", lambda value, _: (float(value),), lambda value: value),
+    "int | None": _as_is("SymInt?"),  # compiled code serves any
     "bool": _as_is("bool"),
     "str": _as_is("str"),
     "float | Tensor": _Kind(

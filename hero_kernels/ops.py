@@ -16,15 +16,24 @@ formula divides by it: attention needs a key, and :func:`finalize_scores` a head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import _dispatch, _library
-from ._checks import FLOATS, INTEGERS, check_buffer, check_flag, check_number, check_tensor, describe
-from ._env import SWITCHES
-from .segments import MAX_SIGNALS, Finalized, Gathered, Segments, TileBudgets, TileSignal, check_allocation
+from ._arguments import (
+    check_accumulation,
+    check_attention,
+    check_bounds,
+    check_counts,
+    check_numbers,
+    check_segments,
+    check_signals,
+    detached,
+)
+from ._checks import FLOATS, INTEGERS, check_flag, check_tensor, describe
+from .segments import Finalized, Gathered, Segments, TileBudgets, TileSignal, check_allocation
 
 __all__ = [
     "attention_with_cls",
@@ -73,10 +82,10 @@ def cls_attention(
 
     Source: the CLS scores of HiRED (2408.10945) and FasterVLM (2412.01818).
     """
-    scale = _check_attention(query, key, scale, cls=True)
+    scale = check_attention(query, key, scale, cls=True)
     check_flag("second_softmax", second_softmax)
-    weight = _check_accumulation(weight, out, key, key.shape[2] - 1)
-    query, key = _detached(query), _detached(key)
+    weight = check_accumulation(weight, out, key, key.shape[2] - 1)
+    query, key = detached(query), detached(key)
     arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out}
     return _call("cls_attention", key.device, (query, key, out), **arguments, second_softmax=second_softmax)
 
@@ -108,12 +117,12 @@ def attention_with_cls(
 
     Source: FlashAttention-2 (2307.08691).
     """
-    scale = _check_attention(query, key, scale)
+    scale = check_attention(query, key, scale)
     check_tensor("value", value, tuple(key.shape), (key.dtype,), key.device)
     if key.shape[2] < 2:
         raise ValueError(f"key: expected at least 2 tokens a crop, got {describe(key)}")
     check_flag("second_softmax", second_softmax)
-    weight = _check_accumulation(weight, out, key, key.shape[2] - 1)
+    weight = check_accumulation(weight, out, key, key.shape[2] - 1)
     arguments = {"query": query, "key": key, "value": value, "scale": scale, "weight": weight, "out": out}
     return _call(
         *("attention_with_cls", key.device, (query, key, value, out), (query, key, value)),
@@ -130,6 +139,8 @@ def received_attention(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Attention that each token receives, averaged over queries: the score of encoders without CLS (§1).
 
@@ -143,22 +154,38 @@ def received_attention(
             query and key returns it, ``ln Σ_j exp(scale · q[t, h, m] · k[t, h, j])``. It saves the kernel
             that computes it. The values are not checked: an error e in one multiplies what this query gives
             by ``exp(−e)``. Rounding alone makes rows sum to 1 only up to about ``10⁻⁷ · max(1, |lse|)``.
+        cu_seqlens: ``[S + 1]`` int32, as FlashAttention takes it: query and key are ``[1, H, N, D]`` and hold
+            S segments one after another; segment s ends before token ``cu_seqlens[s + 1]``, the last at N.
+            Each plays the part of a crop: softmax and mean run within it, and ``weight`` is a number or
+            ``[S]``. A segment may be empty.
+        max_seqlen: tokens of the longest segment, or more, on the host; given with ``cu_seqlens``, which is
+            then not read on the host. The CPU checks both. On a GPU wrong values give wrong rows.
 
     Returns:
-        ``[T, H, N]`` fp32; ``out`` where given. Not differentiable.
+        ``[T, H, N]`` fp32, of segments ``[1, H, N]``; ``out`` where given. Not differentiable.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
 
     Source: VisionZip (2412.04467), for SigLIP towers.
     """
-    scale = _check_attention(query, key, scale)
-    weight = _check_accumulation(weight, out, key, key.shape[2])
+    scale = check_attention(query, key, scale, packed=cu_seqlens is not None)
+    count = check_bounds(cu_seqlens, max_seqlen, key)
+    weight = check_accumulation(weight, out, key, key.shape[2], count)
     if lse is not None:
-        lse = _detached(check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device))
-    query, key = _detached(query), _detached(key)
-    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out, "lse": lse}
-    return _call("received_attention", key.device, (query, key, out, lse), **arguments)
+        lse = detached(check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device))
+    query, key = detached(query), detached(key)
+    return _call(
+        *("received_attention", key.device, (query, key, out, lse, cu_seqlens)),
+        query=query,
+        key=key,
+        scale=scale,
+        weight=weight,
+        out=out,
+        lse=lse,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
 
 
 # --- scores, budgets, selection --------------------------------------------------------------------------
@@ -189,7 +216,7 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
     check_flag("rank", rank)
     if rank and rows.shape[2] > torch.iinfo(torch.int16).max:
         raise ValueError(f"rows: expected at most 32767 patches to rank, got {describe(rows)}")
-    rows = _detached(rows)
+    rows = detached(rows)
     return _call("finalize_scores", rows.device, (rows, valid), rows=rows, valid=valid, rank=rank)
 
 
@@ -222,11 +249,11 @@ def tile_budgets(
 
     Source: HERO's allocation; HiRED (2408.10945) for ``"floor"``.
     """
-    _check_segments(segments)
+    check_segments(segments)
     check_allocation(allocation)
     check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS)
-    _check_counts("valid_counts", valid_counts)
-    signals = _check_signals(signals, segments, valid_counts.device)
+    check_counts("valid_counts", valid_counts)
+    signals = check_signals(signals, segments, valid_counts.device)
     return _call(
         *("tile_budgets", valid_counts.device, (valid_counts, *(signal.values for signal in signals))),
         signals=signals,
@@ -257,9 +284,9 @@ def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None)
     check_tensor("budgets", budgets, (scores.shape[0],), INTEGERS, scores.device)
     if valid is not None:
         check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), scores.device)
-    _check_counts("budgets", budgets)
-    _check_numbers("scores", scores)
-    scores = _detached(scores)
+    check_counts("budgets", budgets)
+    check_numbers("scores", scores)
+    scores = detached(scores)
     arguments = {"scores": scores, "budgets": budgets, "valid": valid}
     return _call("segmented_topk", scores.device, (scores, budgets, valid), **arguments)
 
@@ -307,7 +334,7 @@ def segmented_topk_gather(
 
     Source: the packing is that of LLaVA-NeXT (``pack_image_features`` in transformers).
     """
-    _check_segments(segments)
+    check_segments(segments)
     check_allocation(allocation)
     check_tensor("scores", scores, (segments.crops, segments.patches), FLOATS)
     device = scores.device
@@ -318,25 +345,25 @@ def segmented_topk_gather(
         check_tensor("ranks", ranks, tuple(scores.shape), (torch.int16,), device)
     if valid_counts is not None:
         check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
-        _check_counts("valid_counts", valid_counts)
+        check_counts("valid_counts", valid_counts)
     if (budgets is None) == (signals is None):
         given = "none" if budgets is None else "both"
         raise ValueError(f"budgets: expected either budgets or signals, got {given}")
     if signals is not None:
-        signals = _check_signals(signals, segments, device)
+        signals = check_signals(signals, segments, device)
     elif not isinstance(budgets, TileBudgets):
         raise TypeError(f"budgets: expected TileBudgets, got {describe(budgets)}")
     else:
         check_tensor("budgets.budgets", budgets.budgets, (segments.crops,), INTEGERS, device)
-        _check_counts("budgets.budgets", budgets.budgets)
-    _check_numbers("scores", scores)
-    _check_numbers("features", features)
+        check_counts("budgets.budgets", budgets.budgets)
+    check_numbers("scores", scores)
+    check_numbers("features", features)
     wanted = budgets and budgets.budgets
     tensors = (valid, ranks, valid_counts, wanted, *(signal.values for signal in signals or ()))
     return _call(
         *("segmented_topk_gather", scores.device, (features, scores, *tensors), (features,)),
         features=features,
-        scores=_detached(scores),
+        scores=detached(scores),
         segments=segments,
         valid=valid,
         budgets=budgets,
@@ -347,13 +374,7 @@ def segmented_topk_gather(
     )
 
 
-# --- how they run, and checks ----------------------------------------------------------------------------
-
-# The names of each signal in messages; made once, since a call takes tens of microseconds.
-_SIGNALS = [
-    (name, *(f"{name}.{field}" for field in TileSignal._fields))
-    for name in (f"signals[{number}]" for number in range(MAX_SIGNALS))
-]
+# --- how they run ----------------------------------------------------------------------------
 
 
 def _call(
@@ -367,78 +388,3 @@ def _call(
     if _dispatch.is_plain(tensors, differentiable):
         return _dispatch.run(name, device, **arguments)
     return _library.call(name, device, **arguments)
-
-
-def _detached(values: Tensor) -> Tensor:
-    return values.detach() if values.requires_grad else values
-
-
-def _check_attention(query: Tensor, key: Tensor, scale: float, *, cls: bool = False) -> float:
-    key = check_tensor("key", key, ("T", "H", "N", "D"), FLOATS)
-    crops, heads, tokens, width = key.shape
-    check_tensor("query", query, (crops, heads, "N or 1" if cls else tokens, width), (key.dtype,), key.device)
-    if cls and query.shape[2] not in (1, tokens):
-        raise ValueError(f"query: expected {tokens} rows or the CLS row alone, got {describe(query)}")
-    if tokens < 1 + cls:
-        raise ValueError(f"key: expected at least {1 + cls} tokens a crop, got {describe(key)}")
-    return check_number("scale", scale)
-
-
-def _check_accumulation(weight: float | Tensor, out: Tensor | None, key: Tensor, size: int) -> float | Tensor:
-    crops, heads = key.shape[:2]
-    if out is not None:
-        check_buffer("out", out, (crops, heads, size), key.device)
-    if isinstance(weight, Tensor):
-        return _detached(check_tensor("weight", weight, (crops,), (torch.float32,), key.device))
-    return check_number("weight", weight)
-
-
-def _check_segments(segments: Segments) -> None:
-    if not isinstance(segments, Segments):
-        raise TypeError(f"segments: expected hero_kernels.Segments, got {describe(segments)}")
-
-
-def _check_signals(
-    signals: Sequence[TileSignal], segments: Segments, device: torch.device
-) -> list[TileSignal]:
-    checked = []
-    if not isinstance(signals, Sequence) or not 1 <= len(signals) <= MAX_SIGNALS:
-        raise ValueError(f"signals: expected 1 to {MAX_SIGNALS} TileSignals, got {describe(signals)}")
-    for signal, names in zip(signals, _SIGNALS, strict=False):
-        if not isinstance(signal, TileSignal):
-            raise TypeError(f"{names[0]}: expected a TileSignal, got {describe(signal)}")
-        values = check_tensor(names[1], signal.values, (segments.crops,), FLOATS, device)
-        weight, temperature = check_number(names[2], signal.weight, low=0.0), signal.temperature
-        if temperature is not None:
-            temperature = check_number(names[3], temperature, positive=True)
-        _check_cpu(names[1], "finite numbers", values, _is_finite)
-        checked.append(TileSignal(_detached(values), weight, temperature))
-    if not any(signal.weight for signal in checked):
-        raise ValueError(f"signals: expected a weight > 0, got {[signal.weight for signal in checked]}")
-    return checked
-
-
-def _check_cpu(name: str, expected: str, values: Tensor, fits: Callable[[Tensor], Tensor]) -> None:
-    """Check values where this needs no synchronisation: on the CPU, outside compiled code."""
-    if values.device.type != "cpu" or not _dispatch.is_plain((values,)):
-        return
-    if values.is_floating_point() and values.detach().sum(dtype=torch.float32).isfinite():  # then all are
-        return
-    fit = fits(values)
-    if not fit.all():
-        wrong = values[~fit]
-        kind = "NaN" if torch.isnan(wrong).any() else "infinite" if wrong.isinf().any() else "wrong"
-        raise ValueError(f"{name}: expected {expected}, got {len(wrong)} {kind} of {values.numel()}")
-
-
-def _is_finite(values: Tensor) -> Tensor:
-    return values.float().isfinite()
-
-
-def _check_numbers(name: str, values: Tensor) -> None:
-    if not SWITCHES.interpret:  # the interpreter behaves as a GPU does
-        _check_cpu(name, "numbers", values, lambda values: ~torch.isnan(values))
-
-
-def _check_counts(name: str, counts: Tensor) -> None:
-    _check_cpu(name, "integers >= 0", counts, lambda counts: counts >= 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,16 @@ __all__ = [
 
 FIXED_POINT = 1 << 24
 LANES = 64  # see Lanes
+QUERIES = 1024  # see _received_packed
 
 
 # --- attention rows and scores ---------------------------------------------------------------------------
 
 
 def _accumulate(rows: Tensor, weight: float | Tensor, out: Tensor | None) -> Tensor:
-    """``out += weight · rows`` with ``rows`` [T, H, n]; weight 0 adds nothing."""
+    """``out += weight · rows``, ``rows`` [T, H, n], a tensor of weights [T] or [1, 1, n]; 0 adds nothing."""
     if isinstance(weight, Tensor):
-        weight = weight[:, None, None]
+        weight = weight[:, None, None] if weight.dim() == 1 else weight
         rows = (rows * weight).masked_fill(weight == 0, 0.0)
     else:
         rows = rows * weight if weight else torch.zeros_like(rows)
@@ -114,8 +116,14 @@ def received_attention(
     weight: float | Tensor = 1.0,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
-    """The mean of the attention map over queries, per head (§1)."""
+    """The mean of the attention map over queries, per head, within each crop or segment (§1)."""
+    if cu_seqlens is not None:
+        if isinstance(weight, Tensor):
+            weight = weight.repeat_interleave(cu_seqlens.diff())[None, None]
+        return _accumulate(_received_packed(query, key, scale, lse, cu_seqlens), weight, out)
     rows = []
     for head in range(key.shape[1]):  # the N × N maps of all heads would not fit
         logits = _logits("tmd,tnd->tmn", query[:, head], key[:, head], scale)
@@ -123,6 +131,26 @@ def received_attention(
         rows.append(maps.mean(1))
     rows = torch.stack(rows, dim=1) if rows else key.new_empty(key.shape[:3], dtype=torch.float32)
     return _accumulate(rows, weight, out)
+
+
+def _received_packed(
+    query: Tensor, key: Tensor, scale: float, lse: Tensor | None, cu_seqlens: Tensor
+) -> Tensor:
+    """``[1, H, N]`` of segments, each computed by itself, QUERIES queries at a time: its map would not fit.
+
+    Keys are copied, since the product of the same numbers at other addresses may be rounded otherwise.
+    """
+    rows = key.new_zeros(key.shape[:3], dtype=torch.float32)
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        for head in range(key.shape[1]):
+            keys = key[0, head, begin:end].clone(memory_format=torch.contiguous_format)
+            for start in range(begin, end, QUERIES):
+                some = slice(start, min(start + QUERIES, end))
+                logits = _logits("md,nd->mn", query[0, head, some], keys, scale)
+                maps = logits.softmax(-1) if lse is None else (logits - lse[0, head, some, None]).exp()
+                rows[0, head, begin:end] += maps.sum(0)
+        rows[:, :, begin:end] /= max(end - begin, 1)
+    return rows
 
 
 def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = False) -> Finalized:

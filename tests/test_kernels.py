@@ -803,7 +803,7 @@ def test_doubles_are_refused(operation):
     double = torch.randn(1, 2, 5, 16, dtype=torch.float64)
     arguments = {
         "attention_with_cls": (*(double, double, double, 0.5), 1.0, None, False),
-        "received_attention": (double, double, 0.5, 1.0, None, None),
+        "received_attention": (double, double, 0.5, 1.0, None, None, None, None),
         "segmented_topk": (double[0, 0], torch.ones(5, dtype=torch.int32), None),
     }
     with pytest.raises(TypeError, match=r"(key|scores): expected float32, float16 or bfloat16 on a GPU"):

@@ -23,6 +23,7 @@ NAMES = {
 }
 SEGMENTS = Segments((Segment(3, 0, 2, 2, 5, (0, 3)), Segment(2, 1, 1, 2, 3, (1, 2), True)), 3)
 T, P = SEGMENTS.crops, SEGMENTS.patches
+BOUNDS = torch.tensor([0, 4, 4, P + 1], dtype=torch.int32)  # of segments of the tokens of one crop
 
 
 def inputs(device="cpu", seed=0):
@@ -39,10 +40,11 @@ def inputs(device="cpu", seed=0):
         "valid": valid.to(device),
         "weight": (torch.arange(T) % 3 * 0.5).to(device),
         "rows": torch.zeros(T, 2, P, device=device),
+        "cu_seqlens": BOUNDS.to(device),
     }
 
 
-def vision(query, key, value, features, values, valid, weight, rows):
+def vision(query, key, value, features, values, valid, weight, rows, cu_seqlens):
     """Every operation in one function, in each of its forms; buffers are added to in place."""
     scale = query.shape[-1] ** -0.5
     hk.cls_attention(query, key, scale, out=rows)
@@ -52,6 +54,9 @@ def vision(query, key, value, features, values, valid, weight, rows):
     received = hk.received_attention(query, key, scale, weight=weight)
     hk.received_attention(query, key, scale, out=received)
     hk.received_attention(query, key, scale, out=received, lse=(query @ key.mT * scale).logsumexp(-1))
+    bounds = {"cu_seqlens": cu_seqlens, "max_seqlen": P + 1}
+    packed = hk.received_attention(query[:1], key[:1], scale, weight=weight[:3], **bounds)
+    hk.received_attention(query[:1], key[:1], scale, out=packed, **bounds)
     finalized = hk.finalize_scores(rows, valid=valid, rank=True)
     unranked = hk.finalize_scores(rows)
     counts = valid.sum(1, dtype=torch.int32)
@@ -71,7 +76,7 @@ def vision(query, key, value, features, values, valid, weight, rows):
     )
     in_steps = hk.segmented_topk_gather(features, finalized.scores, SEGMENTS, valid=valid, budgets=budgets)
     return {
-        "rows": [rows, more, again, received, output, plain],
+        "rows": [rows, more, again, received, packed, output, plain],
         "scores": [*finalized[:2], *unranked[:2], budgets.shares],
         "selected": [finalized.ranks, keep, budgets.budgets, at_once.index, in_steps.index],
         "tokens": [at_once.tokens, in_steps.tokens, at_once.tokens * 2],
@@ -101,7 +106,8 @@ def calls():
     query, key, value, features, valid = (
         given[name] for name in ("query", "key", "value", "features", "valid")
     )
-    weights, rows = given["weight"], torch.zeros(T, 2, P)
+    one = query[:1], key[:1]
+    weights, rows, plain = given["weight"], torch.zeros(T, 2, P), torch.zeros(T, 2, P + 1)
     signals = (list(given["values"]), [0.3, 0.7], [0.0, 0.2])
     counts = valid.sum(1, dtype=torch.int32)
     budgets = torch.arange(T, dtype=torch.int32)
@@ -116,10 +122,15 @@ def calls():
         ("cls_attention_", (rows.mT.clone().mT, offset(query), offset(key), 0.3, 0.0, weights, True)),
         ("attention_with_cls", (query, key, value, 0.3, 0.5, None, False)),
         ("attention_with_cls", (offset(query), offset(key), offset(value), 0.3, 0.0, weights, True)),
-        ("received_attention", (query, key, 0.3, 0.0, weights, None)),
-        ("received_attention", (offset(query), offset(key), 0.3, 0.5, None, query[..., 0])),
-        ("received_attention_", (torch.zeros(T, 2, P + 1), query, key, 0.3, 0.0, weights, query[..., 0])),
-        ("received_attention_", (torch.zeros(T, 2, P + 1).mT.clone().mT, query, key, 0.3, 0.5, None, None)),
+        ("received_attention", (query, key, 0.3, 0.0, weights, None, None, None)),
+        ("received_attention", (offset(query), offset(key), 0.3, 0.5, None, query[..., 0], None, None)),
+        ("received_attention", (*one, 0.3, 0.0, weights[:3], None, BOUNDS, 6)),
+        ("received_attention_", (plain, query, key, 0.3, 0.0, weights, query[..., 0], None, None)),
+        ("received_attention_", (plain.mT.clone().mT, query, key, 0.3, 0.5, None, None, None, None)),
+        (
+            "received_attention_",
+            (plain[:1], query[:1], key[:1], 0.3, 0.5, None, query[:1, ..., 0], BOUNDS, 9),
+        ),
         ("finalize_scores", (query[..., 1:, 0], valid, True)),
         ("finalize_scores", (query[..., 1:, 0].contiguous(), None, False)),
         ("tile_budgets", (*signals, counts, *LAYOUT, "exact")),

@@ -142,7 +142,7 @@ KERNELS = [
         "attention",
     ),
     Mutant("queries beyond the last", "received_attention", 'other=float("inf")', "other=0.0", "received"),
-    Mutant("sum for mean", "received_attention", "w / tokens", "w", "received"),
+    Mutant("sum for mean", "received_attention", "w / count", "w", "received"),
     Mutant(
         "lse to another base",
         "received_attention",

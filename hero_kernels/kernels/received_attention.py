@@ -2,13 +2,19 @@
 
     rows[t, h, n] (+)= w_t / N · Σ_m softmax_j(scale · q[t, h, m] · k[t, h, j])[n]      (docs/method.md, 1)
 
-Shapes: query and key [T, H, N, D] in fp32, fp16 or bf16, any strides; rows [T, H, N] fp32, contiguous.
+Shapes: query and key [T, H, N, D] in fp32, fp16 or bf16, any strides; rows [T, H, N] fp32, contiguous. With
+cu_seqlens [S + 1] int32, T is 1, and each of S segments of the N tokens plays the part of a crop: t is a
+segment, and N in the formula its length.
 
 The softmax runs along rows and the sum along columns, so the keys are read twice and no N × N map is ever in
 memory. ``received_log_sums_kernel``, grid (query blocks, H, T): the log-sum-exp of each query and what it
 lost to rounding, [T, H, N, 2]. ``received_columns_kernel``, grid (key blocks, H, T): a program owns BLOCK_N
 columns, loops over all queries and sums 2^(512 (s − log_sum)). The mean over heads is taken once after the
 last layer, by :mod:`.finalize_scores`.
+
+Of segments the grids are (blocks of the longest segment, H, S): still one pair of launches, in which programs
+beyond the end of a shorter segment find nothing to do. Blocks begin where their segment does, so its rows do
+not depend on the others. Bounds are clamped to N: wrong ones give wrong rows, and no access outside.
 
 With ``lse``, the natural log-sum-exp of attention that ran anyway, the first kernel is not launched. Half of
 the products and exponentials are left, and rows are as exact as the log-sum-exp.
@@ -18,7 +24,7 @@ without fused multiply-add. Tensor cores take widths that are powers of two; a p
 over 64 and one over 16, not one over 128.
 
 Bytes: q and k twice, 4·T·N·H·D of their dtype, and T·H·N·20; FLOPs: 4·T·H·N²·D. With ``lse``: 2·T·N·H·D,
-T·H·N·8 and 2·T·H·N²·D.
+T·H·N·8 and 2·T·H·N²·D. Of segments of n_s tokens, N² is Σ n_s².
 
 Source: the two-pass scheme of FlashAttention-2's backward pass (2307.08691).
 """
@@ -47,10 +53,10 @@ from .common import (
 
 @triton.jit
 def load_head(
-    head,  # of one crop, at token 0
+    head,  # of one crop or segment, at token 0
     token,
     strides,
-    tokens,
+    count,
     D: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
@@ -63,12 +69,33 @@ def load_head(
     token = tl.expand_dims(token, 0 if ACROSS else 1)
     d = tl.expand_dims(tl.arange(0, MAIN), 1 if ACROSS else 0)
     head += token.to(tl.int64) * strides[2]
-    main = tl.load(head + d * strides[3], mask=(token < tokens) & (d < D), other=0.0)
+    main = tl.load(head + d * strides[3], mask=(token < count) & (d < D), other=0.0)
     rest = main
     if REST:
         d = MAIN + tl.expand_dims(tl.arange(0, REST), 1 if ACROSS else 0)
-        rest = tl.load(head + d * strides[3], mask=(token < tokens) & (d < D), other=0.0)
+        rest = tl.load(head + d * strides[3], mask=(token < count) & (d < D), other=0.0)
     return main, rest
+
+
+@triton.jit
+def segment_of(cu_seqlens, t, start, w, tokens):
+    """Where crop or segment t lies: its crop, first token and number of tokens; and its weight w.
+
+    The weight is 0 for a block of tokens that begins beyond the last, at ``start``: it has no work.
+    """
+    if cu_seqlens is None:
+        return t, 0, tokens, w
+    else:
+        first = tl.maximum(tl.minimum(tl.load(cu_seqlens + t), tokens), 0)
+        count = tl.maximum(tl.minimum(tl.load(cu_seqlens + t + 1), tokens), first) - first
+        return 0, first.to(tl.int64), count, tl.where(start < count, w, 0.0)
+
+
+@triton.jit
+def place_of(strides, crop, h, first, ALIGN: tl.constexpr):
+    """Offset of the first token of a head. Compilers forget ALIGN with an addition of 0: one of two stays."""
+    head = tl.multiple_of(crop * strides[0] + h * strides[1], ALIGN)
+    return tl.multiple_of(head + first * strides[2], ALIGN)
 
 
 @triton.jit
@@ -100,6 +127,7 @@ def received_log_sums_kernel(
     log_sums,
     weights,
     weight,
+    cu_seqlens,
     heads,
     query_strides,
     key_strides,
@@ -119,21 +147,23 @@ def received_log_sums_kernel(
     """``log_sums[t, h, m] = log2 Σ_n 2^(512 s[m, n]) / 512``, and what it lost, times 512."""
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2).to(tl.int64)
-    if weight_of(weights, weight, t) != 0.0:
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.program_id(0) * BLOCK_M
+    crop, first, count, w = segment_of(cu_seqlens, t, start, weight_of(weights, weight, t), tokens)
+    if w != 0.0:
+        m = start + tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
         to_units = scale * TO_UNITS
-        query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
-        key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
-        q, q_rest = load_head(query, m, query_strides, tokens, D, MAIN, REST, False)
+        query += place_of(query_strides, crop, h, first, ALIGN)
+        key += place_of(key_strides, crop, h, first, ALIGN)
+        q, q_rest = load_head(query, m, query_strides, count, D, MAIN, REST, False)
         q, q_rest = times(q, power), times(q_rest, power)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        for start in tl.range(0, tokens, BLOCK_N, num_stages=STAGES):
-            here = start + n
-            k, k_rest = load_head(key, here, key_strides, tokens, D, MAIN, REST, True)
+        for begin in tl.range(0, count, BLOCK_N, num_stages=STAGES):
+            here = begin + n
+            k, k_rest = load_head(key, here, key_strides, count, D, MAIN, REST, True)
             s = products(q, q_rest, k, k_rest, REST, PRECISION, UPCAST) * to_units
-            s = tl.where((here < tokens)[None, :], s, float("-inf"))
+            s = tl.where((here < count)[None, :], s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             total = total * tl.exp2((top - new_top) * UNITS)
             total += tl.sum(tl.exp2((s - new_top[:, None]) * UNITS), 1)
@@ -142,9 +172,9 @@ def received_log_sums_kernel(
         log_sum = top + log_total
         # Large logits leave few bits for the total. Elsewhere the loss is below the rounding of the logits.
         lost = tl.where(tl.abs(top) > 4.0, (log_total - (log_sum - top)) * UNITS, 0.0)
-        sums = log_sums + ((t * heads + h) * tokens + m) * 2
-        tl.store(sums, log_sum, mask=m < tokens)
-        tl.store(sums + 1, lost, mask=m < tokens)
+        sums = log_sums + ((crop * heads + h) * tokens + first + m) * 2
+        tl.store(sums, log_sum, mask=m < count)
+        tl.store(sums + 1, lost, mask=m < count)
 
 
 @triton.jit
@@ -155,6 +185,7 @@ def received_columns_kernel(
     rows,
     weights,
     weight,
+    cu_seqlens,
     heads,
     query_strides,
     key_strides,
@@ -179,35 +210,36 @@ def received_columns_kernel(
     """
     h = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2).to(tl.int64)
-    w = weight_of(weights, weight, t)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(0) * BLOCK_N
+    crop, first, count, w = segment_of(cu_seqlens, t, start, weight_of(weights, weight, t), tokens)
+    n = start + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     if w != 0.0:
         m = tl.arange(0, BLOCK_M)
         to_units = scale * TO_UNITS
-        query += tl.multiple_of(t * query_strides[0] + h * query_strides[1], ALIGN)
-        key += tl.multiple_of(t * key_strides[0] + h * key_strides[1], ALIGN)
-        k, k_rest = load_head(key, n, key_strides, tokens, D, MAIN, REST, True)
+        query += place_of(query_strides, crop, h, first, ALIGN)
+        key += place_of(key_strides, crop, h, first, ALIGN)
+        k, k_rest = load_head(key, n, key_strides, count, D, MAIN, REST, True)
         k, k_rest = times(k, power), times(k_rest, power)
-        for start in tl.range(0, tokens, BLOCK_M, num_stages=STAGES):
-            here = start + m
-            q, q_rest = load_head(query, here, query_strides, tokens, D, MAIN, REST, False)
+        for begin in tl.range(0, count, BLOCK_M, num_stages=STAGES):
+            here = begin + m
+            q, q_rest = load_head(query, here, query_strides, count, D, MAIN, REST, False)
             # Beyond the last query the log-sum-exp is infinite, and the probability 0.
-            sums = log_sums + ((t * heads + h) * tokens + here) * (1 if GIVEN else 2)
-            log_sum = tl.load(sums, mask=here < tokens, other=float("inf"))
+            sums = log_sums + ((crop * heads + h) * tokens + first + here) * (1 if GIVEN else 2)
+            log_sum = tl.load(sums, mask=here < count, other=float("inf"))
             if GIVEN:
                 log_sum = log_sum * TO_UNITS
                 lost = tl.zeros([BLOCK_M], tl.float32)
             else:
-                lost = tl.load(sums + 1, mask=here < tokens, other=0.0)
+                lost = tl.load(sums + 1, mask=here < count, other=0.0)
             s = products(q, q_rest, k, k_rest, REST, PRECISION, UPCAST) * to_units
             # UNITS is a power of two: this fused operation rounds as two do.
             total += tl.sum(tl.exp2(tl.fma(s - log_sum[:, None], UNITS, -lost[:, None])), 0)
-        total = total * (w / tokens)
-    place = rows + (t * heads + h) * tokens + n
+        total = total * (w / count)
+    place = rows + (crop * heads + h) * tokens + first + n
     if ADD:
-        total += tl.load(place, mask=n < tokens, other=0.0)
-    tl.store(place, total, mask=n < tokens)
+        total += tl.load(place, mask=n < count, other=0.0)
+    tl.store(place, total, mask=n < count)
 
 
 def split_width(width: int) -> tuple[int, int]:
@@ -218,7 +250,7 @@ def split_width(width: int) -> tuple[int, int]:
     return (main, rest) if main + rest < padded else (padded, 0)
 
 
-def received_attention(query, key, scale, weight, out, lse):
+def received_attention(query, key, scale, weight, out, lse, cu_seqlens, max_seqlen):
     name, precision = matmul_options("received_attention", key)
     crops, heads, tokens, width = key.shape
     if lse is not None:
@@ -227,11 +259,13 @@ def received_attention(query, key, scale, weight, out, lse):
         log_sums = torch.empty((crops, heads, tokens, 2), dtype=torch.float32, device=key.device)
     rows, add = rows_buffer((crops, heads, tokens), out, key.device)
     main, rest = split_width(width)
+    longest, count = (tokens, crops) if cu_seqlens is None else (max_seqlen, len(cu_seqlens) - 1)
     shared = {
         "query": query,
         "key": key,
         "log_sums": log_sums,
         **weight_arguments(weight),
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "heads": heads,
         "query_strides": query.stride(),
         "key_strides": key.stride(),
@@ -247,7 +281,7 @@ def received_attention(query, key, scale, weight, out, lse):
         **_launch.configuration(name, main + rest, key.device),
     }
     if lse is None:
-        _launch.launch(received_log_sums_kernel, (blocks(tokens, shared["BLOCK_M"]), heads, crops), **shared)
-    grid = (blocks(tokens, shared["BLOCK_N"]), heads, crops)
+        _launch.launch(received_log_sums_kernel, (blocks(longest, shared["BLOCK_M"]), heads, count), **shared)
+    grid = (blocks(longest, shared["BLOCK_N"]), heads, count)
     _launch.launch(received_columns_kernel, grid, rows=rows, ADD=add, GIVEN=lse is not None, **shared)
     return finish_rows(rows, out)
