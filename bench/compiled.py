@@ -96,11 +96,17 @@ def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     cls = q[:, :, :1]
     rows = {"weight": _empty(crops), "out": _empty(crops, heads, tower.patches)}
     columns = {**rows, "out": _empty(crops, heads, tokens)}
+    segments = {"weight": _empty(3), "out": _empty(1, heads, tokens), "max_seqlen": tokens}
+    segments["cu_seqlens"] = _empty(4, dtype=torch.int32)
     twice = {**rows, "second_softmax": True}
     result = {
         "received": partial(hk.received_attention, q, k, scale, **columns),
         "received, one number": partial(hk.received_attention, q, k, scale, weight=0.5),
         "received, lse": partial(hk.received_attention, q, k, scale, **columns, lse=_empty(*q.shape[:3])),
+        "received, segments": partial(hk.received_attention, q[:1], k[:1], scale, **segments),
+        "received, segments, lse": partial(
+            hk.received_attention, q[:1], k[:1], scale, **segments, lse=_empty(1, *q.shape[1:3])
+        ),
     }
     if tower.cls:
         result |= {

@@ -138,6 +138,41 @@ ATTENTION = [
     Attention("scale zero", 1, 2, 40, 32, HALF, scale=0.0),
 ]
 
+
+@dataclass(frozen=True)
+class Packed(Attention):
+    """Segments of ``lengths`` tokens one after another, in place of crops."""
+
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def bounds(self) -> torch.Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def parts(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The segments of a tensor ``[1, H, N, ...]``."""
+        return tensor.split(self.lengths, dim=2)
+
+
+def _packed(name, lengths, heads, width, *more, **options) -> Packed:
+    return Packed(name, 1, heads, sum(lengths), width, *more, **options, lengths=lengths)
+
+
+PACKED = [
+    _packed("ragged", (37, 0, 1, 64, 20), 3, 40, FLOAT, "backwards"),
+    _packed("Qwen2.5-VL bf16", (70, 129, 3), 2, 80, BRAIN, "packed"),
+    _packed("Qwen3-VL fp16", (0, 65, 130), 2, 72, HALF, "offset"),
+    _packed("one segment", (100,), 2, 16),
+    _packed("empty segments", (0, 0), 2, 16),
+    _packed("no segments", (), 2, 16),
+    _packed("one key of each takes all", (33, 67), 1, 32, scale=-1e4),
+    _packed("long", (1100, 40), 1, 72, HALF, "packed", slow=True),
+]
+
 # --- selection -------------------------------------------------------------------------------------------
 
 BATCHES = {
