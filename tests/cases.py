@@ -317,6 +317,12 @@ SELECTION = [
     Selection("63 tiles", (_tiles(63, 9, 60, newline_rows=(0, 28)),), width=7),
     Selection("63 in a row", (_tiles(63, 63, 30),), width=5, mask="sparse", slow=True),
     Selection("64 tiles", (Segment(64, -1, 8, 0, 70), Segment(64, 63, 1, 2, 20)), mask="none", slow=True),
+    Selection("65 tiles", (_tiles(65, 13, 70, newline_rows=(1, 4)), _tiles(4, 2, 3)), side=1),
+    Selection(
+        *("220 tiles", (_tiles(220, 55, 300, newline_rows=(1, 7)), _tiles(4, 2, 9), _tiles(100, 1)), 2),
+        slow=True,
+    ),
+    Selection("255 in a row", (_tiles(255, 255, 90), Segment(256, -1, 4, 0, 900)), side=3, slow=True),
     Selection("K from 0 to 40", tuple(_tiles(k, 1, k) for k in (0, 1, 2, 5, 13, 40)), mask="none"),
     Selection("every K", tuple(_tiles(k, 1) for k in range(41)), slow=True),
     Selection("side 1", (_tiles(6, 3, 4, newline_rows=(0, 2)), _tiles(0, 1)), side=1, scores="ties"),

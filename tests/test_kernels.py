@@ -43,7 +43,7 @@ from oracles import (
 )
 
 import hero_kernels as hk
-from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, kernels, reference
+from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _dispatch, _launch, kernels, reference
 from hero_kernels.testing import assert_accurate, offset, same_bits, tensors_in
 
 # --- attention -------------------------------------------------------------------------------------------
@@ -397,6 +397,30 @@ def test_tile_budgets(case, allocation, way):
         seen, counts = case.seen(some, way.device), case.seen(caps, way.device)
         result = way.run("tile_budgets", seen, counts, segments, allocation=allocation)
         check_budgets(result, some, caps, segments, allocation)
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "softmax"])
+def test_budgets_do_not_depend_on_larger_images(sums, way):
+    """Bit-identical alone and beside images that need more lanes, whatever the order of sums."""
+    counts = [5, 250, 64, 65, 129, 30]
+
+    def budgets(counts):
+        draws = [generator("lanes", count) for count in counts]
+        numbers = [torch.randn(count, generator=draw) for count, draw in zip(counts, draws)]
+        values, patches = (
+            torch.cat(numbers) * (4 if sums else 1),
+            torch.cat(numbers).abs().mul(60).int().clamp_max(144),
+        )
+        signal = TileSignal((values.exp() if sums else values).to(way.device), 1.0, None if sums else 0.5)
+        segments = Segments(tuple(Segment(count, 0, 1, 9, 40 * count) for count in counts), 12)
+        result = way.run("tile_budgets", [signal], patches.to(way.device), segments)
+        check_budgets(result, [signal._replace(values=signal.values.cpu())], patches, segments)
+        return zip(*(part.split(counts) for part in result))
+
+    for count, whole in zip(counts, budgets(counts)):
+        for others in ([count], [count, 193], [7, 256, count]):
+            (alone,) = (each for other, each in zip(others, budgets(others)) if other == count)
+            assert all(same_bits(*pair) for pair in zip(alone, whole))
 
 
 # --- selection -------------------------------------------------------------------------------------------
@@ -929,5 +953,11 @@ def test_sizes_beyond_the_kernels_are_refused_by_name(operation, kernel):
     wide = torch.zeros(1, 1, 3, 257, device=kernel.device)
     with pytest.raises(ValueError, match=r"^key: expected heads at most (256|128) wide on a GPU, got "):
         attend(operation, wide, wide, 0.3)
+    crops, counts = Segments((Segment(9), Segment(257)), 1), torch.ones(266, dtype=torch.int32)
+    counts = counts.to(kernel.device)
+    with pytest.raises(
+        ValueError, match=r"^segments.images\[1\]: expected at most 256 crops on a GPU, got 257"
+    ):
+        hk.tile_budgets([TileSignal(counts.float(), 1.0)], counts, crops)
     with pytest.raises(ValueError, match=r"^rows: expected at most 16384 patches on a GPU, got 16385"):
         hk.finalize_scores(torch.zeros(1, 1, 16385, device=kernel.device))
