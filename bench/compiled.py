@@ -48,7 +48,8 @@ GEOMETRIES = {
     "widest": Geometry("7744 patches, heads of 256", 24, heads=4, tokens=7745, width=256, features=1024),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MOST_CROPS, MOST_PATCHES = 64, 4096  # of an image; of a crop to select from
+MOST_CROPS, MOST_PATCHES = 64, 4096  # of an image in the usual number of lanes; of a crop to select from
+MORE_CROPS = 256  # of an image at all
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
@@ -96,11 +97,17 @@ def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     cls = q[:, :, :1]
     rows = {"weight": _empty(crops), "out": _empty(crops, heads, tower.patches)}
     columns = {**rows, "out": _empty(crops, heads, tokens)}
+    segments = {"weight": _empty(3), "out": _empty(1, heads, tokens), "max_seqlen": tokens}
+    segments["cu_seqlens"] = _empty(4, dtype=torch.int32)
     twice = {**rows, "second_softmax": True}
     result = {
         "received": partial(hk.received_attention, q, k, scale, **columns),
         "received, one number": partial(hk.received_attention, q, k, scale, weight=0.5),
         "received, lse": partial(hk.received_attention, q, k, scale, **columns, lse=_empty(*q.shape[:3])),
+        "received, segments": partial(hk.received_attention, q[:1], k[:1], scale, **segments),
+        "received, segments, lse": partial(
+            hk.received_attention, q[:1], k[:1], scale, **segments, lse=_empty(1, *q.shape[1:3])
+        ),
     }
     if tower.cls:
         result |= {
@@ -118,7 +125,9 @@ def _attention_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
 
 
 def _segments(tower: Geometry, layout: str) -> Segments:
-    """Return a layout: LLaVA-NeXT's images; the most tiles one after another; the most, nine to a row."""
+    """Return a layout: LLaVA-NeXT's images; the most tiles in the usual number of lanes, one after another or
+    nine to a row; the most at all in one row, and one tile.
+    """
     patches, side = tower.patches, tower.side
     if layout == "anyres":
         images = (
@@ -128,6 +137,11 @@ def _segments(tower: Geometry, layout: str) -> Segments:
         )
     elif layout == "tiles":
         images = (Segment(MOST_CROPS, MOST_CROPS - 1, 1, patches, 63 * patches // 5),)
+    elif layout == "many":
+        images = (
+            Segment(MORE_CROPS, 0, 255, patches, 51 * patches, (0, side)),
+            Segment(1, -1, 1, 0, patches),
+        )
     else:
         images = (Segment(MOST_CROPS, 0, 9, patches, 63 * patches // 5, (0, 7 * side)),)
     return Segments(images, side)
@@ -162,11 +176,13 @@ def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     scores = rows[:, 0].contiguous()
     valid, counts = _empty(*scores.shape, dtype=torch.bool), _empty(MOST_CROPS, dtype=torch.int32)
     tiles, one, two = _segments(tower, "tiles"), _signals(MOST_CROPS, 0.1), _signals(MOST_CROPS, 0.1, None)
+    many, more = _segments(tower, "many"), _empty(MORE_CROPS + 1, dtype=torch.int32)
     result = {
         "finalize": partial(hk.finalize_scores, rows),
         "finalize, ranks": partial(hk.finalize_scores, rows, valid=valid, rank=True),
         "budgets": partial(hk.tile_budgets, one, counts, tiles),
         "budgets, 4 signals": partial(hk.tile_budgets, two * 2, counts.long(), tiles),
+        "budgets, many tiles": partial(hk.tile_budgets, _signals(MORE_CROPS + 1, 0.1, None), more, many),
         "budgets, floor": partial(hk.tile_budgets, two, counts, tiles, allocation="floor"),
     }
     if tower.patches <= MOST_PATCHES:
@@ -175,7 +191,7 @@ def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
             "topk, mask": partial(hk.segmented_topk, scores, counts, valid),
             "topk, half precision": partial(hk.segmented_topk, scores.to(dtype), counts.long()),
         }
-        for layout in ("anyres", "tiles", "wide"):
+        for layout in ("anyres", "tiles", "wide", "many"):
             result |= _gather_cases(tower, dtype, layout)
     return result
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -173,8 +174,8 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
 class Lanes(NamedTuple):
     """The images of a batch as rows of lanes, one crop per lane, so that all are computed at once.
 
-    A row has LANES lanes, or a multiple of them where an image of the batch has more crops: the order in
-    which a row is summed must not depend on the other images.
+    A row has LANES lanes, or a multiple of them where an image of the batch has more crops. The order in
+    which a row is summed must not depend on the other images: see :func:`_sums` and :func:`_softmax`.
 
     Attributes:
         crop: ``[B, L]`` int64, the crop of each lane; 0 where there is none.
@@ -224,14 +225,30 @@ def _make_lanes(segments: Segments, device: torch.device) -> Lanes:
     return Lanes._make([*(to_device(tensor, device) for tensor in tensors), most])
 
 
+def _sums(rows: Tensor) -> Tensor:
+    """``[B, 1]``: groups of LANES are summed first, then one by one, and groups of zeros change nothing."""
+    return reduce(torch.add, rows.unflatten(1, (-1, LANES)).sum(2, keepdim=True).unbind(1))
+
+
+def _softmax(rows: Tensor) -> Tensor:
+    """Softmax of rows whose largest number is 0; where the first LANES lanes hold a row, that of these."""
+    first = rows[:, :LANES].softmax(1)
+    if rows.shape[1] == LANES:
+        return first
+    powers = rows.exp()
+    few = (powers[:, LANES:] == 0.0).all(1, keepdim=True)
+    first = torch.nn.functional.pad(first, (0, rows.shape[1] - LANES))
+    return torch.where(few, first, powers / _sums(powers))
+
+
 def _part(signal: TileSignal, lanes: Lanes) -> Tensor:
     """A signal normalised to sum 1 over the tiles of each image: ``[B, L]`` fp32, 0 elsewhere (§2)."""
     values = signal.values.float()[lanes.crop]
     if signal.temperature is None:
         values = values.clamp_min(0.0).masked_fill(lanes.no_tile, 0.0)
-        return values / values.sum(1, keepdim=True)
+        return values / _sums(values)
     values = values.masked_fill(lanes.no_tile, -torch.inf)
-    return ((values - values.amax(1, keepdim=True)) / signal.temperature).softmax(1)
+    return _softmax((values - values.amax(1, keepdim=True)) / signal.temperature)
 
 
 def _shares(signals: Sequence[TileSignal], lanes: Lanes) -> Tensor:

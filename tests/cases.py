@@ -138,6 +138,41 @@ ATTENTION = [
     Attention("scale zero", 1, 2, 40, 32, HALF, scale=0.0),
 ]
 
+
+@dataclass(frozen=True)
+class Packed(Attention):
+    """Segments of ``lengths`` tokens one after another, in place of crops."""
+
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def bounds(self) -> torch.Tensor:
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def parts(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The segments of a tensor ``[1, H, N, ...]``."""
+        return tensor.split(self.lengths, dim=2)
+
+
+def _packed(name, lengths, heads, width, *more, **options) -> Packed:
+    return Packed(name, 1, heads, sum(lengths), width, *more, **options, lengths=lengths)
+
+
+PACKED = [
+    _packed("ragged", (37, 0, 1, 64, 20), 3, 40, FLOAT, "backwards"),
+    _packed("Qwen2.5-VL bf16", (70, 129, 3), 2, 80, BRAIN, "packed"),
+    _packed("Qwen3-VL fp16", (0, 65, 130), 2, 72, HALF, "offset"),
+    _packed("one segment", (100,), 2, 16),
+    _packed("empty segments", (0, 0), 2, 16),
+    _packed("no segments", (), 2, 16),
+    _packed("one key of each takes all", (33, 67), 1, 32, scale=-1e4),
+    _packed("long", (1100, 40), 1, 72, HALF, "packed", slow=True),
+]
+
 # --- selection -------------------------------------------------------------------------------------------
 
 BATCHES = {
@@ -282,6 +317,12 @@ SELECTION = [
     Selection("63 tiles", (_tiles(63, 9, 60, newline_rows=(0, 28)),), width=7),
     Selection("63 in a row", (_tiles(63, 63, 30),), width=5, mask="sparse", slow=True),
     Selection("64 tiles", (Segment(64, -1, 8, 0, 70), Segment(64, 63, 1, 2, 20)), mask="none", slow=True),
+    Selection("65 tiles", (_tiles(65, 13, 70, newline_rows=(1, 4)), _tiles(4, 2, 3)), side=1),
+    Selection(
+        *("220 tiles", (_tiles(220, 55, 300, newline_rows=(1, 7)), _tiles(4, 2, 9), _tiles(100, 1)), 2),
+        slow=True,
+    ),
+    Selection("255 in a row", (_tiles(255, 255, 90), Segment(256, -1, 4, 0, 900)), side=3, slow=True),
     Selection("K from 0 to 40", tuple(_tiles(k, 1, k) for k in (0, 1, 2, 5, 13, 40)), mask="none"),
     Selection("every K", tuple(_tiles(k, 1) for k in range(41)), slow=True),
     Selection("side 1", (_tiles(6, 3, 4, newline_rows=(0, 2)), _tiles(0, 1)), side=1, scores="ties"),

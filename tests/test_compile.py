@@ -29,7 +29,11 @@ ALL += ("most-patches bf16", "widest bf16", "clip fp16", "clip fp32", "siglip fp
 ALL += ("widest fp32",)
 USUAL = ("clip bf16", "internvit-6b bf16")
 EVERY_KERNEL = ("rows", "fused", "received", "finalize, ranks", "budgets", "topk", "gather anyres, mask")
-FAST = {"sm_90": {"clip bf16": EVERY_KERNEL}, "gfx942": {"clip bf16": ("rows",)}}
+EVERY_KERNEL += ("budgets, many tiles",)
+FAST = {
+    "sm_90": {"clip bf16": EVERY_KERNEL, "siglip bf16": ("received, segments",)},
+    "gfx942": {"clip bf16": ("rows",)},
+}
 SLOW = {
     "sm_90": {"siglip bf16": ("received", "received, lse", "gather tiles, mask"), "clip fp32": ("fused",)}
 }  # beside USUAL

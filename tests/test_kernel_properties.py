@@ -11,7 +11,7 @@ import torch
 from cases import SCORES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles import first_difference, oracle_exact, oracle_floor, oracle_keep, oracle_order
+from oracles import first_difference, oracle_exact, oracle_floor, oracle_keep, oracle_order, oracle_rounds
 from test_kernels import check_budgets, check_gather, counts_of
 
 from hero_kernels import Segment, Segments, TileSignal
@@ -31,9 +31,12 @@ def examples(count):
 SEED = st.integers(0, 2**32)
 
 
-def draw_image(draw: random.Random):
-    """``(weights, caps, total)`` of up to 63 tiles: equal, tied, skewed or zero weights, caps that bind."""
-    count = draw.choice([1, 2, 3, 4, 5, 9, 12, 40, 63])
+FEW, MANY = (1, 2, 3, 4, 5, 9, 12, 40, 63), (64, 65, 130, 256)  # tiles
+
+
+def draw_image(draw: random.Random, counts=FEW):
+    """``(weights, caps, total)`` of some tiles: equal, tied, skewed or zero weights, caps that bind."""
+    count = draw.choice(counts)
     kind = draw.choice([[1], [0, 1], [1, 2, 3], range(10), [0, 1, 1000, 10**6], [10**6, 10**6 + 1]])
     caps = draw.choice([[36], [0, 36], range(5), range(37), [576, 577], [0, 1, 4096]])
     weights = [draw.choice(kind) for _ in range(count)]
@@ -66,6 +69,22 @@ def test_exact_budgets(kernel, seed):
         for i, j in ((i, j) for i in range(len(caps)) for j in range(len(caps)) if emitted[i] > emitted[j]):
             assert budgets[i] >= min(budgets[j], caps[i])
         assert [weight > 0 for weight in weights] == [weight > 0 for weight in emitted] or not any(weights)
+
+
+@examples(4)
+@given(SEED)
+def test_budgets_of_many_tiles(kernel, seed):
+    """Beside an image of few, with exact products of 256 tiles."""
+    draw = random.Random(seed)
+    images = [
+        *(draw_image(draw, MANY) for _ in range(5)),
+        draw_image(draw),
+        ([1, 3] * 128, [4096] * 256, 999999),
+    ]
+    for _, caps, total, emitted, budgets in launch(kernel, images):
+        assert budgets == oracle_rounds(total, emitted, caps)
+    for _, caps, total, emitted, budgets in launch(kernel, images, "floor"):
+        assert budgets == oracle_floor(total, emitted, caps)
 
 
 @examples(2)

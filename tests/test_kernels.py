@@ -19,8 +19,10 @@ from cases import (
     FEW,
     LARGE,
     NAN,
+    PACKED,
     SELECTION,
     SLOW_IN_INTERPRETER,
+    Packed,
     Selection,
     Way,
     combined,
@@ -41,8 +43,8 @@ from oracles import (
 )
 
 import hero_kernels as hk
-from hero_kernels import Segment, Segments, TileBudgets, _dispatch, _launch, kernels, reference
-from hero_kernels.testing import assert_accurate, same_bits, tensors_in
+from hero_kernels import Segment, Segments, TileBudgets, TileSignal, _dispatch, _launch, kernels, reference
+from hero_kernels.testing import assert_accurate, offset, same_bits, tensors_in
 
 # --- attention -------------------------------------------------------------------------------------------
 
@@ -180,6 +182,118 @@ def test_received_with_lse(case, options, way):
     check_rows(way, "received_attention", case, (query, seen), rows, options, lse=given)
 
 
+def of_segments(case, tensors, way):
+    """Arguments of ``received_attention`` on a device."""
+    query, key = case.seen(tensors, way.device)
+    bounds = case.bounds.to(way.device)
+    return {"query": query, "key": key, "scale": case.scale, "cu_seqlens": bounds, "max_seqlen": case.longest}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize(
+    ("case", "options"), combined(PACKED, OPTIONS, lambda case, options: options in (*LAYERS, "per crop"))
+)
+def test_received_of_segments(case, options, given, way):
+    """Of each what it would be as a crop; segments of weight 0 are not read."""
+    query, key, _ = case.tensors()
+    options = OPTIONS[options](len(case.lengths), case.heads, case.tokens)
+    if "out" in options:
+        options["out"] = view_of(1, case.heads, case.tokens)
+    weights = options.get("weight")
+    weights = weights.split(1) if isinstance(weights, torch.Tensor) else [weights] * len(case.lengths)
+    lse = [
+        torch.einsum("thmd,thnd->thmn", q.double(), k.double())
+        for q, k in zip(*map(case.parts, (query, key)))
+    ]
+    lse = torch.cat([(x * case.scale).logsumexp(-1).float() for x in lse] or [query[..., 0].float()], 2)
+
+    def rows(dtype):
+        outs = case.parts(options["out"]) if "out" in options else [None] * len(case.lengths)
+        found = [query.new_zeros(1, case.heads, 0, dtype=dtype)]
+        for q, k, log_sum, weight, out in zip(*map(case.parts, (query, key, lse)), weights, outs):
+            if given:
+                logits = torch.einsum("thmd,thnd->thmn", q.to(dtype), k.to(dtype)) * case.scale
+                maps = (logits - log_sum[..., None].to(dtype)).exp()
+            else:
+                maps = attention_maps(q, k, case.scale, dtype)
+            found.append(layered(maps.mean(2), 1.0 if weight is None else weight, out))
+        return torch.cat(found, 2)
+
+    exact, peer = rows(torch.float64), rows(torch.float32)
+    seen, log_sums = key.clone(), lse.mT.contiguous().mT
+    for part, log_sum, weight in zip(case.parts(seen), case.parts(log_sums), weights):
+        if isinstance(weight, torch.Tensor) and not weight:
+            part[:], log_sum[:] = NAN, NAN
+    more = {**options, "lse": log_sums} if given else options
+    more = {name: placed(value, way) for name, value in more.items()}
+    result = way.run("received_attention", **of_segments(case, (query, seen), way), **more)
+    assert "out" not in more or result is more["out"]
+    assert_accurate(result, exact, peer)
+
+
+@pytest.mark.parametrize("case", parameters(PACKED))
+def test_a_segment_does_not_depend_on_its_batch(case, way):
+    """Bit-identical alone, and for any neighbours; a kernel's also to that of a crop."""
+    query, key, _ = case.tensors()
+    given = of_segments(case, (query, key), way)
+    whole = way.run("received_attention", **given)
+    parts = list(zip(*map(case.parts, (query, key, whole))))
+    for q, k, want in parts:
+        alone = Packed("alone", 1, case.heads, q.shape[2], case.width, view=case.view, lengths=(q.shape[2],))
+        given = of_segments(alone, (q, k), way) | {"scale": case.scale}
+        assert same_bits(way.run("received_attention", **given), want)
+        if way.kernel and q.shape[2]:
+            crop = {name: given[name] for name in ("query", "key", "scale")}
+            assert same_bits(way.run("received_attention", **crop), want)
+    if parts:
+        *tensors, want = (torch.cat(pieces[::-1], 2) for pieces in zip(*parts))
+        turned = Packed(
+            "turned",
+            *(getattr(case, x) for x in ("crops", "heads", "tokens", "width")),
+            view=case.view,
+            lengths=case.lengths[::-1],
+        )
+        given = of_segments(turned, tensors, way) | {"scale": case.scale}
+        assert same_bits(way.run("received_attention", **given), want)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "lse"])
+@pytest.mark.parametrize("lengths", [(50,), (7, 50, 0, 33, 50, 1)])
+def test_segments_take_one_pair_of_launches(lengths, given, kernel, monkeypatch):
+    launched = []
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, grid, **_: launched.append((kernel.fn.__name__, *grid[1:]))
+    )
+    case = Packed("launches", 1, 2, sum(lengths), 16, lengths=lengths)
+    arguments = of_segments(case, case.tensors()[:2], kernel)
+    lse = torch.zeros(1, 2, case.tokens, device=kernel.device) if given else None
+    hk.received_attention(**arguments, lse=lse)
+    names = ["received_log_sums_kernel", "received_columns_kernel"][given:]
+    assert launched == [(name, 2, len(lengths)) for name in names]
+
+
+INT32 = torch.iinfo(torch.int32)
+
+
+def test_wrong_bounds_stay_within_memory(kernel):
+    """They are clamped: what is outside is neither read, which NaN would show, nor written."""
+    query, key = draw_attention("bounds", crops=1, heads=2, tokens=70, width=24)
+    query, key = (offset(x.to(kernel.device)) for x in (query, key))
+    launch = _dispatch.launcher("received_attention")
+
+    def run(bounds, longest):
+        bounds = torch.tensor(bounds, dtype=torch.int32, device=kernel.device)
+        out = torch.zeros(3, 2, 70, device=kernel.device)
+        launch(query, key, 0.3, 1.0, out[1:2], None, bounds, longest)
+        assert not out[::2].any()
+        return out[1:2]
+
+    wanted = run([0, 70], 70)
+    assert same_bits(run([-9, 99], 200), wanted)
+    assert same_bits(run([INT32.min, INT32.max, INT32.min], 70), wanted)
+    assert not run([70, 30, INT32.min], 70).any() and not run([99, 120], 70).any()
+
+
 # --- scores ----------------------------------------------------------------------------------------------
 
 
@@ -283,6 +397,30 @@ def test_tile_budgets(case, allocation, way):
         seen, counts = case.seen(some, way.device), case.seen(caps, way.device)
         result = way.run("tile_budgets", seen, counts, segments, allocation=allocation)
         check_budgets(result, some, caps, segments, allocation)
+
+
+@pytest.mark.parametrize("sums", [True, False], ids=["sums", "softmax"])
+def test_budgets_do_not_depend_on_larger_images(sums, way):
+    """Bit-identical alone and beside images that need more lanes, whatever the order of sums."""
+    counts = [5, 250, 64, 65, 129, 30]
+
+    def budgets(counts):
+        draws = [generator("lanes", count) for count in counts]
+        numbers = [torch.randn(count, generator=draw) for count, draw in zip(counts, draws)]
+        values, patches = (
+            torch.cat(numbers) * (4 if sums else 1),
+            torch.cat(numbers).abs().mul(60).int().clamp_max(144),
+        )
+        signal = TileSignal((values.exp() if sums else values).to(way.device), 1.0, None if sums else 0.5)
+        segments = Segments(tuple(Segment(count, 0, 1, 9, 40 * count) for count in counts), 12)
+        result = way.run("tile_budgets", [signal], patches.to(way.device), segments)
+        check_budgets(result, [signal._replace(values=signal.values.cpu())], patches, segments)
+        return zip(*(part.split(counts) for part in result))
+
+    for count, whole in zip(counts, budgets(counts)):
+        for others in ([count], [count, 193], [7, 256, count]):
+            (alone,) = (each for other, each in zip(others, budgets(others)) if other == count)
+            assert all(same_bits(*pair) for pair in zip(alone, whole))
 
 
 # --- selection -------------------------------------------------------------------------------------------
@@ -815,5 +953,11 @@ def test_sizes_beyond_the_kernels_are_refused_by_name(operation, kernel):
     wide = torch.zeros(1, 1, 3, 257, device=kernel.device)
     with pytest.raises(ValueError, match=r"^key: expected heads at most (256|128) wide on a GPU, got "):
         attend(operation, wide, wide, 0.3)
+    crops, counts = Segments((Segment(9), Segment(257)), 1), torch.ones(266, dtype=torch.int32)
+    counts = counts.to(kernel.device)
+    with pytest.raises(
+        ValueError, match=r"^segments.images\[1\]: expected at most 256 crops on a GPU, got 257"
+    ):
+        hk.tile_budgets([TileSignal(counts.float(), 1.0)], counts, crops)
     with pytest.raises(ValueError, match=r"^rows: expected at most 16384 patches on a GPU, got 16385"):
         hk.finalize_scores(torch.zeros(1, 1, 16385, device=kernel.device))

@@ -384,6 +384,26 @@ def test_compiled_for_any_size():
             assert same_bits(out, hk.cls_attention(query, query, 0.3) + 0.0)
 
 
+@slow_in_interpreter
+def test_compiled_for_any_segments():
+    """Neither their number nor the longest is a constant of compiled code."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module
+
+    compiled = torch.compile(hk.received_attention, fullgraph=True, backend=backend)
+    for lengths in ((5, 3), (2, 7), (4, 4, 4), (9, 0, 2, 6), (11, 2)):
+        query = torch.randn(1, 2, sum(lengths), 4, generator=generator("segments", lengths))
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        given = {"cu_seqlens": bounds, "max_seqlen": max(lengths)}
+        got = compiled(query, query, 0.3, **given)
+        assert same_bits(got, hk.received_attention(query, query, 0.3, **given))
+    assert len(graphs) <= 3
+
+
 def test_no_gradient_runs_through_scores():
     given = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs().items()}
     query, key, value, features = (given[name] for name in ("query", "key", "value", "features"))

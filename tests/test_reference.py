@@ -33,7 +33,7 @@ from oracles import (
 
 import hero_kernels as hk
 from hero_kernels import Segment, Segments, TileBudgets, TileSignal
-from hero_kernels.testing import OperationCounter, same_bits
+from hero_kernels.testing import OperationCounter, peak_bytes, same_bits
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,6 +169,19 @@ def test_crops_of_weight_zero_are_left(operation):
         out = torch.full(shape, start)
         assert function(query, key, 0.4, weight=factor, out=out) is out
         assert (out[left:] == start).all()
+
+
+def test_segments_are_read_in_blocks():
+    """Of a large image the map is never in memory, but a few blocks of it."""
+    tokens = 6400
+    query, key = draw_attention("large", crops=1, heads=1, tokens=tokens, width=4)
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+
+    def run():
+        return hk.received_attention(query, key, 0.4, cu_seqlens=bounds, max_seqlen=tokens)
+
+    assert peak_bytes(run) < 4 * 5 * 1024 * tokens < 4 * tokens**2
+    torch.testing.assert_close(run(), hk.received_attention(query, key, 0.4))
 
 
 # --- scores ----------------------------------------------------------------------------------------------
@@ -779,6 +792,12 @@ def attend(name, **change):
     return getattr(hk, name)(**{**given, **change})
 
 
+def of_segments(**change):
+    query, key, _ = (x[:1] for x in qkv())
+    given = {"query": query, "key": key, "scale": 0.5, "cu_seqlens": BOUNDS, "max_seqlen": 3}
+    return hk.received_attention(**{**given, **change})
+
+
 def topk(**change):
     good = batch_of()
     return hk.segmented_topk(
@@ -858,6 +877,29 @@ LSE = [
     ({"lse": torch.ones(2, 2, 5, 1)}, ValueError, "lse"),
     ({"lse": torch.ones(2, 2, 5, dtype=torch.bfloat16)}, TypeError, "lse"),
     ({"lse": torch.ones(2, 2, 5, device="meta")}, ValueError, "lse"),
+]
+BOUNDS = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+SEGMENTS = [
+    ({"cu_seqlens": None}, ValueError, "cu_seqlens"),
+    ({"max_seqlen": None}, ValueError, "max_seqlen"),
+    ({"key": torch.ones(2, 2, 5, 4), "query": torch.ones(2, 2, 5, 4)}, ValueError, "key"),
+    ({"weight": torch.ones(1)}, ValueError, "weight"),
+    ({"weight": torch.ones(5)}, ValueError, "weight"),
+    ({"out": torch.zeros(3, 2, 5)}, ValueError, "out"),
+    ({"lse": torch.zeros(3, 2, 5)}, ValueError, "lse"),
+    ({"cu_seqlens": [0, 2, 2, 5]}, TypeError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS.long()}, TypeError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS[None]}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS[:0]}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS.to("meta")}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS[:3]}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS[1:]}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS + 1}, ValueError, "cu_seqlens"),
+    ({"cu_seqlens": BOUNDS[[0, 3, 1, 3]]}, ValueError, "cu_seqlens"),
+    ({"max_seqlen": 2}, ValueError, "max_seqlen"),
+    ({"max_seqlen": -1}, ValueError, "max_seqlen"),
+    ({"max_seqlen": 3.0}, TypeError, "max_seqlen"),
+    ({"max_seqlen": torch.tensor(3)}, TypeError, "max_seqlen"),
 ]
 WITH_VALUE = [
     ({"value": 1.0}, TypeError, "value"),
@@ -989,6 +1031,7 @@ REFUSED = [
         ALL_ROWS,
         LSE,
     ),
+    *cases("segments", of_segments, SEGMENTS),
     *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
     *cases("finalize_scores", finalize, ROWS_PER_HEAD),
     *cases("segmented_topk", topk, TOPK, BUDGETS),

@@ -49,7 +49,7 @@ from .common import (
     valid_patches,
 )
 from .segmented_topk import check_patches, topk_mask
-from .tile_budgets import LANES, check_crops, tile_budgets
+from .tile_budgets import lanes_of, tile_budgets
 
 MAX_FEATURES = 8192
 FILL = tl.constexpr(1024)  # empty rows written at once
@@ -220,7 +220,7 @@ def floor_segments(segments: Segments, budgets, valid_counts) -> Segments:
 def segmented_topk_gather(
     features, scores, segments, valid, budgets, signals, allocation, ranks, valid_counts
 ):
-    check_crops(segments)
+    lanes = lanes_of(segments)
     check_patches(scores)
     check_features(features)
     device = scores.device
@@ -248,7 +248,7 @@ def segmented_topk_gather(
         index=index,
         side=segments.side,
         patches=patches,
-        LANES=LANES,
+        LANES=lanes,
         SIDE_PAD=power_of_2(segments.side, 4),
         BAND=power_of_2(segments.widest_band),
         WIDE=patches > 1023,

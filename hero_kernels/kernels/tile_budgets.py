@@ -10,7 +10,8 @@ bf16; budgets and weights [T] int32, shares [T] fp32. All contiguous.
 Grid (B,): one program per image, one lane per crop. The latency of a program is the cost: one warp, so
 that no reduction crosses warps, and few reductions. Shares are fp32; from the weights on all arithmetic is in
 integers, so budgets equal those of the reference on the same weights, and the weights are returned for the
-check. There are always LANES lanes: the order of sums must not depend on the other images of the batch.
+check. There are 64 lanes; 256 lanes and eight warps if an image of the batch has more crops. The result of
+another image must not depend on that: sums of a signal are exact, so that their order decides nothing.
 
 Bytes: T·(signals + 4)·4; the launch dominates.
 
@@ -25,10 +26,21 @@ from .. import _launch
 from ..segments import TileBudgets
 from .common import CROPS, FIRST_CROP, THUMBNAIL, THUMBNAIL_TOKENS, TILE_TOKENS, WIDTH
 
-LANES = 64  # crops of an image: 63 tiles and a thumbnail
+LANES = (64, 256)  # crops of an image: tiles and a thumbnail
 FIXED_POINT = tl.constexpr(16777216.0)
 TILE = tl.constexpr(1 << 40)  # above any sum of weights
 TINY = torch.finfo(torch.float32).tiny
+
+
+@triton.jit
+def exact_sum(e, most):
+    """The sum of numbers from 0 to ``most``, in fp64.
+
+    Each is first rounded to a multiple of the last place of 512 · most, which is at most 2⁻⁴³ · most. Sums of
+    up to 256 of them are below 512 · most, and such multiples too: no addition is rounded.
+    """
+    large = most.to(tl.float64) * 512.0
+    return tl.sum((e.to(tl.float64) + large) - large, 0)
 
 
 @triton.jit
@@ -41,9 +53,11 @@ def normalised(values, temperature, crop, is_tile, tiles):
     if temperature is not None:
         top = tl.max(tl.where(is_tile, v, float("-inf")), 0)
         e = tl.where(is_tile, tl.exp(tl.div_rn(v - top, temperature)), 0.0)
+        most = tl.full([], 1.0, tl.float32)
     else:
         e = tl.where(is_tile & ((v > 0.0) | (v != v)), v, 0.0)
-    total = tl.sum(e, 0)
+        most = tl.max(e, 0)
+    total = exact_sum(e, most).to(tl.float32)
     has_sum = (total > 0.0) & (total < float("inf"))  # NaN is neither
     part = tl.where(has_sum, e, 1.0)
     whole = tl.where(has_sum, total, tl.maximum(tiles, 1).to(tl.float32))
@@ -63,8 +77,9 @@ def apportion(weight, cap, is_tile, total):
     """Largest remainder with caps, in int64 (docs/method.md, 3): sums to ``min(total, Σ cap)``.
 
     Tiles whose quota reaches their cap are fixed at the cap and removed, until none is left to fix; quotas
-    are compared by cross-multiplication. At most 63 tiles of 4096 patches and weights that sum to about 2²⁴:
-    products stay below 2⁴³, sort keys below 2³¹.
+    are compared by cross-multiplication. At most 256 tiles of 4096 patches hold 2²⁰ tokens, and weights sum
+    to about 2²⁴: products stay below 2⁴⁵, sums with TILE below 2⁴⁹, sort keys below 2³¹ with 64 lanes and
+    2³³ with 256.
     """
     lane = tl.arange(0, weight.shape[0])
     cap = tl.where(is_tile, cap, 0)
@@ -89,7 +104,9 @@ def apportion(weight, cap, is_tile, total):
     remainder = product - quota * whole
     left -= tl.sum(quota, 0)
     # Sort key of each tile, larger where it comes first: by remainder, then by lower index.
-    order = remainder.to(tl.int32) * weight.shape[0] + (weight.shape[0] - 1 - lane)
+    if weight.shape[0] <= 64:
+        remainder = remainder.to(tl.int32)
+    order = remainder * weight.shape[0] + (weight.shape[0] - 1 - lane)
     order = tl.where(active, order, -1)
     before = tl.sum((order[:, None] > order[None, :]).to(tl.int32), 0)  # over rows: each thread by itself
     return budget + quota + (active & (before < left)).to(tl.int64)
@@ -143,16 +160,22 @@ def tile_budgets_kernel(
     tl.store(weights + crop, weight.to(tl.int32), mask=inside)
 
 
-def check_crops(segments) -> None:
-    """Raise ``ValueError`` for images with more crops than a program has lanes."""
-    if segments.most_crops > LANES:
-        number = [image.crops for image in segments.images].index(segments.most_crops)
-        expected = f"at most {LANES} crops on a GPU, got {segments.most_crops}"
-        raise ValueError(f"segments.images[{number}]: expected {expected}")
+def lanes_of(segments) -> int:
+    """The number of lanes that hold the crops of each image.
+
+    Raises:
+        ValueError: an image has more crops than a program can have lanes.
+    """
+    for lanes in LANES:
+        if segments.most_crops <= lanes:
+            return lanes
+    number = [image.crops for image in segments.images].index(segments.most_crops)
+    expected = f"at most {LANES[-1]} crops on a GPU, got {segments.most_crops}"
+    raise ValueError(f"segments.images[{number}]: expected {expected}")
 
 
 def tile_budgets(signals, valid_counts, segments, allocation):
-    check_crops(segments)
+    lanes = lanes_of(segments)
     device = valid_counts.device
     result = TileBudgets(
         torch.empty(segments.crops, dtype=torch.int32, device=device),
@@ -173,9 +196,9 @@ def tile_budgets(signals, valid_counts, segments, allocation):
         temperatures=tuple(None if s.temperature is None else float(s.temperature) for s in signals),
         **result._asdict(),
         patches=segments.patches,
-        LANES=LANES,
+        LANES=lanes,
         EXACT=allocation == "exact",
         enable_fp_fusion=False,  # shares are rounded as the reference rounds them
-        **_launch.configuration("tile_budgets", LANES, device),
+        **_launch.configuration("tile_budgets", lanes, device),
     )
     return result
