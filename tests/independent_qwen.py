@@ -272,7 +272,8 @@ class QwenReference:
         blocks = blocks_of(height, width, rule.block)
         shares = self.shares(blocks, scores, features.detach(), rule)
         caps = [len(block) for block in blocks]
-        budgets = allocate_exact(quantised(shares), caps, kept_of(rule, height * width))
+        weights = caps if rule.policy in ("uniform", "random") else quantised(shares)
+        budgets = allocate_exact(weights, caps, kept_of(rule, height * width))
         kept: list[int] = []
         for block, budget in zip(blocks, budgets, strict=True):
             kept.extend(select(scores, block, budget))

@@ -272,24 +272,27 @@ def test_policies(family):
             hero.attach(model, policy=policy)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_uniform_is_in_proportion(family):
+@pytest.mark.parametrize(
+    ("family", "grid", "side", "count"),
+    [
+        *((family, (13, 14), 4, 54) for family in FAMILIES),
+        ("qwen2_vl", (13, 14), 4, 17),
+        ("qwen2_5_vl", (5, 9), 12, 1),
+        ("qwen3_vl", (4, 5), 3, 5),  # 2.25, 1.5, 0.75 and 0.5: the second block gets 2
+        ("qwen3_5", (3, 5), 2, 4),
+    ],
+)
+def test_uniform_is_in_proportion(family, grid, side, count):
     """By whole numbers: largest remainder, ties to the lower block."""
-    model, inputs = model_of(family), stock_batch(family, "small and large")
-    for keep in ({"keep_ratio": 0.3}, {"keep_ratio": 0.11}, {"keep_tokens": 17}):
-        with hero.attach(model, policy="uniform", block=4, **keep) as handle, torch.no_grad():
-            model(**inputs)
-            budgets = handle.last.budgets.tolist()
-        for height, width in ((1, 1), (13, 14)):
-            sizes = [len(block) for block in blocks_of(height, width, 4)]
-            total = height * width
-            count = keep.get("keep_tokens") or floor_ratio(keep["keep_ratio"] * total)
-            count = max(1, min(count, total))
-            wanted = [size * count // total for size in sizes]
-            order = sorted(range(len(sizes)), key=lambda b: (-(sizes[b] * count % total), b))
-            for block in order[: count - sum(wanted)]:
-                wanted[block] += 1
-            assert [budgets.pop(0) for _ in sizes] == wanted
+    sizes = [len(block) for block in blocks_of(*grid, side)]
+    wanted = [size * count // sum(sizes) for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda b: (-(sizes[b] * count % sum(sizes)), b))
+    for block in order[: count - sum(wanted)]:
+        wanted[block] += 1
+    inputs = prompt_of(tiny_processor(family), TWO, picture(family, grid))
+    with hero.attach(model_of(family), policy="uniform", block=side, keep_tokens=count) as handle:
+        model_of(family)(**inputs)
+        assert handle.last.budgets.tolist() == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
