@@ -39,6 +39,13 @@ class Loaded(NamedTuple):
             )
         return f"{self.processor.image_token}\n{question}"
 
+    @property
+    def keep_ratio(self) -> float:
+        """What is kept by default."""
+        from .models import adapter_for
+
+        return adapter_for(self.model).keep_ratio
+
     def inputs(self, image, question: str):
         """The model's inputs, on its device."""
         inputs = self.processor(images=image, text=self.prompt(question), return_tensors="pt")

@@ -125,13 +125,14 @@ def _options_named():
         raise ValueError(f"{_OPTIONS.get(argument, argument)}{colon}{message}") from problem
 
 
-def _configs(args: argparse.Namespace) -> list[HeroConfig]:
+def _configs(args: argparse.Namespace, loaded: Loaded | None = None) -> list[HeroConfig]:
     """The configurations that the options describe, one for each value of --keep.
 
     A policy gets only those of its options that are given.
     """
     options = {} if args.alpha is None else {"alpha": args.alpha}
-    ratios = args.keep if isinstance(args.keep, tuple) else [args.keep]
+    default = DEFAULT_KEEP_RATIO if loaded is None else loaded.keep_ratio
+    ratios = args.keep if isinstance(args.keep, tuple) else [default if args.keep is None else args.keep]
     keeps = (
         [{"keep_ratio": ratio} for ratio in ratios] if args.tokens is None else [{"keep_tokens": args.tokens}]
     )
@@ -200,23 +201,24 @@ def _ask(
     from . import visualize
     from .images import as_seen, save_image
 
-    with _attach(loaded, _configs(args)[0], loaded.relevance) as handle:
+    with _attach(loaded, _configs(args, loaded)[0], loaded.relevance) as handle:
         kept = _answer(loaded, image, question, args.max_new_tokens)
         stages = _stage_times(handle, loaded.inputs(image, question), _text(handle, loaded, question))
         selection = handle.last
     full = _answer(loaded, image, question, args.max_new_tokens)  # last, since errors come from the above
-    layout = selection.layout[0]
-    thumbnail, tiles = layout.budget(handle.config)
     stages["language model"] = max(kept.first_token - sum(stages.values()), 0.0)
     print(f"{name}: {question}")
     for name, answer in (("all tokens", full), ("kept tokens", kept)):
         first, whole = _duration(answer.first_token), _duration(answer.whole)
         times = f"first token {first:>8}, answer {whole:>8}"
         print(f"  {name:<13} {answer.visual_tokens:>5} visual tokens, {times}: {answer.text}")
-    print(
-        f"  of these      {thumbnail} of {layout.patches} thumbnail patches, {tiles} of "
-        f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
-    )
+    layout = selection.layout[0]
+    if not layout.is_whole:
+        thumbnail, tiles = layout.budget(handle.config)
+        print(
+            f"  of these      {thumbnail} of {layout.patches} thumbnail patches, {tiles} of "
+            f"{sum(layout.valid_counts)} tile patches, {layout.newline_count} newlines"
+        )
     print("  stages        " + ", ".join(f"{name} {_duration(seconds)}" for name, seconds in stages.items()))
     # Last, so that the answer is out if the picture cannot be written.
     picture = visualize(as_seen(image, selection), selection, title=f"{question} → {kept.text}")
@@ -251,7 +253,7 @@ def _run_show(args: argparse.Namespace) -> None:
 
     loaded = _load(args)
     relevance = loaded.relevance if args.question else None
-    with _attach(loaded, _configs(args)[0], relevance) as handle:
+    with _attach(loaded, _configs(args, loaded)[0], relevance) as handle:
         inputs = loaded.inputs(image, args.question or "")
         text = _text(handle, loaded, args.question or "")
         with torch.inference_mode():
@@ -282,7 +284,8 @@ def _run_bench(args: argparse.Namespace) -> None:
                 handle = stack.enter_context(attached)
             inputs = loaded.inputs(image, question)
             if handle is None:
-                given = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+                names = ("pixel_values", "image_sizes", "image_grid_thw")
+                given = {name: inputs[name] for name in names if name in inputs}
                 vision = partial(model.model.get_image_features, **given)
             else:
                 vision = partial(handle.encoder, *handle.crops(inputs), _text(handle, loaded, question))
@@ -372,8 +375,8 @@ def _parser() -> argparse.ArgumentParser:
 
     selection = group(policy)
     keep = selection.add_mutually_exclusive_group()
-    text = "keep ratio (default %(default)s)"
-    keep.add_argument("--keep", type=float, default=DEFAULT_KEEP_RATIO, metavar="R", help=text)
+    text = "keep ratio (default: 0.2, of Qwen's models 0.7)"
+    keep.add_argument("--keep", type=float, metavar="R", help=text)
     keep.add_argument("--tokens", type=int, metavar="N", help="keep N patch tokens of each image instead")
 
     answer = group()

@@ -101,14 +101,18 @@ class _Kept:
         self.labels = [f"{n} · {_percent(share)}" for n, share in zip(budgets[tiles], shares[tiles])]
         self.length = selection.lengths[image_index]
         self.detail = "random" if selection.policy == "random" else "attention"
-        self.valid: np.ndarray = np.zeros([count * layout.side for count in layout.grid], bool)
+        size = layout.grid[0] * layout.side, layout.grid[1] * layout.side
+        if layout.is_whole:  # nothing but the image is drawn
+            size = layout.rows[1], layout.columns[1]
+        self.valid: np.ndarray = np.zeros(size, bool)
         self.valid[slice(*layout.rows), slice(*layout.columns)] = True
 
     def tiles(self, values: np.ndarray) -> np.ndarray:
         """``[crops, p, p]`` of the tiles, as the grid that they were cut from."""
         (rows, columns), side = self.layout.grid, self.layout.side
         grid = values[list(self.layout.tile_crops)].reshape(rows, columns, side, side)
-        return grid.swapaxes(1, 2).reshape(rows * side, columns * side)
+        grid = grid.swapaxes(1, 2).reshape(rows * side, columns * side)
+        return grid[: self.valid.shape[0], : self.valid.shape[1]]
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Patches of the thumbnail and of the tiles: kept, and all."""
@@ -127,7 +131,8 @@ class _Kept:
             parts.append(f"{newlines:,} newline{'s' if newlines > 1 else ''}")
         whole = self.layout.full_tokens
         share = _percent(self.length / max(whole, 1))
-        return f"{self.length:,} of {whole:,} tokens kept ({share}): {', '.join(parts)}"
+        total = f"{self.length:,} of {whole:,} tokens kept ({share})"
+        return total if self.layout.is_whole else f"{total}: {', '.join(parts)}"
 
 
 def _percent(share: float) -> str:
@@ -205,7 +210,7 @@ class _Page:
         layout, width, gap = self.kept.layout, self.width - 2 * self.margin, self.margin
         rows = []
         if layout.tiles:
-            aspect = layout.grid[1] / layout.grid[0]
+            aspect = self.kept.valid.shape[1] / self.kept.valid.shape[0]
             each = ["Tiles", "Tile scores"]
             rows = [(each, aspect)] if aspect < 1.6 else [(each[:1], aspect), (each[1:], aspect)]
         if layout.thumbnail != "none":
@@ -246,13 +251,15 @@ class _Page:
             bar = self._axes(x, top + height + self.small // 2, width, round(0.7 * self.small))
             detail = kept.detail + self._scores(axes, bar, values, valid)
         else:
-            detail = "{:,} of {:,} patches".format(*kept.counts()["tile patches" if tiles else "thumbnail"])
+            detail = "{:,} of {:,} ".format(*kept.counts()["tile patches" if tiles else "thumbnail"])
+            detail += "tokens" if kept.layout.is_whole else "patches"
             self._photograph(axes, values, valid, width, height)
         if min(width / columns, height / rows) * side >= 6 * self.line:
             style = {"colors": "white", "linewidth": self.line}
             axes.vlines(np.arange(side, columns, side), 0, rows, **style)
             axes.hlines(np.arange(side, rows, side), 0, columns, **style)
-        heading = f"{name}, {kept.layout.grid[0]} x {kept.layout.grid[1]}" if tiles else name
+        shown = name.replace("Tile", "Block") if kept.layout.is_whole else name
+        heading = f"{shown}, {kept.layout.grid[0]} x {kept.layout.grid[1]}" if tiles else name
         axes.set_title(
             f"{heading}\n{detail}", loc="left", y=1, pad=0.5 * self.small, **self._style(self.body, _INK)
         )
@@ -300,7 +307,8 @@ class _Page:
         """Whether the labels fit the tiles of a picture of this size."""
         if not self.kept.labels:
             return False
-        (rows, columns), size = self.kept.layout.grid, self.small
+        side, size = self.kept.layout.side, self.small
+        rows, columns = (count / side for count in self.kept.valid.shape)
         longest = max(self._length(label, size) for label in self.kept.labels)
         return longest + 1.8 * size <= 0.92 * width / columns and 2.4 * size <= 0.45 * height / rows
 
@@ -319,5 +327,7 @@ class _Page:
         if labels:
             meaning = "tokens kept · share of the tile tokens before caps"
             key += f"; {'on tiles' if labelled else 'row,column'}: {meaning}"
+        if self.kept.layout.is_whole:
+            key = key.replace("tile", "block")
         cells = (f"{n // columns + 1},{n % columns + 1}: {label}" for n, label in enumerate(labels))
         return key if labelled else "\n".join([key, "   ".join(cell.replace(" ", _NBSP) for cell in cells)])
