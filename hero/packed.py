@@ -35,12 +35,14 @@ class PackedPlan(NamedTuple):
         inputs: arguments of the encoder that follow from sizes.
         order: ``[N]`` int64, where each token is in the encoder's own order; ``None`` if in its place.
         blocks: ``[T, P]`` int64, the token at each place of a block; 0 where there is none.
+        numbers: ``[T, P]`` int64, the same among the tokens of its image.
     """
 
     packed: attention_rows.Packed
     inputs: dict[str, Any]
     order: Tensor | None
     blocks: Tensor
+    numbers: Tensor
 
 
 def check_pixels(pixel_values: Any, layouts: Sequence[ImageLayout], merged: int) -> Tensor:
@@ -70,20 +72,20 @@ def plan_of(encoder: Any, plan: Plan, device: torch.device) -> PackedPlan:
         inputs, order = kind.inputs(tower, grids, device)
         lengths = tuple(height * width for _, height, width in grids)
         places = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
-        first, blocks = 0, []
-        for layout in plan.layouts:
-            blocks.append(_blocks_of(layout, first))
-            first += layout.full_tokens
+        firsts = accumulate((layout.full_tokens for layout in plan.layouts), initial=0)
+        numbers = [_blocks_of(layout) for layout in plan.layouts]
+        blocks = torch.cat([own + first for own, first in zip(numbers, firsts, strict=False)])
         packed = attention_rows.Packed(lengths, to_device(places, device))
-        return PackedPlan(packed, inputs, order, to_device(torch.cat(blocks), device))
+        tables = (to_device(table, device) for table in (blocks, torch.cat(numbers)))
+        return PackedPlan(packed, inputs, order, *tables)
 
     return encoder.plans.get(("packed", plan.layouts, device, is_flash), make)
 
 
-def _blocks_of(layout: ImageLayout, first: int) -> Tensor:
-    """``[blocks, P]`` int64: the tokens of an image, the first of which has a number, in its blocks."""
+def _blocks_of(layout: ImageLayout) -> Tensor:
+    """``[blocks, P]`` int64: the tokens of an image in its blocks."""
     (rows, columns), (down, across), side = (layout.rows[1], layout.columns[1]), layout.grid, layout.side
-    tokens = first + torch.arange(rows * columns).view(rows, columns)
+    tokens = torch.arange(rows * columns).view(rows, columns)
     tokens = torch.nn.functional.pad(tokens, (0, across * side - columns, 0, down * side - rows))
     return tokens.view(down, side, across, side).transpose(1, 2).reshape(down * across, side * side)
 
@@ -131,14 +133,14 @@ def kept_output(encoder: Any, output: Any, selection: Selection, plan: Plan) -> 
     Its attribute ``hero_kept`` has the numbers of the kept tokens of each image, in raster order.
     """
     own = plan_of(encoder, plan, selection.index.device)
-    rows, lengths = own.blocks.flatten()[selection.index.long()], selection.lengths
+    places, lengths = selection.index.long(), selection.lengths
+    rows = own.blocks.flatten()[places]
     output = copy.copy(output)
     output.pooler_output = selection.per_image()
     if getattr(output, "deepstack_features", None) is not None:
         levels = output.deepstack_features
         output.deepstack_features = [level[rows.to(level.device)].split(lengths) for level in levels]
-    begins = accumulate((layout.full_tokens for layout in plan.layouts), initial=0)
-    output.hero_kept = [one - begin for one, begin in zip(rows.split(lengths), begins, strict=False)]
+    output.hero_kept = own.numbers.flatten()[places].split(lengths)
     return output
 
 

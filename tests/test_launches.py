@@ -7,11 +7,13 @@ is seen. What a GPU has to add, its own count of launches and ``set_sync_debug_m
 import copy
 import random
 
+import independent_qwen
 import pytest
 import torch
 from independent import tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hero
 from hero.policies import POLICIES
@@ -478,3 +480,37 @@ def test_the_encoder_compiles_whole_on_a_gpu():
         plain, same = encoder(images, sizes), compiled(images, sizes)
     torch.testing.assert_close(same.scores, plain.scores, rtol=1e-3, atol=1e-5)
     assert same.lengths == plain.lengths
+
+
+def qwen_tower(family: str, attention: str) -> nn.Module:
+    """On the meta device, with an attention that takes all images in one call, or one an image."""
+    tower = independent_qwen.tiny_model(family).model.visual.to("meta")
+    tower.set_attn_implementation("sdpa")
+    if attention != "sdpa":
+        if attention not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(attention, lambda _, q, *rest, **more: (q.transpose(1, 2), None))
+        for module in tower.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation_internal = attention
+    return tower
+
+
+@pytest.mark.parametrize("attention", ["flash_that_packs", "sdpa"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_packed_images(family, attention):
+    """No synchronisation with either; with one call a layer, launches do not depend on the images."""
+    tower = qwen_tower(family, attention)
+    encoder = hero.HeroVisionEncoder(tower, None, hero.HeroConfig(keep_ratio=0.3, block=4))
+    channels = 3 * tower.config.temporal_patch_size * tower.config.patch_size**2
+    counts = []
+    for grids in ([(1, 8, 10)], [(1, 8, 10), (1, 20, 6), (1, 2, 2)], [(1, 12, 12)] * 8):
+        patches = torch.empty(sum(rows * columns for _, rows, columns in grids), channels, device="meta")
+        with torch.no_grad():
+            for _ in range(2):  # the first one makes the plan
+                with OperationCounter() as counter:
+                    selection = encoder(patches, grids)
+                assert counter.waits == [] and len(selection.layout) == len(grids)
+        counts.append(sorted(counter.operations))
+    encoder.remove()
+    if attention != "sdpa":
+        assert counts[0] == counts[1] == counts[2]
