@@ -509,7 +509,7 @@ def test_packed_images(family, attention):
             for _ in range(2):  # the first one makes the plan
                 with OperationCounter() as counter:
                     selection = encoder(patches, grids)
-                assert counter.waits == [] and len(selection.layout) == len(grids)
+        assert counter.waits == [] and len(selection.layout) == len(grids)
         counts.append(sorted(counter.operations))
     encoder.remove()
     if attention != "sdpa":
