@@ -537,6 +537,11 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
         for case in reversed(ATTENTION)
         if not case.slow
     },
+    **{
+        ("test_received_of_segments", case.dtype): (case, "added", False)
+        for case in reversed(PACKED)
+        if not case.slow
+    },
     **{("test_segmented_topk", case.scores_dtype): (case,) for case in reversed(CROPS) if not case.slow},
     **{
         ("test_segmented_topk_gather", case.dtype): (case, "signals")
