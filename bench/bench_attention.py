@@ -17,7 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hero_kernels as hk
 
-from .registry import CLIP, Case, Shape, Unavailable, Variant, checked_crops, close, item_size, same, shapes
+from .registry import (
+    CLIP,
+    Case,
+    Packed,
+    Shape,
+    Unavailable,
+    Variant,
+    checked_crops,
+    close,
+    item_size,
+    packed_shapes,
+    same,
+    shapes,
+)
 
 ROWS = 1e-3  # tolerance of rows computed in fp32
 ROUNDED = 2e-2  # tolerance if logits or maps are rounded to bf16
@@ -187,6 +200,64 @@ def received_case(shape: Shape, device: torch.device) -> Case:
     return _case("received_attention", shape, device, variants, make_received)
 
 
+# Received attention of packed images.
+
+
+def make_packed(shape: Packed, device: torch.device, seed: int) -> SimpleNamespace:
+    """Make query and key, views [1, H, N, D] of [N, H, D], their bounds, accumulators and log-sum-exp."""
+    geometry, tokens = shape.geometry, sum(shape.batch)
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
+    size = (1, tokens, geometry.heads, geometry.width)
+    query, key = (
+        torch.randn(size, device=device, generator=generator).to(dtype).transpose(1, 2) for _ in range(2)
+    )
+    lse = torch.empty(1, geometry.heads, tokens, device=device)
+    for head in range(geometry.heads):  # the maps of all heads would take gigabytes
+        parts = (x[:, head].float().split(shape.batch, 1) for x in (query, key, lse))
+        for q, k, part in zip(*parts, strict=True):
+            part[:] = (q @ k.mT * geometry.scale).logsumexp(-1)
+    bounds = torch.tensor([0, *shape.batch]).cumsum(0).int().to(device)
+    return SimpleNamespace(
+        query=query,
+        key=key,
+        qk=(query, key, geometry.scale),
+        bounds={"cu_seqlens": bounds, "max_seqlen": max(shape.batch)},
+        lse=lse,
+        rows=torch.zeros(1, geometry.heads, tokens, device=device),
+    )
+
+
+def received_by_image(shape: Packed, query: Tensor, key: Tensor) -> Tensor:
+    """Return rows [1, H, N], from the maps of one image at a time."""
+    parts = zip(query.split(shape.batch, 2), key.split(shape.batch, 2), strict=True)
+    return torch.cat([received(q, k, shape.geometry.scale) for q, k in parts], 2)
+
+
+def check_packed(shape: Packed, tolerance: float, inputs: SimpleNamespace, rows: Tensor) -> None:
+    """Compare the rows of two heads with fp64."""
+    for head in (0, shape.geometry.heads - 1):
+        query, key = (x[:, head, None].double() for x in (inputs.query, inputs.key))
+        close("received attention", rows[:, head, None], received_by_image(shape, query, key), tolerance)
+
+
+def packed_case(shape: Packed, device: torch.device) -> Case:
+    def ours(x):
+        return hk.received_attention(*x.qk, out=x.rows, **x.bounds)
+
+    def given(x):
+        return hk.received_attention(*x.qk, out=x.rows, lse=x.lse, **x.bounds)
+
+    exact, rounded = (partial(check_packed, shape, tolerance) for tolerance in (ROWS, ROUNDED))
+    name = "received_attention, packed"
+    variants = (
+        Variant(name, ours, exact, ours=True, reset=reset),
+        Variant(f"{name}, lse", given, exact, ours=True, reset=reset),
+        Variant("softmax(QKᵀ), by image", lambda x: received_by_image(shape, x.query, x.key), rounded),
+    )
+    return _case(name, shape, device, variants, make_packed)
+
+
 # From rows to scores.
 
 
@@ -223,3 +294,5 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
             yield finalize_case(shape, device)
         else:
             yield received_case(shape, device)
+    for packed in packed_shapes(small, item_size(device)):
+        yield packed_case(packed, device)

@@ -60,6 +60,8 @@ class Geometry(NamedTuple):
 CLIP = Geometry("CLIP-L/14-336", layers=24, heads=16, tokens=577, width=64, features=1024)
 SIGLIP = Geometry("SigLIP-so400m/14-384", layers=27, heads=16, tokens=729, width=72, features=1152, cls=False)
 INTERNVIT = Geometry(*("InternViT-300M-448", 24, 16, 1025, 64, 1024), thumbnail_last=True, newlines=False)
+QWEN25 = Geometry("Qwen2.5-VL", layers=32, heads=16, tokens=8464, width=80, features=1280, cls=False)
+QWEN3 = Geometry("Qwen3-VL", layers=27, heads=16, tokens=6400, width=72, features=1152, cls=False)
 SMALL = Geometry("small", layers=2, heads=2, tokens=17, width=16, features=32)
 SMALL_NO_CLS = Geometry("small, no CLS", layers=2, heads=2, tokens=16, width=24, features=48, cls=False)
 
@@ -137,6 +139,44 @@ class Shape(NamedTuple):
         }[name]
 
 
+class Packed(NamedTuple):
+    """An encoder whose images are one sequence; ``batch`` holds the tokens of each image."""
+
+    geometry: Geometry
+    batch: tuple[int, ...]
+    item: int = 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.geometry.name} N={' + '.join(map(str, self.batch))}"
+
+    @property
+    def crops(self) -> int:
+        """Segments, which play the part of crops."""
+        return len(self.batch)
+
+    def activations(self) -> int:
+        """Bytes of the query or the key: N·H·D."""
+        return sum(self.batch) * self.geometry.heads * self.geometry.width * self.item
+
+    def cost(self, name: str) -> Cost:
+        """Return the minimum cost of received attention, of which one matrix product counts."""
+        g = self.geometry
+        flops = 2 * g.heads * g.width * sum(tokens**2 for tokens in self.batch)
+        return Cost(2 * self.activations() + 2 * g.heads * sum(self.batch) * 4, flops)
+
+
+def packed_shapes(small: bool, item: int = 2) -> list[Packed]:
+    """Return one image, and a batch of images of many sizes, of each packed encoder."""
+    if small:
+        return [Packed(SMALL_NO_CLS, (16, 5), item)]
+    return [
+        Packed(geometry, batch, item)
+        for geometry in (QWEN25, QWEN3)
+        for batch in ((geometry.tokens,), (geometry.tokens, 256, 2304, 1024))
+    ]
+
+
 def shapes(small: bool, item: int = 2) -> list[Shape]:
     """Return all shapes, the most important first: the last are left out when time runs out."""
     if small:
@@ -195,7 +235,7 @@ class Case:
     """
 
     op: str
-    shape: Shape
+    shape: Shape | Packed
     size: int
     make: Callable[[int], Any]
     variants: tuple[Variant, ...]

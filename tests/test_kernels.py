@@ -423,6 +423,23 @@ def test_budgets_do_not_depend_on_larger_images(sums, way):
             assert all(same_bits(*pair) for pair in zip(alone, whole))
 
 
+def test_the_order_of_tiles_does_not_change_shares(kernel):
+    """Bit for bit, since sums are exact: so neither can the number of lanes, which orders them."""
+    values = torch.rand(60, 200, generator=generator("order"))
+    orders = torch.stack([torch.randperm(200, generator=generator("order", n)) for n in range(60)])
+    segments = Segments((Segment(200, -1, 1, 0, 999),) * 60, 4)
+    patches = torch.full((segments.crops,), 16, dtype=torch.int32, device=kernel.device)
+
+    def shares(values):
+        signals = [TileSignal(values.flatten().to(kernel.device), 1.0, heat) for heat in (None, 0.3)]
+        return [
+            kernel.run("tile_budgets", [one], patches, segments).shares.view(60, 200).cpu() for one in signals
+        ]
+
+    for whole, turned in zip(shares(values), shares(values.gather(1, orders))):
+        assert same_bits(whole.gather(1, orders), turned)
+
+
 # --- selection -------------------------------------------------------------------------------------------
 
 
@@ -518,6 +535,11 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
             ("received_with_lse", ("added",)),
         )
         for case in reversed(ATTENTION)
+        if not case.slow
+    },
+    **{
+        ("test_received_of_segments", case.dtype): (case, "added", False)
+        for case in reversed(PACKED)
         if not case.slow
     },
     **{("test_segmented_topk", case.scores_dtype): (case,) for case in reversed(CROPS) if not case.slow},

@@ -58,6 +58,9 @@ CHECKS = {
     "received": attention("received_attention", "narrow"),
     "received, split": attention("received_attention", "odd sizes"),
     "received, lse": attention("received_with_lse", "odd sizes"),
+    "segments": lambda tests, cases: tests.test_received_of_segments(cases.PACKED[0], "plain", False, way()),
+    "order": lambda tests, cases: tests.test_the_order_of_tiles_does_not_change_shares(way()),
+    "softmax": lambda tests, cases: tests.test_budgets_do_not_depend_on_larger_images(False, way()),
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
     "budgets": selection("tile_budgets", "K from 0 to 40", "exact"),
     "caps": selection("tile_budgets", "everything kept", "exact"),
@@ -143,6 +146,9 @@ KERNELS = [
     ),
     Mutant("queries beyond the last", "received_attention", 'other=float("inf")', "other=0.0", "received"),
     Mutant("sum for mean", "received_attention", "w / count", "w", "received"),
+    Mutant("all at token 0", "received_attention", "head + first * strides[2]", "head", "segments"),
+    Mutant("mean over all", "received_attention", "w / count", "w / tokens", "segments"),
+    Mutant("order of sums", "tile_budgets", "exact_sum(e, most).to(tl.float32)", "tl.sum(e, 0)", "order"),
     Mutant(
         "lse to another base",
         "received_attention",
@@ -195,6 +201,8 @@ KERNELS = [
     ),
 ]
 REFERENCE = [
+    Mutant("order of softmax", "reference", "torch.where(few, first, ", "(", "softmax", False),
+    Mutant("mean over all", "reference", "/= max(end - begin, 1)", "/= key.shape[2]", "segments"),
     Mutant(
         "remainder ties reversed",
         "reference",
@@ -246,7 +254,13 @@ REFERENCE = [
     ),
     Mutant("weight 0 computed", "reference", ".masked_fill(weight == 0, 0.0)", "", "cls, NaN"),
     Mutant("no entropy of nothing", "reference", "count.clamp_min(1.0).log()", "count", "finalized"),
-    Mutant("mean over keys", "reference", "softmax(-1) if lse", "softmax(-2) if lse", "received"),
+    Mutant(
+        "mean over keys",
+        "reference",
+        "maps = logits.softmax(-1) if lse is None else (logits - lse[:, head",
+        "maps = logits.softmax(-2) if lse is None else (logits - lse[:, head",
+        "received",
+    ),
     Mutant("lse left out", "reference", "(logits - lse[:, head, :, None])", "logits", "received, lse"),
     Mutant(
         "a newline too many",
