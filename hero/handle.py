@@ -205,7 +205,8 @@ class Handle:
         for name in ("vision_tower", "projector"):
             if getattr(self.encoder, name) is not getattr(parts, name):
                 raise RuntimeError(f"the model's {name} was replaced after attach: attach again")
-        if parts.geometry != attached.geometry:
+        same = parts.geometry == attached.geometry  # dynamo fails at != of numbers that it made symbols
+        if not same:
             raise RuntimeError(
                 f"the model's configuration changed after attach: attach again (it cut images by "
                 f"{attached.geometry}, now by {parts.geometry})"
