@@ -263,7 +263,7 @@ def test_selection_and_logits(family, case, which, rule):
     check_forward(family, case, which, rule, "left")
 
 
-@pytest.mark.parametrize(("family", "rule"), diagonal(tuple(RULES), every=("0.2", "0.5")))
+@pytest.mark.parametrize(("family", "rule"), diagonal(tuple(RULES)))
 def test_selection_of_an_image(family, rule):
     check_forward(family, "small and large", "patched", rule, "left")
 
@@ -350,12 +350,13 @@ def test_features_that_the_model_returns(family):
         found = model.model.get_image_features(
             inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
         )
+    levels, lengths = [], [len(image.kept) for image in images]
+    for level in getattr(found, "deepstack_features", None) or ():  # before transformers 5.18 one tensor
+        levels.append(level.split(lengths) if isinstance(level, torch.Tensor) else level)
     for number, image in enumerate(images):
-        levels = [one[number] for one in getattr(found, "deepstack_features", None) or ()]
         assert len(levels) == len(image.deep)
-        for one, stock in zip(
-            (found.pooler_output[number], *levels), (image.features, *image.deep), strict=True
-        ):
+        own = (found.pooler_output[number], *(level[number] for level in levels))
+        for one, stock in zip(own, (image.features, *image.deep), strict=True):
             torch.testing.assert_close(one, stock[image.kept], rtol=1e-4, atol=1e-4)
 
 

@@ -1,5 +1,6 @@
 """Calls of Qwen's packed towers: turns, templates, counts, attention, what is refused, and removal."""
 
+import copy
 import itertools
 import math
 import random
@@ -70,7 +71,7 @@ def joined(first, *more):
 
 @pytest.mark.parametrize(("family", "which", "kinds"), diagonal(PROCESSORS, ("alone", "with kinds")))
 def test_a_second_turn(family, which, kinds):
-    """With the cache as without; the short prompt tells all, the full one needs its grids."""
+    """With the cache as without; the full prompt is refused without its grids, if it cannot be told."""
     model, image = model_of(family), picture(family, (7, 9))
     options, rule = {"max_new_tokens": 4, "do_sample": False}, rule_of(RULES["0.2"])
     handle, processor = attached(family, which, **RULES["0.2"])
@@ -81,9 +82,14 @@ def test_a_second_turn(family, which, kinds):
         answer = model.generate(**first, **options, **{CACHE: cache})
         turn = torch.cat([answer, words], dim=1)
         given = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
+        alone = []  # what the full prompt gives without its grids, on the cache's copies
         if which == "stock":
-            with pytest.raises(ValueError, match=r"^image_grid_thw: "):
-                model.generate(**given, **options, **{CACHE: cache})
+            for _ in range(2):
+                try:
+                    copied = {CACHE: copy.deepcopy(cache)}
+                    alone.append(model.generate(**given, **options, **copied)[:, turn.shape[1] :].tolist())
+                except ValueError as problem:
+                    assert str(problem).startswith("image_grid_thw: ")
             given["image_grid_thw"] = first["image_grid_thw"]
         if kinds == "with kinds":
             given["mm_token_type_ids"] = (turn == model.config.image_token_id).int()
@@ -96,8 +102,80 @@ def test_a_second_turn(family, which, kinds):
     rows, images = reference_of(family).rows(whole, rule)
     assert torch.equal(again[:, : turn.shape[1]], turn)
     assert again[:, turn.shape[1] :].tolist() == reference_of(family).greedy(whole, rule, 4, images)
+    assert all(one == again[:, turn.shape[1] :].tolist() for one in alone)  # if not refused, then right
     new = words.shape[1] + 1  # the answer's last token is not in the cache
     assert seen[0].expand(max(3, len(seen[0])), -1, -1)[-3:, 0].T.tolist() == rows[0].positions[-new:]
+
+
+@pytest.mark.parametrize(("family", "which"), diagonal(PROCESSORS))
+def test_turns_of_a_batch(family, which):
+    """Two more turns of two rows, whose first prompts are padded, on one cache."""
+    model, case, rule = model_of(family), "two rows", rule_of(RULES["0.5"])
+    options, full = {"max_new_tokens": 3, "do_sample": False}, stock_batch(family, case)
+    handle, processor = attached(family, which, **RULES["0.5"])
+    words = [torch.tensor([[8, 24, 10], [9, 31, 10]]), torch.tensor([[40, 10], [41, 10]])]
+    with handle:
+        first, cache = batch_of(processor, family, case), DynamicCache(config=model.config.text_config)
+        mask, grids = first["attention_mask"], {"image_grid_thw": first["image_grid_thw"]}
+        answer = model.generate(**first, **options, **{CACHE: cache})
+        answers = [answer[:, -3:]]
+        for more in words:
+            turn = torch.cat([answer, more], dim=1)
+            mask = torch.cat([mask, torch.ones(2, turn.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
+            given = {"input_ids": turn, "attention_mask": mask, **(grids if which == "stock" else {})}
+            answer = model.generate(**given, **options, **{CACHE: cache})
+            assert torch.equal(answer[:, : turn.shape[1]], turn)
+            answers.append(answer[:, -3:])
+    images, whole = expected(family, case, "0.5")[1], dict(full)
+    for own, more in zip(answers, [*words, None], strict=True):
+        assert own.tolist() == reference_of(family).greedy(whole, rule, 3, images)
+        for part in (own, more) if more is not None else ():
+            for name, value in zip(NAMES, (part, torch.zeros_like(part), torch.ones_like(part)), strict=True):
+                whole[name] = torch.cat([whole[name], value], dim=1)
+
+
+CALLS = {
+    "no mask": {"attention_mask": None},
+    "chunks": {"prefill_chunk_size": 7},
+    "no cache": {"use_cache": False},
+    "ids as inputs": {},
+}
+
+
+@pytest.mark.parametrize(("family", "which", "how"), diagonal(PROCESSORS, tuple(CALLS)))
+def test_other_calls_of_generate(family, which, how):
+    """All are greedy decoding of one image's prompt."""
+    model, case = model_of(family), "one image"
+    if how == "chunks" and VERSION < (5, 23):
+        pytest.skip("transformers itself fails")
+    images = expected(family, case, "0.5")[1]
+    wanted = reference_of(family).greedy(stock_batch(family, case), rule_of(RULES["0.5"]), 5, images)
+    handle, processor = attached(family, which, **RULES["0.5"])
+    with handle:
+        given = dict(batch_of(processor, family, case))
+        length = given["input_ids"].shape[1]
+        positional = [given.pop("input_ids")] if how == "ids as inputs" else []
+        given = {name: value for name, value in {**given, **CALLS[how]}.items() if value is not None}
+        output = model.generate(*positional, **given, **FEW)
+    assert output[:, length:].tolist() == wanted
+
+
+@pytest.mark.parametrize(("family", "dtype"), diagonal((torch.bfloat16, torch.float16)))
+def test_half_precision(family, dtype):
+    """All kept is stock; less is as many as promised, and mostly the same."""
+    model, inputs = tiny_model(family).to(dtype), stock_batch(family, "different numbers of images")
+    images = expected(family, "different numbers of images", "0.5")[1]
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with hero.attach(model, keep_ratio=1.0):
+            assert torch.equal(model(**inputs).logits, stock)
+        with hero.attach(model, **RULES["0.5"]) as handle:
+            assert model(**inputs).logits.dtype == dtype
+            kept = kept_tokens(handle.last)
+    assert handle.last.scores.dtype == torch.float32
+    for own, image in zip(kept, images, strict=True):
+        assert len(own) == len(image.kept)
+        assert len(set(own) & set(image.kept)) >= 0.7 * len(own)
 
 
 @pytest.mark.skipif(VERSION < (5, 23), reason="transformers gives such images positions of text")
@@ -502,7 +580,7 @@ def test_counts_of_real_images(family, sizes):
     generator, model, processor = random.Random(family), model_of(family), tiny_processor(family)
     with hero.attach(model, processor, keep_ratio=0.3, block=3) as handle, torch.no_grad():
         for seed in range(sizes):
-            size = generator.randint(1, 300), generator.randint(2, 300)
+            size = generator.randint(2, 300), generator.randint(2, 300)
             if seed % 3 == 0:
                 size = (size[0] % 9 + 2, size[1])
             inputs = prompt_of(processor, TWO, tiny_picture(*size, seed))
