@@ -168,6 +168,8 @@ TOWERS = {
     "llava_onevision": "SigLIP-so400m/14-384, 26 layers (LLaVA-OneVision)",
     "internvl": "InternViT-300M/14-448 (InternVL3), 2 × 2 merged",
     "smolvlm": "SigLIP-so400m/14-384, 27 layers (SmolVLM), 3 × 3 merged",
+    "qwen2_5_vl": "Qwen2.5-VL-7B's, 32 layers, 2 × 2 merged, one image whole",
+    "qwen3_vl": "Qwen3-VL-8B's, 27 layers, 2 × 2 merged, one image whole",
 }
 
 

@@ -1,9 +1,10 @@
 """The vision stage of each family on one thread of a CPU: stock, with dropping, and the cost of scores.
 
 Towers and projectors have real shapes and random weights; the language model never runs. The image has two
-tiles and a thumbnail. ``hero`` is the default policy at R = 0.2, ``uniform`` reads the same attention rows
-without tile signals, ``random`` reads none: ``uniform`` to ``random`` is the cost of the rows. Variants take
-turns on copies that share their weights, and times are processor time, which does not count other processes.
+tiles and a thumbnail, or 16 × 32 tokens where the tower sees it whole. ``hero`` is the default policy at R =
+0.2, ``uniform`` reads the same attention rows without tile signals, ``random`` reads none: ``uniform`` to
+``random`` is the cost of the rows. Variants take turns on copies that share their weights, and times are
+processor time, which does not count other processes.
 
 ``python -m bench.towers --out bench/results/towers_cpu.json``; then ``python -m bench.report``.
 """
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import hero
 from hero.layout import ImageLayout
+from hero.tiling import Blocks
 
 from . import timing
 from .end_to_end import TOLERANCE
@@ -41,7 +43,13 @@ SHAPES: dict[str, tuple[Shape, dict]] = {
         {"vision": {"attention_bias": True}},
     ),
     "smolvlm": (dataclasses.replace(SO400M, text=(1, 2048, 32, 64)), {"scale_factor": 3}),
+    "qwen2_5_vl": (dataclasses.replace(CLIP_L, vision=(32, 1280, 16, 3420), text=(1, 3584, 28, 64)), {}),
+    "qwen3_vl": (
+        dataclasses.replace(CLIP_L, vision=(27, 1152, 16, 4304), text=(1, 4096, 32, 64), patch_size=16),
+        {},
+    ),
 }
+WHOLE = 16, 32  # tokens
 SMALL = {"vision": (4, 64, 4, 128), "text": (1, 64, 4, 128), "crop_size": 84}
 
 
@@ -49,6 +57,12 @@ def build(family: str, shape: Shape, vision: Mapping | None = None, **fields) ->
     """Build a random model of a family."""
     square = {"image_size": shape.crop_size, "patch_size": shape.patch_size}
     vision = dict(zip(SIZES, shape.vision)) | square | dict(vision or {})
+    if family.startswith("qwen"):
+        depth, width, heads, hidden = shape.vision
+        vision = {"depth": depth, "hidden_size": width, "num_heads": heads, "intermediate_size": hidden}
+        vision |= {"patch_size": shape.patch_size, "out_hidden_size": shape.text[1]}
+        vision["fullatt_block_indexes"] = list(range(depth // 4 - 1, depth, depth // 4))
+        fields["image_token_id"] = SPECIAL["eos_token_id"] + 1
     text = dict(zip(SIZES, shape.text)) | SPECIAL | {"vocab_size": shape.vocabulary}
     if family.startswith("llava"):
         fields["image_grid_pinpoints"] = shape.pinpoints
@@ -70,11 +84,16 @@ def ready(family: str, model: torch.nn.Module) -> tuple[ImageLayout, dict[str, C
     """
     with attach(model, keep_ratio=1.0) as handle:
         geometry = handle.encoder.geometry
-        layout = geometry.of_grid((1, 2), (geometry.crop_size, 2 * geometry.crop_size))
-        pixels = torch.randn(layout.crops, 3, geometry.crop_size, geometry.crop_size)
+        if isinstance(geometry.tiling, Blocks):
+            layout, channels = geometry.of_tokens(*WHOLE), model.config.vision_config.in_channels * 2
+            pixels = torch.randn(4 * layout.full_tokens, channels * (geometry.patch_size // 2) ** 2)
+        else:
+            layout = geometry.of_grid((1, 2), (geometry.crop_size, 2 * geometry.crop_size))
+            pixels = torch.randn(layout.crops, 3, geometry.crop_size, geometry.crop_size)
         ours = handle.encoder(pixels, [layout]).tokens
-    given = (pixels if family == "internvl" else pixels[None],)
+    given = (pixels if family == "internvl" or layout.is_whole else pixels[None],)
     given += (torch.tensor([layout.image_size]),) if family.startswith("llava") else ()
+    given += (torch.tensor([[1, *(2 * side for side in WHOLE)]]),) if layout.is_whole else ()
     calls = {"stock": lambda: model.model.get_image_features(*given, return_dict=True).pooler_output}
     stock = torch.cat([one.flatten(0, -2) for one in calls["stock"]()])
     worst = float((stock - ours).abs().max() / stock.abs().max())  # raises for other shapes

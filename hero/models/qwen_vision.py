@@ -29,10 +29,11 @@ class QwenVision(PackedTower):
 
     def scoring_layers(self, tower):
         tower = unwrapped(tower)
-        layers = tuple(getattr(tower, "fullatt_block_indexes", range(len(tower.blocks))))
+        every = range(len(tower.blocks))
+        layers = tuple(layer for layer in every if layer in getattr(tower, "fullatt_block_indexes", every))
         if not layers:
             raise ValueError("vision_tower: expected one with layers of full attention, got none")
-        return tuple(sorted(layers))
+        return layers
 
     def is_flash(self, tower):
         return "flash" in (unwrapped(tower).config._attn_implementation or "")
