@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextvars
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +211,9 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     kept = [*before, *written[len(held) :]]
     if features is not None:
         kept = [*before, *((len(tokens),) for tokens in features.pooler_output)]
+        if adapter.keeps_positions and not hasattr(features, "hero_kept"):
+            expected = "what get_image_features returned with hero attached"
+            raise error(ValueError, "mm_encoder_outputs", expected, "others")
     seen = [tuple(length for _, length in image.runs) for image in (*old, *new)]
 
     if adapter.reads_prompt and total != sum(map(sum, seen)):
@@ -227,7 +231,7 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             f"attached), or {sum(map(sum, full))} (stock processor), got {total}{counts}"
             + (f"; the cache holds {len(held)} images" if whole and cache is not None else "")
         )
-    call, rows = None, [image.row for image in new]
+    call, rows, output = None, [image.row for image in new], features
     if is_new:
         text = None
         if not adapter.reads_prompt:
@@ -239,7 +243,6 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         own, prompts = tuple(kept[len(held) :]), 0 if ids is None else len(ids)
         call = Call(handle, text, tuple(rows), layouts, own, in_cache, start, prompts)
         encodes_first = adapter.has_run_per_crop or adapter.keeps_positions
-        output = features
         if features is None and (config.allocation == "floor" or encodes_first):
             # The prompt, its runs or its positions, depends on what is kept: encode the images first.
             layer = adapter.feature_layer(inputs.get("vision_feature_layer"))
@@ -248,32 +251,64 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
             runs = tuple(adapter.runs_of(selection))
             kept = [*before, *runs]
             call = replace(call, encoded=(selection, output), runs=runs)
-    numbers = sorted(range(len(now)), key=[*(one.row for one in held), *rows].__getitem__)
-    positions = inputs.get("position_ids")
-    moves = adapter.keeps_positions and is_new and kept != full and (positions is None or now != kept)
+    kept_tokens = getattr(output, "hero_kept", None) or [None] * len(layouts)
+    placed = [*(one.row for one in held), *rows], now, kept, full, (*old, *new) or now
+    images = [_Image(*one) for one in zip(*placed, [*[None] * len(held), *kept_tokens], strict=True)]
+    images.sort(key=attrgetter("row"))
+    starts = {*(one.start for one in held), start if whole else 0} - {0}
+    moves = adapter.keeps_positions and is_new and kept != full
+    inputs = _shortened(handle, inputs, images, sorted(starts), whole=whole, moves=moves, device=device)
+    return _on_device(inputs, on_host, given, device), call
+
+
+class _Image(NamedTuple):
+    """An image of a prompt: its row, the lengths of its runs now, as kept and in the stock prompt, where they
+    are, and which tokens are kept, if it was encoded.
+    """
+
+    row: int
+    now: tuple[int, ...]
+    kept: tuple[int, ...]
+    full: tuple[int, ...]
+    shown: Any
+    tokens: Tensor | None
+
+
+def _shortened(
+    handle: Handle,
+    inputs: dict[str, Any],
+    images: Sequence[_Image],
+    cached: Sequence[int],
+    *,
+    whole: bool,
+    moves: bool,
+    device: torch.device | None,
+) -> dict[str, Any]:
+    """A prompt with as many placeholders as tokens are kept.
+
+    Args:
+        images: of all rows, in order.
+        cached: lengths of the cache before each turn and now.
+        moves: whether kept tokens keep the positions of the full prompt.
+    """
+    given, fits = dict(inputs), all(one.now == one.kept for one in images)
+    moves = moves and not (fits and inputs.get("position_ids") is not None)
     if moves:  # positions are made from the full prompt's
         inputs.pop("position_ids", None)
-    if now != kept:
-        every_row, every_run = [*(one.row for one in held), *rows], (*old, *new) or now
-        images = [(every_row[one], now[one], kept[one], every_run[one]) for one in numbers]
-        if adapter.has_run_per_crop:
-            inputs, images = deal(inputs, images)
-        pairs = [pair for _, now, kept, _ in images for pair in zip(now, kept, strict=True)]
+    if not fits:
+        parts: Any = [(one.row, one.now, one.kept, one.shown) for one in images]
+        if handle.adapter.has_run_per_crop:
+            inputs, parts = deal(inputs, parts)
+        pairs = [pair for _, now, kept, _ in parts for pair in zip(now, kept, strict=True)]
         pad = handle.model.generation_config.pad_token_id
-        cached = sorted({*(one.start for one in held), start if whole else 0} - {0})
         inputs = shrink(
             inputs, handle.image_token_id, pairs, pad_token_id=0 if pad is None else pad, cached=cached
         )
-    if moves:
-        tokens = getattr(output, "hero_kept", None)
-        if tokens is None:
-            expected = "what get_image_features returned with hero attached"
-            raise error(ValueError, "mm_encoder_outputs", expected, "others")
-        tokens = [*[None] * len(held), *tokens]
-        shorter = [Image(sum(now[one]), sum(kept[one]), sum(full[one]), tokens[one]) for one in numbers]
-        options = {"image_token_id": handle.image_token_id, "whole": whole, "device": device}
-        inputs = place(handle.model, on_host, inputs, shorter, **options)
-    return _on_device(inputs, on_host, given, device), call
+    if not moves:
+        return inputs
+    shorter = [Image(sum(one.now), sum(one.kept), sum(one.full), one.tokens) for one in images]
+    options = {"image_token_id": handle.image_token_id, "whole": whole, "device": device}
+    return place(handle.model, given, inputs, shorter, **options)
 
 
 def _on_host(inputs: Mapping[str, Any]) -> dict[str, Any]:
