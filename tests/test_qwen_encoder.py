@@ -1,5 +1,7 @@
 """Packed images in the encoder: blocks as CLIP sees them, ratios of a call, pictures, refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,19 @@ def test_the_encoder_alone(family):
     for options, name in ({"cuda_graphs": True}, "cuda_graphs"), ({"geometry": hero.Geometry()}, "geometry"):
         with pytest.raises(ValueError, match=rf"^{name}: "):
             hero.HeroVisionEncoder(model_of(family).model.visual, **options)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_threads_do_not_see_one_another(family):
+    model, processor = model_of(family), tiny_processor(family)
+    few = {"max_new_tokens": 4, "do_sample": False}
+    with hero.attach(model, processor, **KEEP):
+        batches = [batch_of(processor, family, case) for case in ("one image", "two rows")] * 2
+        alone = [model.generate(**batch, **few) for batch in batches]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                found = pool.map(lambda batch: model.generate(**batch, **few), batches)
+                assert all(map(torch.equal, found, alone))
 
 
 def test_a_picture_of_blocks():
