@@ -48,8 +48,12 @@ RULES = {
 FEW = {"max_new_tokens": 5, "do_sample": False}
 
 
+FAST = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")  # the others are built alike
+EACH = [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in FAMILIES]
+
+
 def diagonal(*axes, every=()):
-    """Every family with all combinations of the axes' values, of which two are fast.
+    """Every family with all combinations of the axes' values, of which one or two are fast.
 
     Args:
         *axes: The values of each axis beside the family.
@@ -61,7 +65,7 @@ def diagonal(*axes, every=()):
 
     found = []
     for number, family in enumerate(FAMILIES):
-        fast = {chosen(number), chosen(number + 7)}
+        fast = {chosen(number), chosen(number + 7 * (family in FAST))}
         for one in itertools.product(*axes):
             marks = [] if one in fast or one[-1] in every else pytest.mark.slow
             found.append(pytest.param(family, *one, marks=marks))
@@ -239,7 +243,7 @@ def test_everything_kept_is_the_stock_model(family, case, which, side):
         assert torch.equal(model(**inputs).logits, stock)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_calls_without_images_are_the_stock_model(family):
     model, processor = model_of(family), tiny_processor(family)
     inputs = processor(text=["USER : what is that ? ASSISTANT :"], return_tensors="pt")
@@ -292,7 +296,7 @@ def check_forward(family, case, which, rule, side):
 
 
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 40), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_random_batches(family, seeds):
     """Rows of 0 to 3 images of any size, padded on either side, by either prompt."""
     model, reference = model_of(family), reference_of(family)
@@ -322,7 +326,7 @@ def test_random_batches(family, seeds):
             assert_positions(seen, wanted, side)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_both_prompts_with_one_handle(family):
     """The short prompt and the full one are the same call."""
     model, full = model_of(family), stock_batch(family, "a row without an image")
@@ -341,7 +345,7 @@ def test_both_prompts_with_one_handle(family):
     assert torch.equal(again[:, : full["input_ids"].shape[1]], full["input_ids"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_features_that_the_model_returns(family):
     """Of get_image_features: those of the kept tokens, for every DeepStack level."""
     model, inputs = model_of(family), stock_batch(family, "two images in a prompt")

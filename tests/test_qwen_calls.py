@@ -23,6 +23,7 @@ from independent_qwen import (
     tiny_processor,
 )
 from test_qwen import (
+    EACH,
     FEW,
     PROCESSORS,
     RULES,
@@ -220,7 +221,7 @@ def test_a_second_turn_with_a_new_image(family, which):
 # ------------------------------------------------------------------------------- templates and pipelines
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_chat_template_and_pipeline(family):
     model, processor, image = model_of(family), tiny_processor(family), picture(family, (7, 9))
     processor.chat_template = CHAT_TEMPLATE.replace("<image>", IMAGE)
@@ -331,7 +332,7 @@ def test_ties_go_to_the_lower_place(family, policy):
 # -------------------------------------------------------------------------------------------- policies
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_policies(family):
     model, inputs = model_of(family), stock_batch(family, "small and large")
     _, images = expected(family, "small and large", "uniform")
@@ -373,7 +374,7 @@ def test_uniform_is_in_proportion(family, grid, side, count):
         assert handle.last.budgets.tolist() == wanted
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_options(family):
     """There is no thumbnail; layers must attend to the whole image; 0.7 is kept where nothing is said."""
     model, processor = model_of(family), tiny_processor(family)
@@ -412,7 +413,7 @@ def test_options(family):
 # --------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_refused_by_name(family):
     model, processor = model_of(family), tiny_processor(family)
     with hero.attach(model, processor, keep_ratio=0.3), torch.no_grad():
@@ -434,7 +435,7 @@ def test_refused_by_name(family):
 
 
 @pytest.mark.parametrize("version", [(5, 18), (5, 19)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_beams_that_transformers_mixes_up(family, version, monkeypatch):
     """With several images in a prompt, in 5.18 alone."""
     monkeypatch.setattr(calls, "_transformers_version", lambda: version)
@@ -574,7 +575,7 @@ def test_counts(family, limits, sizes):
 
 
 @pytest.mark.parametrize("sizes", [8, pytest.param(60, marks=SLOW)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_counts_of_real_images(family, sizes):
     """What the attached processor writes is the count, and what the model keeps."""
     generator, model, processor = random.Random(family), model_of(family), tiny_processor(family)
