@@ -30,9 +30,11 @@ PYTEST = python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 VENV := .venv
 LOWEST := .venv-lowest
 LMMS := .lmms
+RAY := .ray
 STAMP := $(VENV)/.installed
 LOWEST_STAMP := $(LOWEST)/.installed
 LMMS_STAMP := $(LMMS)/.installed
+RAY_STAMP := $(RAY)/.installed
 
 # Nothing here fetches weights: the model that the demo and the tests run is part of the package.
 export HF_HUB_OFFLINE := 1
@@ -50,7 +52,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-newest test-pythons test-triton test-lmms
+.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-newest test-pythons test-triton test-lmms test-ray
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -126,6 +128,14 @@ $(LMMS_STAMP): requirements-lmms.txt | $(STAMP)
 	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $(LMMS) -r requirements-lmms.txt
 	@touch $@
 
+test-ray: $(STAMP) $(RAY_STAMP) ## batch inference on Ray, with Ray in .ray; one process, since Ray starts its own
+	PYTHONPATH=$(CURDIR)/$(RAY) $(VENV)/bin/$(PYTEST) -n 0 tests/test_ray.py
+
+$(RAY_STAMP): requirements-ray.txt | $(STAMP)
+	@rm -rf $(RAY)
+	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $(RAY) -r requirements-ray.txt
+	@touch $@
+
 lint: $(STAMP) ## ruff, and mypy: the packages, and a strictly typed program that uses the public API
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -133,5 +143,5 @@ lint: $(STAMP) ## ruff, and mypy: the packages, and a strictly typed program tha
 	$(VENV)/bin/mypy --config-file= --strict --follow-imports=silent tests/typing_api.py
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV)* $(LMMS) .triton .newest out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV)* $(LMMS) $(RAY) .triton .newest out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,8 @@ TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging", "accelerate", "peft"]
 DEV = [*TEST, "torchao", "ruff", "mypy", "build"]  # torchao: quantised models, with the newest torch alone
 # hero_llava_next subclasses lmms-eval's llava_hf, which imports decord.
 LMMS = ["lmms-eval[video-legacy]>=0.7.3"]
+# Batch inference on several workers; Ray Data brings pyarrow, which reads Parquet.
+RAY = ["ray[data]>=2.60,<3"]
 
 setup(
     name="hero-vlm",
@@ -63,6 +65,7 @@ setup(
         "test": TEST,
         "dev": DEV,
         "lmms": LMMS,
+        "ray": RAY,
     },
     entry_points={
         "console_scripts": ["hero = hero.cli:main"],

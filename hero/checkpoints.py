@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ._checks import error
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "outline"]
 
 
 class Loaded(NamedTuple):
@@ -51,6 +51,28 @@ class Loaded(NamedTuple):
         inputs = self.processor(images=image, text=self.prompt(question), return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
+    def batch(self, images: Sequence, questions: Sequence[str]):
+        """The model's inputs for several questions, each about its own image, padded on the left.
+
+        Raises:
+            ValueError: a question with an image placeholder.
+        """
+        from .models import adapter_for
+
+        # Idefics3 and SmolVLM take a flat list as the images of one prompt.
+        shown = [[image] for image in images] if adapter_for(self.model).has_run_per_crop else list(images)
+        tokenizer = self.processor.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        inputs = self.processor(
+            images=shown,
+            text=[self.prompt(question) for question in questions],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return inputs.to(self.model.device, self.model.dtype)
+
     def visual_tokens(self, inputs) -> int:
         return int((inputs["input_ids"] == self.model.config.image_token_id).sum())
 
@@ -91,6 +113,29 @@ def load(name: str | None, clip: str | None = None, *, second_pass: bool = False
         tokenizer = _pretrained("--clip", AutoTokenizer, clip)
         relevance = ClipRelevance(_model("--clip", CLIPModel, clip), tokenizer, second_pass=second_pass)
     return Loaded(model, processor, relevance, is_mini=False)
+
+
+def outline(name: str | None, clip: str | None = None) -> tuple[Any, Any]:
+    """(model, processor) that :func:`load` would return, the model without memory for its weights.
+
+    Types, layers, processor and options can be checked with it in seconds.
+
+    Raises:
+        OSError, ValueError: as :func:`load`, apart from missing or damaged weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from . import mini
+    from .models import supported_types
+
+    if clip is not None:
+        _check_type("--clip", clip, ["clip"])
+    name = str(mini.WEIGHTS) if name is None else name
+    _check_type("--model", name, supported_types())
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(_pretrained("--model", AutoConfig, name))
+    return model, _pretrained("--model", AutoProcessor, name)
 
 
 def _pretrained(argument: str, cls, name: str, **kwargs):

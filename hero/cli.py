@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._checks import check_integer, error
 from ._version import __version__
+from .batch import add_command
 from .checkpoints import Loaded, load
 from .config import DEFAULT_KEEP_RATIO, HeroConfig
 from .policies import POLICIES
@@ -426,6 +427,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo = command(_run_demo, "ask the bundled model about a bundled scene, offline", selection, answer)
     demo.add_argument("--out", default="out", metavar="DIR", help="folder of pictures (default %(default)s)")
+    add_command(command, model, selection, answer)
     command(_run_env, "versions, devices and what each operation runs on")
     return parser
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["as_seen", "check_writable", "open_image", "read", "save_image"]
 
 
-def open_image(source: str | os.PathLike, size: tuple[int, int] | None = None) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes, size: tuple[int, int] | None = None) -> Image.Image:
     """Open an image and rotate it by its Exif tag, as ``transformers.image_utils.load_image`` does.
 
     Args:
-        source: a path, or a URL that begins with ``http://`` or ``https://``.
+        source: a path, a URL that begins with ``http://`` or ``https://``, or the bytes of a file.
         size: (height, width) that the model saw. If only the image as it is stored has it, it is not rotated.
 
     Returns:
@@ -37,7 +37,7 @@ def open_image(source: str | os.PathLike, size: tuple[int, int] | None = None) -
         OSError: the file or URL cannot be read or is no complete image. The message, one line, names it.
     """
     try:
-        file: str | os.PathLike | io.BytesIO = source
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             # load_image would clip 16-bit greys and take the page of an HTTP error for the image.
             request = Request(source, headers={"User-Agent": f"hero/{__version__}"})
@@ -57,7 +57,8 @@ def open_image(source: str | os.PathLike, size: tuple[int, int] | None = None) -
         if isinstance(problem, UnidentifiedImageError):
             reason = "no image format that Pillow knows"
         reason = " ".join(str(reason).split())
-        raise kind(f"image: expected an image file or URL, got {str(source)!r}: {reason}") from problem
+        got = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
+        raise kind(f"image: expected an image file or URL, got {got}: {reason}") from problem
 
 
 def read(image: Any, size: tuple[int, int] | None) -> Image.Image:

@@ -31,6 +31,7 @@ NOT_SOURCE = shutil.ignore_patterns(
     "venv",
     ".triton",
     ".lmms",
+    ".ray",
     "out",
     "build",
     "dist",
@@ -146,6 +147,14 @@ def test_lmms_eval_is_added_to_the_tested_environment(metadata):
     added = read_pins("requirements-lmms.txt")
     assert added.keys() & read_pins("constraints.txt").keys() == set()
     [requirement] = map(Requirement, metadata["extras_require"]["lmms"])
+    assert requirement.specifier.contains(added[requirement.name])
+
+
+def test_ray_is_added_to_the_tested_environment(metadata):
+    """As for lmms-eval."""
+    added = read_pins("requirements-ray.txt")
+    assert added.keys() & read_pins("constraints.txt").keys() == set()
+    [requirement] = map(Requirement, metadata["extras_require"]["ray"])
     assert requirement.specifier.contains(added[requirement.name])
 
 
