@@ -20,6 +20,7 @@ __all__ = ["add_command"]
 
 SETTINGS = "_hero.json"  # readers of a folder skip names that begin with _ or .
 MOST_ROWS = 256  # of a part, by default
+MOST_TRIES = 4  # of a part, since a row may kill every worker that answers it
 
 
 # --- a worker --------------------------------------------------------------------------------------------
@@ -49,22 +50,37 @@ class Worker:
 
         return Answerer(**self.job.answerer)
 
-    def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, list[int]]:
-        """:meth:`run` for ``map_batches``, with a part as a batch of one row."""
+    def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, list]:
+        """:meth:`run` for ``map_batches``, with a part as a batch of one row; errors become a ``problem``."""
         row, file, start, rows = (batch[name][0] for name in Part._fields)
-        part = Part(int(row), str(file), int(start), int(rows))
-        return {name: [value] for name, value in self.run(part).items()}
+        done, problem = {"rows": 0, "failed": 0}, ""
+        try:
+            done = self.run(Part(int(row), str(file), int(start), int(rows)))
+        except (ImportError, OSError, TypeError, ValueError) as error:  # through Ray it would lose its type
+            problem = " ".join(str(error).split()) or type(error).__name__
+        return {name: [value] for name, value in {**done, "problem": problem}.items()}
 
     def run(self, part: Part) -> dict[str, int]:
         """Answer and write a part, unless it is there: a worker may have died after it wrote it.
 
         Returns:
             the numbers of ``rows``, and of those that ``failed``.
+
+        Raises:
+            OSError: the input changed, or workers died of this part :data:`MOST_TRIES` times.
         """
         job, form = self.job, format_of(part.file)
         path = Path(job.output) / part.name
         if path.exists():
             return {"rows": part.rows, "failed": 0}
+        tries = path.with_name(f".{part.name}.tmp")  # a byte for each
+        with open(tries, "ab") as file:
+            if file.tell() >= MOST_TRIES:
+                last = part.row + part.rows - 1
+                raise OSError(
+                    f"workers died {MOST_TRIES} times while they answered rows {part.row} to {last}"
+                )
+            file.write(b".")
         rows, ids = form.read(part, [job.question_column, job.image_column], job.id_column)
         if len(rows) != part.rows:
             raise OSError(f"{part.file} changed: expected {part.rows} rows in {part.name}, got {len(rows)}")
@@ -77,6 +93,7 @@ class Worker:
             for name in WRITTEN[1:]:
                 columns[name] += answered[name]
         form.write(path, columns)
+        tries.unlink(missing_ok=True)
         return {"rows": part.rows, "failed": sum(map(bool, columns["error"]))}
 
     def _answer(self, rows: Sequence[dict[str, Any] | str]) -> dict[str, list]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Answerer"]
 
 OPENERS = 8  # threads that open the images of a batch
-RETRIES = 3  # of a call whose worker died
 
 
 class Answered(NamedTuple):
@@ -243,10 +242,10 @@ def cluster(option: str, workers: int | None) -> Iterator[tuple[int, float]]:
     except ImportError as problem:
         extra = "pip install 'hero-vlm[ray]'; without Ray --workers 0 runs in this process"
         raise ImportError(f"{option}: expected Ray, got none ({problem}): {extra}") from problem
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     starts = not ray.is_initialized()
     if starts:
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
         found = ray.cluster_resources()
         kind = "GPU" if found.get("GPU", 0) else "CPU"
@@ -265,15 +264,17 @@ def cluster(option: str, workers: int | None) -> Iterator[tuple[int, float]]:
 def spread(worker: type, job: Any, items: Sequence[Mapping], workers: int, gpus: float) -> Iterator[dict]:
     """What ``worker(job)`` returns for each item, as results come, from several processes.
 
-    Ray restarts a worker that dies and repeats its call, at most :data:`RETRIES` times. So a call must have
-    the same effect if it is repeated.
+    Ray Data starts a worker that dies again, and repeats its call as often as it takes. So a call must have
+    the same effect when it is repeated.
 
     Args:
-        worker: a class for ``map_batches`` whose calls take batches of one item.
+        worker: a class for ``map_batches`` whose calls take and return batches of one item. If the returned
+            ``problem`` is not empty, the run ends.
         items: with the same keys and with values that Arrow can hold.
 
     Raises:
-        Exception: what a worker raised, or Ray's error if workers keep dying. The run ends.
+        ValueError: the ``problem``.
+        ray.exceptions.RayError: what a worker raised.
     """
     import ray
 
@@ -288,9 +289,10 @@ def spread(worker: type, job: Any, items: Sequence[Mapping], workers: int, gpus:
             num_gpus=gpus,
             # One call at a time, so that none waits behind a slow one while another worker is idle.
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
         )
-        yield from data.iter_rows()
+        for result in data.iter_rows():
+            if result["problem"]:
+                raise ValueError(result["problem"])
+            yield result
     finally:
         context.enable_progress_bars = bars
