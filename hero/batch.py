@@ -14,6 +14,7 @@ from typing import Any
 
 from ._checks import check_integer, error
 from ._version import __version__
+from .options import options_named
 from .parts import SUFFIXES, WRITTEN, Part, format_of, split, write_whole
 
 __all__ = ["add_command"]
@@ -231,7 +232,8 @@ def _run_batch(args: argparse.Namespace) -> None:
     given = {"keep_ratio": args.keep, "keep_tokens": args.tokens, "policy": args.policy, "alpha": args.alpha}
     options = {name: value for name, value in given.items() if value is not None}
     model, clip = _place(args.model), _place(args.clip)
-    config = Answerer.check(model, clip, **options)
+    with options_named():
+        config = Answerer.check(model, clip, **options)
     with contextlib.ExitStack() as stack:
         workers, gpus = 0, 0.0
         if args.workers != 0:

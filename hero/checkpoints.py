@@ -115,27 +115,38 @@ def load(name: str | None, clip: str | None = None, *, second_pass: bool = False
     return Loaded(model, processor, relevance, is_mini=False)
 
 
-def outline(name: str | None, clip: str | None = None) -> tuple[Any, Any]:
-    """(model, processor) that :func:`load` would return, the model without memory for its weights.
+def outline(name: str | None, clip: str | None = None) -> Loaded:
+    """What :func:`load` would return, without memory for weights: their types and sizes, and the processor.
 
-    Types, layers, processor and options can be checked with it in seconds.
+    Whether ``hero.attach`` takes them can be tried in seconds. Their relevance model has a second pass, since
+    there are no weights to compare.
 
     Raises:
         OSError, ValueError: as :func:`load`, apart from missing or damaged weights.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
     from . import mini
     from .models import supported_types
+    from .relevance import ClipRelevance
 
+    folder = str(mini.WEIGHTS) if name is None else name
+    _check_type("--model", folder, supported_types())
     if clip is not None:
         _check_type("--clip", clip, ["clip"])
-    name = str(mini.WEIGHTS) if name is None else name
-    _check_type("--model", name, supported_types())
+    config, relevance = _pretrained("--model", AutoConfig, folder), None
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(_pretrained("--model", AutoConfig, name))
-    return model, _pretrained("--model", AutoProcessor, name)
+        model = AutoModelForImageTextToText.from_config(config)
+        if clip is not None:
+            tokenizer = _pretrained("--clip", AutoTokenizer, clip)
+            clip_model = CLIPModel(_pretrained("--clip", AutoConfig, clip))
+            relevance = ClipRelevance(clip_model, tokenizer, second_pass=True)
+        elif name is None:
+            clip_model = CLIPModel(mini.clip_config(config.text_config, config.vision_config))
+            relevance = ClipRelevance(clip_model, mini.clip_tokenizer(), second_pass=True)
+    processor = _pretrained("--model", AutoProcessor, folder)
+    return Loaded(model, processor, relevance, is_mini=name is None)
 
 
 def _pretrained(argument: str, cls, name: str, **kwargs):

@@ -22,6 +22,7 @@ from ._version import __version__
 from .batch import add_command
 from .checkpoints import Loaded, load
 from .config import DEFAULT_KEEP_RATIO, HeroConfig
+from .options import options_named
 from .policies import POLICIES
 
 if TYPE_CHECKING:
@@ -105,27 +106,6 @@ def _stage_times(handle, inputs, text: list[str] | None) -> dict[str, float]:
     return times
 
 
-# What a person types for an argument of HeroConfig or attach.
-_OPTIONS = {
-    "keep_ratio": "--keep",
-    "keep_tokens": "--tokens",
-    "policy": "--policy",
-    "alpha": "--alpha",
-    "relevance": "question, --clip",
-    **dict.fromkeys(("model", "vision_tower", "processor", "tokenizer"), "--model"),
-}
-
-
-@contextlib.contextmanager
-def _options_named():
-    """Errors begin with an option in place of an argument."""
-    try:
-        yield
-    except (TypeError, ValueError) as problem:
-        argument, colon, message = str(problem).partition(":")
-        raise ValueError(f"{_OPTIONS.get(argument, argument)}{colon}{message}") from problem
-
-
 def _configs(args: argparse.Namespace, loaded: Loaded | None = None) -> list[HeroConfig]:
     """The configurations that the options describe, one for each value of --keep.
 
@@ -138,7 +118,7 @@ def _configs(args: argparse.Namespace, loaded: Loaded | None = None) -> list[Her
         [{"keep_ratio": ratio} for ratio in ratios] if args.tokens is None else [{"keep_tokens": args.tokens}]
     )
     has_model = args.model is None or args.clip is not None
-    with _options_named():
+    with options_named():
         configs = [HeroConfig(**keep, policy=args.policy, **options) for keep in keeps]
         configs[0].policy.needs(has_model and getattr(args, "question", "") is not None)
     return configs
@@ -171,7 +151,7 @@ def _check(args: argparse.Namespace) -> None:
 def _attach(loaded: Loaded, config: HeroConfig, relevance, **options):
     from . import attach
 
-    with _options_named():
+    with options_named():
         return attach(loaded.model, loaded.processor, config=config, relevance=relevance, **options)
 
 

@@ -126,7 +126,8 @@ class Answerer:
         from .checkpoints import outline
         from .handle import attach
 
-        return attach(*outline(model, clip), **options).config
+        found = outline(model, clip)
+        return attach(found.model, found.processor, relevance=found.relevance, **options).config
 
     def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, Any]:
         """Answer a batch: columns in, columns out; see the class."""
