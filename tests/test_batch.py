@@ -471,7 +471,7 @@ def test_a_part_that_kills_every_worker_ends_the_run(monkeypatch, tmp_path, fold
     for _ in range(batch.MOST_TRIES - 1):
         with pytest.raises(SystemExit):
             batch.Worker(job).run(part)
-    with pytest.raises(OSError, match="^workers died 4 times while they answered rows 0 to 3$"):
+    with pytest.raises(OSError, match=r"^workers died 4 times while they answered rows 0 to 3$"):
         batch.Worker(job).run(part)
     assert len(died) == batch.MOST_TRIES
     batched = {name: [value] for name, value in part._asdict().items()}
