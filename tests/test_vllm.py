@@ -26,12 +26,12 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm_checkpoint import write
 
 import hero
 from hero import mini
 from hero.models.llava_next import pinpoints_of
 from hero.vllm import register
-from vllm_checkpoint import write
 
 ARCHITECTURE = "LlavaNextForConditionalGeneration"
 RATIOS = (1.0, 0.5, 0.2)
@@ -224,23 +224,23 @@ def test_crops_are_divided_by_image(engine, images):
     selections = spied(llm)
     answers(llm, [prompt_of(QUESTIONS[0], *images)])
     crops = [[layout.crops for layout in one.layout] for one in selections]
-    assert crops == [[10], [7, 5], [3, 3], [10]]
+    assert crops == [[10], [7], [7, 3], [3], [10]]
 
 
-def test_a_repeated_image_is_encoded_once(engine, images, stock_model):
-    """From the encoder's cache without a prefix cache, and with one from there."""
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_a_repeated_image_is_encoded_once(prefixes, engine, images, stock_model):
+    """It is found in the encoder's cache without a prefix cache, and in both with one."""
     twice = [(QUESTIONS[0], images[0]), (QUESTIONS[1], images[0])]
     expected, _ = expected_answers(stock_model, twice, 0.2)
-    for cached in (False, True):
-        llm = engine({"keep_ratio": 0.2}, enable_prefix_caching=cached)
-        selections = spied(llm)
-        found = [answers(llm, [prompt_of(*one)])[0] for one in (*twice, twice[0])]
-        assert_same(found, [*expected, expected[0]])
-        assert len(selections) == 1
+    llm = engine({"keep_ratio": 0.2}, enable_prefix_caching=prefixes)
+    selections = spied(llm)
+    found = [answers(llm, [prompt_of(*one)])[0] for one in (*twice, twice[0])]
+    assert_same(found, [*expected, expected[0]])
+    assert len(selections) == 1
 
 
 def test_prefix_cache_is_used(engine, images):
-    llm = engine({"keep_ratio": 0.5}, enable_prefix_caching=True, block_size=16)
+    llm = engine({"keep_ratio": 0.5}, enable_prefix_caching=True, block_size=32)
     prompt = prompt_of(QUESTIONS[0], images[0])
     first, second = (llm.generate(prompt, GREEDY, use_tqdm=False)[0] for _ in range(2))
     assert second.num_cached_tokens > 100 > first.num_cached_tokens
@@ -258,13 +258,12 @@ def test_preempted_requests_are_answered_alike(engine, images, stock_model):
     llm = engine(
         {"keep_ratio": 0.2},
         max_num_seqs=9,
-        block_size=16,
-        num_gpu_blocks_override=64,
+        block_size=32,
+        num_gpu_blocks_override=36,
         enable_prefix_caching=False,
         disable_log_stats=False,
     )
     found = [output.outputs[0].token_ids[:2] for output in llm.generate(prompts, longer, use_tqdm=False)]
-    assert {metric.name: metric.value for metric in llm.get_metrics() if "preempt" in metric.name} != {}
     [preempted] = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
     assert preempted > 0
     expected, _ = expected_answers(stock_model, asked, 0.2)
@@ -356,11 +355,11 @@ def test_registration():
         ({"max_crops": 0}, "max_crops"),
         ({"tile_layers": [99]}, "tile_layers"),
         ({"block": 4}, "block"),
-        (0.2, "hero: expected a mapping"),
+        (0.2, "expected a mapping"),
     ],
 )
 def test_bad_options_are_refused_at_the_start(options, name, folder):
-    with pytest.raises(ValueError, match=rf"hf_overrides, hero.*\b{name}\b"):
+    with pytest.raises(ValueError, match=rf"hf_overrides, hero: .*\b{name}\b"):
         config_of(folder, options)
 
 
@@ -369,7 +368,7 @@ def test_other_models_of_the_engine_are_refused(folder):
         config_of(folder, {}, runner="pooling")
     with pytest.raises(
         ValueError,
-        match=r"^.*hero_keep_ratio: expected an option of a request",
+        match=r"hero_keep_ratio: expected an option of a request",
     ):
         config_of(folder, {}, mm_processor_kwargs={"hero_keep_ratio": 0.5})
 
@@ -403,7 +402,7 @@ def test_counts_are_those_of_count_tokens(folder):
 
 
 def test_a_step_encodes_about_as_many_images_as_without_hero(folder):
-    """The budget shrinks as the largest image does: of 378 tokens, 180 + 18 patches and newlines at R = 0.5."""
+    """The budget shrinks as the largest image does: from 378 tokens to 18 + 162 + 18 at R = 0.5."""
     before = config_of(folder, max_num_batched_tokens=8192).scheduler_config
     after = config_of(folder, {"keep_ratio": 0.5}, max_num_batched_tokens=8192).scheduler_config
     assert before.max_num_encoder_input_tokens == 8192
@@ -427,7 +426,7 @@ def test_another_number_of_tokens_is_an_error(change, engine, images):
     with torch.inference_mode():
         assert [len(one) for one in model.embed_multimodal(**data)] == data["hero_tokens"].tolist()
         data["hero_tokens"] = data["hero_tokens"] + torch.tensor([0, change])
-        with pytest.raises(RuntimeError, match=r"^hero kept \[89, 64\] tokens of images whose prompts"):
+        with pytest.raises(RuntimeError, match=r"^hero kept \[89, 68\] tokens of images whose prompts"):
             model.embed_multimodal(**data)
 
 
@@ -468,8 +467,8 @@ def test_bad_options_of_a_request(options, folder, images):
 def test_options_that_change_the_crops_are_refused(folder, images):
     """A request that changes the image processor would end the engine, not just itself."""
     processor = processor_of(folder, {})
-    with pytest.raises(ValueError, match="^mm_processor_kwargs: expected options that cut an image"):
-        processed(processor, images[:1], image_grid_pinpoints=[[48, 96]])
+    with pytest.raises(ValueError, match=r"^mm_processor_kwargs: expected options that cut an image"):
+        processed(processor, images[:1], crop_size=24)
 
 
 def test_options_enter_the_hash(folder, images):
@@ -478,8 +477,8 @@ def test_options_enter_the_hash(folder, images):
     def key(options, image=images[0], **own):
         return processed(processor_of(folder, options), [image], **own)["mm_hashes"]["image"][0]
 
-    engines = (None, {}, {"keep_ratio": 0.5}, {"policy": "uniform"}, {"keep_tokens": 30}, {"alpha": None})
-    keys = [key(options) for options in engines[:-1]]
+    engines = (None, {}, {"keep_ratio": 0.5}, {"policy": "uniform"}, {"keep_tokens": 30})
+    keys = [key(options) for options in engines]
     keys += [key({}, images[1]), key({}, hero_keep_ratio=0.5), key({}, hero_keep_ratio=0.2)]
     assert len(set(keys)) == len(keys)
     assert key({}) == key({"keep_ratio": 0.2}) == key({"max_crops": 2}) == keys[1]

@@ -13,7 +13,7 @@ from hero import mini
 
 WIDE = 32
 TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
+    "<bos>{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
