@@ -6,9 +6,12 @@ vLLM calls :func:`register` in each of its processes, whichever model is served.
 
 from __future__ import annotations
 
-__all__ = ["register"]
+__all__ = ["MODELS", "register"]
 
-_MODELS = {"LlavaNextForConditionalGeneration": "hero.vllm.llava_next:HeroLlavaNextForConditionalGeneration"}
+MODELS = {
+    "LlavaForConditionalGeneration": "hero.vllm.llava:HeroLlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "hero.vllm.llava_next:HeroLlavaNextForConditionalGeneration",
+}
 
 
 def register() -> None:
@@ -20,6 +23,6 @@ def register() -> None:
 
     from .scheduling import limit_encoder
 
-    for architecture, found in _MODELS.items():
+    for architecture, found in MODELS.items():
         ModelRegistry.register_model(architecture, found)
         limit_encoder(architecture)

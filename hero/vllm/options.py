@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,14 +15,19 @@ from transformers import AutoModel
 
 from .. import HeroConfig, HeroVisionEncoder, __version__
 from .._checks import check_integer, check_ratio, error
-from ..layout import Geometry, ImageLayout
-from ..models import tower_for, with_ratios
+from ..layout import Geometry
+from ..models import tower_for
 from ..models.llava import check_strategy
 
-__all__ = ["KEEP_RATIO", "Options", "build_tower", "error", "read_ratio"]
+__all__ = ["KEEP_RATIO", "Options", "build_tower", "is_asked_for", "read_ratio"]
 
 KEEP_RATIO = "hero_keep_ratio"
 MOST_CROPS = 32
+
+
+def is_asked_for(hf_config: Any) -> bool:
+    """Whether a model's configuration has options of hero, and so tokens are to be dropped."""
+    return getattr(hf_config, "hero", None) is not None
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,14 @@ class Options:
     max_crops: int = MOST_CROPS
 
     @classmethod
-    def read(cls, hf_config: Any) -> Options | None:
-        """The options in a model's configuration; ``None`` if there are none, and so no tokens are dropped.
+    def read(cls, hf_config: Any) -> Options:
+        """The options in a model's configuration, if they are asked for there.
 
         Raises:
             ValueError: an unknown option or one out of range, by name; an option by which the tokens of an
                 image would depend on more than the image.
         """
-        given = getattr(hf_config, "hero", None)
-        if given is None:
-            return None
+        given = hf_config.hero
         if not isinstance(given, Mapping):
             raise error(ValueError, "hf_overrides, hero", "a mapping of options", given)
         for name in ("relevance", "second_pass"):
@@ -105,16 +108,6 @@ class Options:
     def key(self) -> str:
         """What tells tokens kept by these options from tokens kept by others, for vLLM's caches."""
         return json.dumps({**self.config.to_dict(), "hero": __version__}, sort_keys=True, default=repr)
-
-    @staticmethod
-    def layouts(
-        geometry: Geometry, sizes: Sequence[Sequence[int]], ratios: Sequence[Sequence[int]]
-    ) -> tuple[ImageLayout, ...]:
-        """The layouts of images of (height, width) pixels, with what :func:`read_ratio` returned for each."""
-        return tuple(
-            with_ratios(KEEP_RATIO, [layout], [[*ratio]])[0] if ratio[1] else layout
-            for layout, ratio in zip(geometry.layouts(sizes), ratios, strict=True)
-        )
 
 
 def build_tower(hf_config: Any) -> nn.Module:

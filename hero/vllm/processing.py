@@ -12,20 +12,33 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
 
+from .._checks import error
 from ..layout import Geometry, ImageLayout
 from .geometry import geometry_of
 from .options import KEEP_RATIO, Options, read_ratio
 
-__all__ = ["COUNT", "DroppingInfo", "DroppingProcessor"]
+__all__ = ["IMAGES", "DroppingInfo", "DroppingProcessor", "layouts_of"]
 
-COUNT = "hero_tokens"
+# ``[images, 5]`` int64: height and width in pixels, the ratio of the request, the number of kept tokens.
+IMAGES = "hero_images"
 
 
-class DroppingInfo:
-    """Token counts of a model's images; a base of its ``ProcessingInfo``."""
+def layouts_of(geometry: Geometry, images: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
+    """The layout of each image, from the first four numbers of its row of ``hero_images``."""
+    layouts = geometry.layouts([row[:2] for row in images])
+    return tuple(
+        dataclasses.replace(layout, keep_ratio=row[2] / row[3]) if row[3] else layout
+        for layout, row in zip(layouts, images, strict=True)
+    )
+
+
+class DroppingInfo(BaseProcessingInfo):
+    """Token counts of a model's images."""
 
     @cached_property
     def options(self) -> Options:
@@ -39,11 +52,16 @@ class DroppingInfo:
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         """Tokens kept of an image: :func:`hero.count_tokens` of the model's geometry."""
-        return self.geometry.layout((image_height, image_width)).kept_tokens(self.options.config)
+        return self.count((image_height, image_width), (0, 0))
+
+    def count(self, image_size: Sequence[int], ratio: tuple[int, int]) -> int:
+        """The same for an image of (height, width) pixels, by the ratio of a request (:func:`read_ratio`)."""
+        [layout] = layouts_of(self.geometry, [(*image_size, *ratio)])
+        return layout.kept_tokens(self.options.config)
 
 
-class DroppingProcessor:
-    """Placeholders and inputs of a model's images; a base of its ``MultiModalProcessor``."""
+class DroppingProcessor(BaseMultiModalProcessor):
+    """Placeholders and inputs of a model's images."""
 
     def _get_mm_hashes(self, inputs):
         # The options of a request are part of the hash already, but those of the engine are not, and some
@@ -56,13 +74,12 @@ class DroppingProcessor:
         images = mm_items.get("image")
         if not isinstance(images, ImageProcessorItems):  # features that somebody else computed
             return [stock]
-        ratio, config = read_ratio(hf_processor_mm_kwargs), self.info.options.config
+        ratio = read_ratio(hf_processor_mm_kwargs)
         token = self.info.get_hf_config().image_token_index
 
         def replacement(number: int) -> list[int]:
             width, height = images.get_image_size(number)
-            [layout] = Options.layouts(self.info.geometry, [(height, width)], [ratio])
-            return [token] * layout.kept_tokens(config)
+            return [token] * self.info.count((height, width), ratio)
 
         return [dataclasses.replace(stock, replacement=replacement)]
 
@@ -70,34 +87,35 @@ class DroppingProcessor:
         ratio = read_ratio(hf_kwargs)
         others = {name: value for name, value in hf_kwargs.items() if name != KEEP_RATIO}
         outputs = super()._call_hf_processor(hf_data, others)
-        if "pixel_values" not in outputs:
+        pixels = outputs.get("pixel_values")
+        if pixels is None:
             return outputs
-        sizes = torch.as_tensor(outputs["image_sizes"]).tolist()
-        layouts = Options.layouts(self.info.geometry, sizes, [ratio] * len(sizes))
-        outputs["pixel_values"] = _own_crops(outputs["pixel_values"], layouts, self.info.geometry)
-        outputs[KEEP_RATIO] = torch.tensor([ratio] * len(sizes))
-        counts = [layout.kept_tokens(self.info.options.config) for layout in layouts]
-        outputs[COUNT] = torch.tensor(counts)
+        geometry = self.info.geometry
+        whole = [(geometry.crop_size,) * 2] * len(pixels)  # where an image is one crop
+        sizes = torch.as_tensor(outputs.get("image_sizes", whole)).tolist()
+        outputs["pixel_values"] = _own_crops(pixels, geometry.layouts(sizes), geometry.crop_size)
+        outputs[IMAGES] = torch.tensor([(*size, *ratio, self.info.count(size, ratio)) for size in sizes])
         return outputs
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        own = {name: MultiModalFieldConfig.batched("image", keep_on_cpu=True) for name in (KEEP_RATIO, COUNT)}
-        return {**super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs), **own}
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        return {**fields, IMAGES: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
 
-def _own_crops(
-    pixels: Sequence[torch.Tensor], layouts: Sequence[ImageLayout], geometry: Geometry
-) -> list[torch.Tensor]:
+def _own_crops(pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], crop_size: int) -> list[Tensor]:
     """Crops of each image ``[crops, 3, S, S]``, without those that pad a batch.
 
     Raises:
         ValueError: other crops than the model cuts, since options of the request change the image processor.
     """
-    size = (3, geometry.crop_size, geometry.crop_size)
+    found = []
     for image, layout in zip(pixels, layouts, strict=True):
-        if image.shape[1:] != size or len(image) < layout.crops or image[layout.crops :].any():
-            raise ValueError(
-                f"mm_processor_kwargs: expected options that cut an image of {layout} as the model does, "
-                f"into {layout.crops} crops of {geometry.crop_size} px, got {tuple(image.shape)}"
+        crops = image if image.ndim == 4 else image[None]
+        own = crops[: layout.crops]
+        if own.shape != (layout.crops, 3, crop_size, crop_size) or crops[layout.crops :].any():
+            expected = f"options that cut an image of {layout} as the model does, into {layout.crops} crops"
+            raise error(
+                ValueError, "mm_processor_kwargs", f"{expected} of {crop_size} px", tuple(image.shape)
             )
-    return [image[: layout.crops].contiguous() for image, layout in zip(pixels, layouts, strict=True)]
+        found.append(own.contiguous())
+    return found

@@ -31,8 +31,9 @@ class _Limited(model_configs.VerifyAndUpdateConfig):
 
 
 def _check_and_limit(vllm_config: Any) -> None:
+    from .._checks import error
     from .geometry import geometry_of, largest
-    from .options import KEEP_RATIO, Options, error
+    from .options import KEEP_RATIO, Options
 
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     options, geometry = Options.read(model.hf_config), geometry_of(model.hf_config)
