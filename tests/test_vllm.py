@@ -21,6 +21,7 @@ os.environ.update(
 
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, EngineArgs, ModelRegistry, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -202,6 +203,31 @@ def _per_image(selection):
     for layout, index in zip(selection.layout, selection.index.split(selection.lengths), strict=True):
         yield torch.where(index < 0, index, index - crop * patches)
         crop += layout.crops
+
+
+@pytest.mark.parametrize("family", ["llava", "siglip"])
+def test_other_families(family, engine, folder, images, tmp_path):
+    """LLaVA-1.5, whose images are one crop; LLaVA-NeXT with SigLIP, whose patches receive attention."""
+    path = write(tmp_path / "mini", family=family)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    loaded = mini.MiniModel(model, AutoProcessor.from_pretrained(path), None)
+    asked = asked_of(images)
+    llm = engine({"keep_ratio": 0.3}, path=path)
+    selections = spied(llm)
+    found = answers(llm, [prompt_of(*one) for one in asked])
+    expected, own = expected_answers(loaded, asked, 0.3)
+    assert_same(found, expected)
+    kept = [part.tolist() for one in selections for part in _per_image(one)]
+    assert kept == [part.tolist() for one in own for part in _per_image(one)]
+    options = [{}, {"hero_keep_ratio": 0.6}]
+    prompts = [prompt_of(*asked[0], **one) for one in options]
+    assert_same(answers(llm, prompts), expected_answers(loaded, asked[:1] * 2, 0.3, [0.3, 0.6])[0])
+    del llm
+    stock = engine(path=path)
+    assert type(model_of(stock)).__module__.startswith("vllm.model_executor.models.llava")
+    assert_same(
+        answers(stock, [prompt_of(*one) for one in asked[:2]]), expected_answers(loaded, asked[:2], 1.0)[0]
+    )
 
 
 def test_same_tokens_whatever_the_chunks(engine, images, stock_model):
