@@ -32,9 +32,8 @@ from vllm_checkpoint import write
 import hero
 from hero import mini
 from hero.models.llava_next import pinpoints_of
-from hero.vllm import register
+from hero.vllm import MODELS, register
 
-ARCHITECTURE = "LlavaNextForConditionalGeneration"
 RATIOS = (1.0, 0.5, 0.2)
 # (width, height): on six grids, with and without padding, larger and smaller than the grid.
 SIZES = ((144, 144), (96, 144), (130, 70), (48, 96), (37, 91), (300, 310))
@@ -230,6 +229,38 @@ def test_other_families(family, engine, folder, images, tmp_path):
     )
 
 
+def _record(model):
+    """Make a model of another process keep the index of what it selects."""
+    stage, model.kept = model.vision_stage, []
+    select = stage.select
+
+    def recorded(*arguments):
+        selection = select(*arguments)
+        model.kept.append(selection.index.tolist())
+        return selection
+
+    stage.select = recorded
+
+
+def _recorded(model):
+    return model.kept
+
+
+def test_two_ranks_keep_the_same_tokens(engine, images, stock_model, monkeypatch):
+    """Tensor parallelism over two processes: each has half of the heads of the language model."""
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to hand the spy to other processes
+    asked = asked_of(images[:3])
+    llm = engine({"keep_ratio": 0.2}, tensor_parallel_size=2, distributed_executor_backend="mp")
+    llm.apply_model(_record)
+    found = answers(llm, [prompt_of(*one) for one in asked])
+    expected, own = expected_answers(stock_model, asked, 0.2)
+    assert_same(found, expected)
+    first, second = llm.apply_model(_recorded)
+    assert first == second
+    assert sum(map(len, first)) == sum(sum(one.lengths) for one in own)
+
+
 def test_same_tokens_whatever_the_chunks(engine, images, stock_model):
     """The vision tower takes few crops at once, and prompts are divided among steps inside of an image."""
     asked = asked_of(images)
@@ -359,10 +390,10 @@ def test_registration():
     [entry] = entry_points(group="vllm.general_plugins", name="hero")
     assert entry.load() is register
     register()
-    first, hook = ModelRegistry.models[ARCHITECTURE], MODELS_CONFIG_MAP[ARCHITECTURE]
+    before = [(ModelRegistry.models[name], MODELS_CONFIG_MAP[name]) for name in MODELS]
     register()
-    assert ModelRegistry.models[ARCHITECTURE] == first
-    assert MODELS_CONFIG_MAP[ARCHITECTURE] is hook
+    assert [(ModelRegistry.models[name], MODELS_CONFIG_MAP[name]) for name in MODELS] == before
+    assert all(model.module_name.startswith("hero.vllm.") for model, _ in before)
 
 
 @pytest.mark.parametrize(
