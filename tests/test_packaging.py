@@ -253,7 +253,15 @@ def test_wheel_metadata(wheel, contents):
         head = email.message_from_bytes(archive.read(f"{dist_info(contents)}/METADATA"))
         scripts = archive.read(f"{dist_info(contents)}/entry_points.txt").decode()
     assert (head["Name"], head["License-Expression"]) == ("hero-vlm", "Apache-2.0")
-    assert set(head.get_all("Provides-Extra")) == {"plot", "processors", "bench", "test", "dev", "lmms"}
+    assert set(head.get_all("Provides-Extra")) == {
+        "plot",
+        "processors",
+        "bench",
+        "test",
+        "dev",
+        "lmms",
+        "vllm",
+    }
     assert (head["Requires-Python"], "Typing :: Typed" in head.get_all("Classifier")) == (">=3.10", True)
     assert "hero = hero.cli:main" in scripts
     assert "[lmms_eval.models]" in scripts

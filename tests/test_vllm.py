@@ -5,6 +5,7 @@ what the model selects. `test_vllm_server.py` starts one as users do.
 """
 
 import gc
+import json
 import os
 from importlib.metadata import entry_points
 
@@ -428,6 +429,17 @@ def test_other_models_of_the_engine_are_refused(folder):
         match=r"hero_keep_ratio: expected an option of a request",
     ):
         config_of(folder, {}, mm_processor_kwargs={"hero_keep_ratio": 0.5})
+
+
+def test_unsupported_models_are_refused(folder, tmp_path):
+    """With the override alone."""
+    config = json.loads((folder / "config.json").read_text())["text_config"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    config_of(tmp_path, skip_tokenizer_init=True)
+    with pytest.raises(
+        ValueError, match=r"hf_overrides, hero: expected a model of .*LlavaNextFor.*, got 'Llama"
+    ):
+        config_of(tmp_path, {}, skip_tokenizer_init=True)
 
 
 def test_policies_and_numbers_reach_the_encoder(engine, images, stock_model):

@@ -21,8 +21,8 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from .scheduling import limit_encoder
+    from .scheduling import check_configurations
 
     for architecture, found in MODELS.items():
         ModelRegistry.register_model(architecture, found)
-        limit_encoder(architecture)
+    check_configurations(ModelRegistry.get_supported_archs(), tuple(MODELS))

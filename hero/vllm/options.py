@@ -107,7 +107,9 @@ class Options:
     @property
     def key(self) -> str:
         """What tells tokens kept by these options from tokens kept by others, for vLLM's caches."""
-        return json.dumps({**self.config.to_dict(), "hero": __version__}, sort_keys=True, default=repr)
+        kind = type(self.config.policy)
+        own = {"hero": __version__, "class": f"{kind.__module__}:{kind.__qualname__}"}
+        return json.dumps({**self.config.to_dict(), **own}, sort_keys=True, default=repr)
 
 
 def build_tower(hf_config: Any) -> nn.Module:

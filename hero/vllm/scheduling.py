@@ -1,41 +1,54 @@
-"""How many images the scheduler lets the vision encoder see in one step."""
+"""Checks of an engine's configuration, and how many images a step may encode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.model_executor.models import config as model_configs
 
-__all__ = ["limit_encoder"]
+__all__ = ["check_configurations"]
 
 
-def limit_encoder(architecture: str) -> None:
-    """Check the options when an engine is configured, and limit the images of a step by what they cost.
+def check_configurations(architectures: Iterable[str], supported: tuple[str, ...]) -> None:
+    """Make vLLM check the options of hero when it configures an engine, before it loads anything.
 
-    vLLM charges an image the tokens that the language model sees. Counted so, a step would admit 1/R times as
-    many images as without hero, and each costs the vision encoder as much as before. So the budget of a step
-    shrinks as the largest image does, but not below the tokens of a whole image, which a request may ask for.
+    For supported models this also limits the images of a step by what they cost. vLLM charges an image the
+    tokens that the language model sees. Counted so, a step would admit 1/R times as many images as without
+    hero, and each costs the vision encoder as much as before. So the budget of a step shrinks as the largest
+    image does, but not below the tokens of a whole image, which a request may ask for.
+
+    Args:
+        architectures: that vLLM knows.
+        supported: those of them that can drop tokens. For others the options are an error.
     """
     hooks = model_configs.MODELS_CONFIG_MAP
-    found = hooks.get(architecture, model_configs.VerifyAndUpdateConfig)
-    if not issubclass(found, _Limited):
-        hooks[architecture] = type("Limited", (_Limited, found), {})
+    for architecture in architectures:
+        found = hooks.get(architecture, model_configs.VerifyAndUpdateConfig)
+        if not issubclass(found, _Checked):
+            hooks[architecture] = type("Checked", (_Checked, found), {"supported": supported})
 
 
-class _Limited(model_configs.VerifyAndUpdateConfig):
+class _Checked(model_configs.VerifyAndUpdateConfig):
+    supported: tuple[str, ...]
+
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         super().verify_and_update_config(vllm_config)
         if getattr(vllm_config.model_config.hf_config, "hero", None) is not None:
-            _check_and_limit(vllm_config)
+            _check_and_limit(vllm_config, cls.supported)
 
 
-def _check_and_limit(vllm_config: Any) -> None:
+def _check_and_limit(vllm_config: Any, supported: tuple[str, ...]) -> None:
     from .._checks import error
     from .geometry import geometry_of, largest
     from .options import KEEP_RATIO, Options
 
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    if model.architecture not in supported:
+        raise error(
+            ValueError, "hf_overrides, hero", f"a model of {', '.join(supported)}", model.architecture
+        )
     options, geometry = Options.read(model.hf_config), geometry_of(model.hf_config)
     options.check(model.hf_config, geometry)
     if model.runner_type != "generate":
