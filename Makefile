@@ -128,7 +128,7 @@ $(LMMS_STAMP): requirements-lmms.txt | $(STAMP)
 	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $(LMMS) -r requirements-lmms.txt
 	@touch $@
 
-test-vllm: $(VLLM_STAMP) ## the plug-in for vLLM, in .venv-vllm, which is 2 GB
+test-vllm: $(VLLM_STAMP) ## the plug-in for vLLM, in .venv-vllm, which takes 2.5 GB
 	$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_vllm.py tests/test_vllm_server.py
 
 $(VLLM_STAMP): setup.py requirements-vllm.txt tests/vllm_environment.py

@@ -339,6 +339,17 @@ def test_text_without_images(engine, images):
     assert_same(answers(llm, [text]), [beside])
 
 
+def test_features_that_were_computed_ahead(engine, images):
+    """They are used as they are, beside images."""
+    llm = engine({"keep_ratio": 0.2}, enable_mm_embeds=True)
+    inputs = processed(llm.llm_engine.renderer.get_mm_processor(), images[:1])["mm_kwargs"].get_data()
+    with torch.inference_mode():
+        [features] = model_of(llm).embed_multimodal(**inputs)
+    ahead = {"prompt": f"<image> {QUESTIONS[0]}", "multi_modal_data": {"image": features[None]}}
+    found = answers(llm, [prompt_of(QUESTIONS[0], images[0]), ahead])
+    assert_same(found[:1], found[1:])
+
+
 @pytest.mark.parametrize(
     "prefix", ["vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 
 from ..encoder import HeroVisionEncoder
 from ..layout import ImageLayout
+from ..models.base import parameter
 from ..selection import Selection
 from .geometry import geometry_of
 from .options import Options, build_tower, is_asked_for
@@ -56,9 +58,8 @@ class DroppingModel(nn.Module):
         with model._mark_tower_model(vllm_config, "image"):
             model.vision_tower = build_tower(model.config)
         model._tower_model_names = names
-        options, newline = Options.read(model.config), None
-        if hasattr(model, "image_newline"):
-            newline = lambda: model.image_newline  # noqa: E731
+        options = Options.read(model.config)
+        newline = partial(parameter, model, "image_newline") if hasattr(model, "image_newline") else None
         encoder = options.encoder(
             model.vision_tower, model.multi_modal_projector, model.config, geometry_of(model.config), newline
         )
