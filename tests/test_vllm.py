@@ -34,6 +34,7 @@ import hero
 from hero import mini
 from hero.models.llava_next import pinpoints_of
 from hero.vllm import MODELS, register
+from hero.vllm.model import DroppingModel
 
 RATIOS = (1.0, 0.5, 0.2)
 # (width, height): on six grids, with and without padding, larger and smaller than the grid.
@@ -377,6 +378,13 @@ def test_without_the_override_vllm_is_unchanged(engine, folder, images, stock_mo
         "vllm.model_executor.models.llava_next"
     ] * 2
     assert config_of(folder).scheduler_config == config_of(folder).scheduler_config
+
+
+def test_without_the_override_embeddings_are_those_of_vllm(engine):
+    """vLLM derives a class from the registered one; the model is derived from its own all the same."""
+    model = model_of(engine(runner="pooling", convert="embed"))
+    assert isinstance(model, LlavaNextForConditionalGeneration)
+    assert not isinstance(model, DroppingModel)
 
 
 def test_all_tokens_are_those_of_vllm(engine, images):
