@@ -59,9 +59,8 @@ class Options:
                     f"hf_overrides, hero: {name}: expected none, since selection by the question is not "
                     "supported: vLLM's caches would give a question the tokens that were kept for another"
                 )
-        most = given.get("max_crops", MOST_CROPS)
         try:
-            most = check_integer("max_crops", most)
+            most = check_integer("max_crops", given.get("max_crops", MOST_CROPS))
             config = HeroConfig(**{name: value for name, value in given.items() if name != "max_crops"})
             config.policy.needs(with_relevance=False)
             if config.allocation != "exact":
