@@ -31,9 +31,11 @@ VENV := .venv
 LOWEST := .venv-lowest
 LMMS := .lmms
 RAY := .ray
+VLLM := .venv-vllm
 STAMP := $(VENV)/.installed
 LOWEST_STAMP := $(LOWEST)/.installed
 LMMS_STAMP := $(LMMS)/.installed
+VLLM_STAMP := $(VLLM)/.installed
 RAY_STAMP := $(RAY)/.installed
 
 # Nothing here fetches weights: the model that the demo and the tests run is part of the package.
@@ -52,7 +54,7 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-newest test-pythons test-triton test-lmms test-ray
+.PHONY: help setup demo lint clean test test-bench test-slow test-exhaustive test-lowest test-newest test-pythons test-triton test-lmms test-vllm test-ray
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -126,6 +128,18 @@ test-lmms: $(STAMP) $(LMMS_STAMP) ## the model for lmms-eval, with lmms-eval in 
 $(LMMS_STAMP): requirements-lmms.txt | $(STAMP)
 	@rm -rf $(LMMS)
 	$(VENV)/bin/python -m pip install -qq --progress-bar off --no-deps --target $(LMMS) -r requirements-lmms.txt
+	@touch $@
+
+test-vllm: $(VLLM_STAMP) ## the plug-in for vLLM, in .venv-vllm, which takes 2.5 GB
+	$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_vllm.py tests/test_vllm_server.py
+
+$(VLLM_STAMP): setup.py requirements-vllm.txt tests/vllm_environment.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv found; name one: make PYTHON=..." >&2; exit 1; }
+	@echo "installing into $(VLLM) (a few minutes)"
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install -qq --progress-bar off --no-deps -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install -qq --progress-bar off --no-deps --no-build-isolation -e .
+	$(VLLM)/bin/python tests/vllm_environment.py
 	@touch $@
 
 test-ray: $(STAMP) $(RAY_STAMP) ## batch inference on Ray, with Ray in .ray; one process, since Ray starts its own

@@ -31,6 +31,7 @@ TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging", "accelerate", "peft"]
 DEV = [*TEST, "torchao", "ruff", "mypy", "build"]  # torchao: quantised models, with the newest torch alone
 # hero_llava_next subclasses lmms-eval's llava_hf, which imports decord.
 LMMS = ["lmms-eval[video-legacy]>=0.7.3"]
+VLLM = ["vllm>=0.32"]
 # Batch inference on several workers; Ray Data brings pyarrow, which reads Parquet.
 RAY = ["ray[data]>=2.60,<3"]
 
@@ -65,11 +66,13 @@ setup(
         "test": TEST,
         "dev": DEV,
         "lmms": LMMS,
+        "vllm": VLLM,
         "ray": RAY,
     },
     entry_points={
         "console_scripts": ["hero = hero.cli:main"],
         "lmms_eval.models": ["hero_llava_next = hero.lmms_eval:manifest"],
+        "vllm.general_plugins": ["hero = hero.vllm:register"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

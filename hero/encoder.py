@@ -175,7 +175,7 @@ class HeroVisionEncoder(nn.Module):
         """
         if self.kind.is_packed:
             plan = self.plan(image_sizes, getattr(pixel_values, "device", torch.device("cpu")))
-            return packed.check_pixels(pixel_values, plan.layouts, self._merge**2), plan
+            return packed.check_pixels(self, pixel_values, plan.layouts), plan
         check_pixels(pixel_values, self.geometry.crop_size)
         plan = self.plan(image_sizes, pixel_values.device)
         check_crops(pixel_values.shape, plan.seen.layouts)

@@ -45,18 +45,19 @@ class PackedPlan(NamedTuple):
     numbers: Tensor
 
 
-def check_pixels(pixel_values: Any, layouts: Sequence[ImageLayout], merged: int) -> Tensor:
-    """The pixels ``[patches, channels]`` of packed images, of ``merged`` patches a token.
+def check_pixels(encoder: Any, pixel_values: Any, layouts: Sequence[ImageLayout]) -> Tensor:
+    """The pixels ``[patches, channels]`` of packed images, as the encoder takes them.
 
     Raises:
-        TypeError, ValueError: another type, rank, dtype or number of patches.
+        TypeError, ValueError: another type, rank, dtype or shape.
     """
-    expected = "a floating tensor [patches, channels]"
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        raise error(TypeError, "pixel_values", expected, pixel_values)
-    patches = merged * sum(layout.full_tokens for layout in layouts)
-    if pixel_values.dim() != 2 or len(pixel_values) != patches:
-        expected = f"[{patches}, channels], the patches of {', '.join(map(str, layouts))}"
+        raise error(TypeError, "pixel_values", "a floating tensor [patches, channels]", pixel_values)
+    kind, tower = encoder.kind, encoder.vision_tower
+    patches = kind.merge_size(tower) ** 2 * sum(layout.full_tokens for layout in layouts)
+    shape = patches, kind.channels(tower)
+    if tuple(pixel_values.shape) != shape:
+        expected = f"{shape}, the patches of {', '.join(map(str, layouts))}"
         raise error(ValueError, "pixel_values", expected, tuple(pixel_values.shape))
     return pixel_values
 

@@ -87,7 +87,7 @@ def test_structure_of_the_packages():
     for name, names in imported.items():
         if name.startswith("hero_kernels"):
             assert not {other.split(".")[0] for other in names} & {"hero", "transformers"}, name
-        elif name.split(".")[1:2] not in (["models"], ["lmms_eval"], ["mini"]):
+        elif name.split(".")[1:2] not in (["models"], ["lmms_eval"], ["mini"], ["vllm"]):
             hero_families = {other for other in imported if other.startswith("hero.models.")}
             assert not names & hero_families, name
             assert not [other for other in names if other.startswith("transformers.models.")], name
@@ -262,7 +262,15 @@ def test_wheel_metadata(wheel, contents):
         head = email.message_from_bytes(archive.read(f"{dist_info(contents)}/METADATA"))
         scripts = archive.read(f"{dist_info(contents)}/entry_points.txt").decode()
     assert (head["Name"], head["License-Expression"]) == ("hero-vlm", "Apache-2.0")
-    assert set(head.get_all("Provides-Extra")) == {"plot", "processors", "bench", "test", "dev", "lmms"}
+    assert set(head.get_all("Provides-Extra")) == {
+        "plot",
+        "processors",
+        "bench",
+        "test",
+        "dev",
+        "lmms",
+        "vllm",
+    }
     assert (head["Requires-Python"], "Typing :: Typed" in head.get_all("Classifier")) == (">=3.10", True)
     assert "hero = hero.cli:main" in scripts
     assert "[lmms_eval.models]" in scripts

@@ -101,6 +101,7 @@ def test_the_encoder_alone(family):
             assert torch.equal(alone.tokens, selection.per_image()[number])
     for name, wrong in {
         "pixel_values": (pixels[1:], grids),
+        "pixel_values: ": (pixels[:, 1:], grids),
         "image_grid_thw": (pixels, grids[:, 1:]),
         "image_grid_thw: ": (pixels, grids * torch.tensor([2, 1, 1])),
         "image_grid_thw:  ": (pixels, grids + torch.tensor([0, 1, 0])),

@@ -27,6 +27,10 @@ class QwenVision(PackedTower):
     def token_size(self, tower):
         return unwrapped(tower).config.patch_size * self.merge_size(tower)
 
+    def channels(self, tower):
+        config = unwrapped(tower).config
+        return config.in_channels * config.temporal_patch_size * config.patch_size**2
+
     def scoring_layers(self, tower):
         tower = unwrapped(tower)
         every = range(len(tower.blocks))

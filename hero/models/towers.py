@@ -103,6 +103,10 @@ class PackedTower(AnyTower):
         """Pixels along one side of a token."""
 
     @abstractmethod
+    def channels(self, tower: nn.Module) -> int:
+        """Numbers in a patch of packed pixels: colours, frames and pixels."""
+
+    @abstractmethod
     def is_flash(self, tower: nn.Module) -> bool:
         """Whether its attention takes all images in one call."""
 

@@ -1,0 +1,28 @@
+"""The plug-in for vLLM, which finds it by the entry point in setup.py; see docs/serving.md.
+
+vLLM calls :func:`register` in each of its processes, whichever model is served. So neither this module nor
+``scheduling`` imports torch or transformers until a configuration asks for hero.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MODELS", "register"]
+
+MODELS = {
+    "LlavaForConditionalGeneration": "hero.vllm.llava:HeroLlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "hero.vllm.llava_next:HeroLlavaNextForConditionalGeneration",
+}
+
+
+def register() -> None:
+    """Make the supported models of vLLM drop tokens where ``--hf-overrides '{"hero": {...}}'`` asks for it.
+
+    Without that override vLLM builds its own classes. A second call changes nothing.
+    """
+    from vllm import ModelRegistry
+
+    from .scheduling import check_configurations
+
+    for architecture, found in MODELS.items():
+        ModelRegistry.register_model(architecture, found)
+    check_configurations(ModelRegistry.get_supported_archs(), tuple(MODELS))
