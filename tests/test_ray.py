@@ -49,9 +49,9 @@ def expected(folder, rows) -> list[tuple[str, int, int]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def two_cores():
-    """A cluster of this machine with two cores, which the commands join."""
+    """A cluster with two cores, which the commands join, even if there is another on this machine."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -133,7 +133,12 @@ def test_an_interrupted_command_continues(capsys, tmp_path, folder, rows, expect
     command = [sys.executable, "-m", "hero", "batch", folder / "questions.jsonl", tmp_path / "a", *KEEP]
     options = ["--workers", "1", "--batch-size", "2", "--part-rows", "4"]
     process = subprocess.Popen(
-        [*map(str, command), *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*map(str, command), *options],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     wait_for(lambda: len(list((tmp_path / "a").glob("part-*"))) >= 3)
     process.send_signal(signal.SIGINT)
