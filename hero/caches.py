@@ -6,9 +6,11 @@ So a later turn either continues on it or is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from .config import HeroConfig
 from .layout import ImageLayout
@@ -29,6 +31,7 @@ class Held:
     config: HeroConfig
     row: int = 0
     start: int = 0  # length of the cache before the turn of the image
+    deltas: Tensor | None = field(default=None, compare=False)  # ``rope_deltas`` of the model after this turn
 
     @property
     def length(self) -> int:
@@ -111,4 +114,5 @@ def record(call: Any, inputs: Mapping[str, Any], output: object) -> None:
         Held(layout, runs, call.handle.config, row, call.start)
         for layout, runs, row in zip(call.layouts, call.runs, call.rows, strict=True)
     )
-    setattr(cache, _HELD, tuple(sorted((*call.held, *new), key=attrgetter("row"))))
+    held = (replace(one, deltas=call.deltas) for one in (*call.held, *new))
+    setattr(cache, _HELD, tuple(sorted(held, key=attrgetter("row"))))
