@@ -15,7 +15,7 @@ from torch import Tensor
 from .config import HeroConfig
 from .layout import ImageLayout
 
-__all__ = ["CACHES", "Held", "cache_of", "check_held", "held_of_sizes", "images_in", "record"]
+__all__ = ["CACHES", "Held", "cache_of", "check_held", "check_whole", "held_of_sizes", "images_in", "record"]
 
 Handle: TypeAlias = Any  # a hero.Handle, whose module imports this one
 CACHES = ("past_key_values", "cache")  # the names of the argument before and since transformers 5.24
@@ -101,6 +101,21 @@ def check_held(handle: Handle, held: Sequence[Held]) -> None:
                 f"past_key_values: expected {count} tokens of an image of {one.layout} {now}, got "
                 f"{one.length} {then}: start a new cache"
             )
+
+
+def check_whole(held: Sequence[Held], is_image: Tensor) -> None:
+    """Raise ``ValueError`` if a cache was cropped before or within an image that it should hold.
+
+    Args:
+        is_image: ``[B, length]`` bool, the placeholders among what the cache holds.
+    """
+    wanted = [sum(one.length for one in held if one.row == row) for row in range(len(is_image))]
+    found = is_image.sum(1).tolist()
+    if found != wanted:
+        raise ValueError(
+            f"past_key_values: expected a cache that holds {wanted} tokens of images in its prompts, got one "
+            f"cropped to {is_image.shape[1]} positions, with {found} of them: crop to before an image's turn"
+        )
 
 
 def record(call: Any, inputs: Mapping[str, Any], output: object) -> None:

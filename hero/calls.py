@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import error
-from .caches import Held, cache_of, check_held, held_of_sizes, images_in, record
+from .caches import Held, cache_of, check_held, check_whole, held_of_sizes, images_in, record
 from .generation import as_called, restored, setting
 from .layout import ImageLayout
 from .positions import Image, place
@@ -262,6 +262,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     starts = {*(one.start for one in held), start if whole else 0} - {0}
     moves = adapter.keeps_positions and is_new and kept != full
     inputs = _shortened(handle, inputs, images, sorted(starts), whole=whole, moves=moves, device=device)
+    if in_cache and whole:
+        check_whole(held, inputs["input_ids"][:, :start] == handle.image_token_id)
     if moves and call is not None:
         call = replace(call, deltas=handle.model.model.rope_deltas)
     return _on_device(inputs, on_host, given, device), call

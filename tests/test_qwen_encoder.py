@@ -172,6 +172,28 @@ def test_conversations_in_turns(family):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
+def test_caches_cropped_within_a_turn(family):
+    """Before or within an image: refused, wherever in its turn it stands; behind it: as without the cache."""
+    model, processor = model_of(family), tiny_processor(family)
+    few = {"max_new_tokens": 3, "do_sample": False}
+    with hero.attach(model, processor, **KEEP):
+        inputs = batch_of(processor, family, "two images in a prompt")
+        ids = inputs["input_ids"]
+        begin, *_, end = (ids[0] == model.config.image_token_id).nonzero()[:, 0].tolist()
+        wanted = model.generate(**inputs, **few)
+        text = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+        for length in (2, begin + 1, begin + 20, end, end + 1, end + 2):
+            cache = DynamicCache(config=model.config.text_config)
+            model.generate(**inputs, **few, **{CACHE: cache})
+            cache.crop(length - cache.get_seq_length())
+            if length > end:
+                assert torch.equal(model.generate(**text, **few, **{CACHE: cache}), wanted)
+            else:
+                with pytest.raises(ValueError, match=r"^past_key_values: "):
+                    model.generate(**text, **few, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("family", ENCODERS)
 def test_grids_that_do_not_fit_a_call(family):
     model, processor = model_of(family), tiny_processor(family)
     few = {"max_new_tokens": 3, "do_sample": False}
