@@ -6,14 +6,16 @@ So a later turn either continues on it or is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from .config import HeroConfig
 from .layout import ImageLayout
 
-__all__ = ["CACHES", "Held", "cache_of", "check_held", "held_of_sizes", "images_in", "record"]
+__all__ = ["CACHES", "Held", "cache_of", "check_held", "check_whole", "held_of_sizes", "images_in", "record"]
 
 Handle: TypeAlias = Any  # a hero.Handle, whose module imports this one
 CACHES = ("past_key_values", "cache")  # the names of the argument before and since transformers 5.24
@@ -29,6 +31,7 @@ class Held:
     config: HeroConfig
     row: int = 0
     start: int = 0  # length of the cache before the turn of the image
+    deltas: Tensor | None = field(default=None, compare=False)  # ``rope_deltas`` of the model after this turn
 
     @property
     def length(self) -> int:
@@ -100,6 +103,21 @@ def check_held(handle: Handle, held: Sequence[Held]) -> None:
             )
 
 
+def check_whole(held: Sequence[Held], is_image: Tensor) -> None:
+    """Raise ``ValueError`` if a cache was cropped before or within an image that it should hold.
+
+    Args:
+        is_image: ``[B, length]`` bool, the placeholders among what the cache holds.
+    """
+    wanted = [sum(one.length for one in held if one.row == row) for row in range(len(is_image))]
+    found = is_image.sum(1).tolist()
+    if found != wanted:
+        raise ValueError(
+            f"past_key_values: expected a cache that holds {wanted} tokens of images in its prompts, got one "
+            f"cropped to {is_image.shape[1]} positions, with {found} of them: crop to before an image's turn"
+        )
+
+
 def record(call: Any, inputs: Mapping[str, Any], output: object) -> None:
     """Note on the cache which images it holds after a call."""
     cache = cache_of(inputs)
@@ -111,4 +129,5 @@ def record(call: Any, inputs: Mapping[str, Any], output: object) -> None:
         Held(layout, runs, call.handle.config, row, call.start)
         for layout, runs, row in zip(call.layouts, call.runs, call.rows, strict=True)
     )
-    setattr(cache, _HELD, tuple(sorted((*call.held, *new), key=attrgetter("row"))))
+    held = (replace(one, deltas=call.deltas) for one in (*call.held, *new))
+    setattr(cache, _HELD, tuple(sorted(held, key=attrgetter("row"))))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import error
-from .caches import Held, cache_of, check_held, held_of_sizes, images_in, record
+from .caches import Held, cache_of, check_held, check_whole, held_of_sizes, images_in, record
 from .generation import as_called, restored, setting
 from .layout import ImageLayout
 from .positions import Image, place
@@ -43,6 +43,7 @@ class Call:
     prompts: int = 0  # how many
     # Images encoded ahead, if the number of kept tokens depends on the data.
     encoded: tuple[Selection, object] | None = None
+    deltas: Tensor | None = None  # where positions of later turns begin, for families that keep positions
 
     def repeated(self, pixel_values: Tensor, image_sizes: Any) -> tuple[list[int], list[int]]:
         """The images, and the prompt of each, as older transformers repeat them for beams and sequences."""
@@ -171,6 +172,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     cache = cache_of(inputs)
     in_cache, start = images_in(cache, is_new=is_new)
     held = in_cache if whole else ()
+    if held and held[0].deltas is not None:  # other calls may have replaced them since
+        handle.model.model.rope_deltas = held[0].deltas
     if ids is not None and not (isinstance(ids, Tensor) and ids.dim() == 2):
         raise error(ValueError, "input_ids", "a tensor [B, L]", ids)
     if features is not None and not adapter.takes_features:
@@ -182,7 +185,8 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
         if whole and start and pixels is not None:
             raise ValueError(
                 "pixel_values: expected None beside a cache, where the stock model fails too, and "
-                "mm_encoder_outputs={'image': model.get_image_features(...)} of the new images, got pixels"
+                "mm_encoder_outputs={'image': model.model.get_image_features(...)} of the new images with "
+                "image_grid_thw of all images, got pixels"
             )
         inputs = _on_host(inputs)
         ids = inputs.get("input_ids")
@@ -258,6 +262,10 @@ def fit_prompt(handle: Handle, inputs: dict, *, whole: bool) -> tuple[dict, Call
     starts = {*(one.start for one in held), start if whole else 0} - {0}
     moves = adapter.keeps_positions and is_new and kept != full
     inputs = _shortened(handle, inputs, images, sorted(starts), whole=whole, moves=moves, device=device)
+    if in_cache and whole:
+        check_whole(held, inputs["input_ids"][:, :start] == handle.image_token_id)
+    if moves and call is not None:
+        call = replace(call, deltas=handle.model.model.rope_deltas)
     return _on_device(inputs, on_host, given, device), call
 
 
@@ -292,7 +300,10 @@ def _shortened(
         moves: whether kept tokens keep the positions of the full prompt.
     """
     given, fits = dict(inputs), all(one.now == one.kept for one in images)
-    moves = moves and not (fits and inputs.get("position_ids") is not None)
+    positions, length = inputs.get("position_ids"), inputs["input_ids"].shape[1]
+    if moves and positions is not None and positions.shape[-1] != length:
+        raise error(ValueError, "position_ids", f"None, or {length} a row", tuple(positions.shape))
+    moves = moves and not (fits and positions is not None)
     if moves:  # positions are made from the full prompt's
         inputs.pop("position_ids", None)
     if not fits:

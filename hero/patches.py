@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 __all__ = ["patch", "put", "restore"]
 
@@ -88,7 +90,11 @@ def _stock_state(self) -> object:
 
 
 def _deepcopy(self, memo: dict) -> object:
-    """An attached copy."""
+    """An attached copy. Wrappers that forward attributes, such as PEFT's, find this method too."""
+    copied_now = sys._getframe(1).f_locals.get("x", self)  # the argument of copy.deepcopy
+    if copied_now is not self:  # a wrapper, copied as it would be without this method
+        as_usual: Any = copy
+        return as_usual._reconstruct(copied_now, memo, *copied_now.__reduce_ex__(4))
     copied = memo[id(self)] = object.__new__(type(self))
     copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
     return copied

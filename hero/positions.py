@@ -73,7 +73,7 @@ def place(
             "attention_mask: expected one that shows all image placeholders, got one that hides some"
         )
     first = (flat == image_token_id).nonzero()[:, 0][now.cumsum(0) - now]
-    repeats = torch.ones_like(flat).index_add_(0, first, full - now)
+    repeats = torch.ones(len(flat), dtype=torch.int64).index_add_(0, first, full - now)
     rows = torch.arange(len(ids))[:, None].expand_as(ids)[valid].repeat_interleave(repeats)
     begins = repeats.cumsum(0)[first] - repeats[first]  # of images in the full prompt
     long = {

@@ -130,6 +130,19 @@ def test_a_sharded_model(model, wanted, mesh, when):
         assert model.model.image_newline.grad.full_tensor().abs().sum() > 0
 
 
+def test_copies_of_wrappers(model, wanted):
+    """They are wrappers again, around an attached copy."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    with hero.attach(wrapped.base_model.model, keep_ratio=0.3):
+        copied = copy.deepcopy(wrapped)
+        assert type(copied) is type(wrapped)
+        inner = copied.base_model.model
+        assert inner is not model and inner._hero is not model._hero and inner._hero.model is inner
+        assert torch.equal(inner.generate(**batch(), **GREEDY), model.generate(**batch(), **GREEDY))
+        compiled = torch.compile(model)
+        assert type(copy.deepcopy(compiled)) is type(compiled)
+
+
 def test_peft(model, wanted):
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["vision_tower"])
     wrapped = peft.get_peft_model(model, config)

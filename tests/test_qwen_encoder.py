@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from independent import tiny_clip
+from independent import CACHE, tiny_clip
 from independent import tiny_tokenizer as clip_tokenizer
 from independent_qwen import FAMILIES, ONE, batch_of, picture, tiny_model, tiny_processor
 from test_qwen import model_of
+from transformers.cache_utils import DynamicCache
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -151,6 +152,61 @@ def test_count_tokens_without_a_model():
         handle.count_tokens((768, 1024))
     with pytest.raises(ValueError, match="aspect ratio"):
         geometry.layout((10, 3000))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_conversations_in_turns(family):
+    """Where positions go on is noted on each cache: a call in between, which replaces it, changes nothing."""
+    model, processor = model_of(family), tiny_processor(family)
+    few = {"max_new_tokens": 3, "do_sample": False}
+    words = processor.tokenizer("USER : and that one ? ASSISTANT :", return_tensors="pt")["input_ids"]
+    with hero.attach(model, processor, **KEEP):
+        found = []
+        for between in (False, True):
+            cache = DynamicCache(config=model.config.text_config)
+            first = model.generate(**batch_of(processor, family, "one image"), **few, **{CACHE: cache})
+            if between:
+                model.generate(**batch_of(processor, family, "two rows"), **few)
+            found.append(model.generate(input_ids=torch.cat([first, words], 1), **few, **{CACHE: cache}))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_caches_cropped_within_a_turn(family):
+    """Before or within an image: refused, wherever in its turn it stands; behind it: as without the cache."""
+    model, processor = model_of(family), tiny_processor(family)
+    few = {"max_new_tokens": 3, "do_sample": False}
+    with hero.attach(model, processor, **KEEP):
+        inputs = batch_of(processor, family, "two images in a prompt")
+        ids = inputs["input_ids"]
+        begin, *_, end = (ids[0] == model.config.image_token_id).nonzero()[:, 0].tolist()
+        wanted = model.generate(**inputs, **few)
+        text = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+        for length in (2, begin + 1, begin + 20, end, end + 1, end + 2):
+            cache = DynamicCache(config=model.config.text_config)
+            model.generate(**inputs, **few, **{CACHE: cache})
+            cache.crop(length - cache.get_seq_length())
+            if length > end:
+                assert torch.equal(model.generate(**text, **few, **{CACHE: cache}), wanted)
+            else:
+                with pytest.raises(ValueError, match=r"^past_key_values: "):
+                    model.generate(**text, **few, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_grids_that_do_not_fit_a_call(family):
+    model, processor = model_of(family), tiny_processor(family)
+    few = {"max_new_tokens": 3, "do_sample": False}
+    inputs = batch_of(processor, family, "two images in a prompt")
+    with hero.attach(model, processor, **KEEP):
+        for error, wrong in (TypeError, inputs["image_grid_thw"].tolist()), (ValueError, None):
+            with pytest.raises(error, match=r"^image_grid_thw: "):
+                model.generate(**{**inputs, "image_grid_thw": wrong}, **few)
+        with pytest.raises(ValueError, match=r"^image_grid_thw: "):
+            model.model.get_image_features(inputs["pixel_values"])
+        full = torch.zeros(3, 1, 500, dtype=torch.long)
+        with pytest.raises(ValueError, match=r"^position_ids: "):
+            model.generate(**inputs, position_ids=full, **few)
 
 
 @pytest.mark.slow

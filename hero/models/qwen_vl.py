@@ -29,6 +29,8 @@ _OUTPUTS = ("output_hidden_states", "output_attentions")
 def get_image_features(self, original, pixel_values, image_grid_thw=None, **kwargs):
     if _is_video.get():
         return original(pixel_values, image_grid_thw, **kwargs)
+    if image_grid_thw is None:
+        raise error(ValueError, "image_grid_thw", "a tensor [images, 3], (1, rows, columns) of patches", None)
     handle, asked = self._hero, {name: kwargs[name] for name in _OUTPUTS if kwargs.get(name)}
     _, output, order = handle.images(pixel_values, image_grid_thw, **asked)
     output = copy.copy(output)  # generate repeats features in place
@@ -73,14 +75,15 @@ class QwenAdapter(Adapter):
     def layouts(self, inputs, parts, config, shown):
         grids = inputs.get("image_grid_thw")
         is_new = inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs")
+        if is_new and not isinstance(grids, torch.Tensor):
+            expected = "a tensor [images, 3], (1, rows, columns) of patches"
+            raise error(ValueError if grids is None else TypeError, "image_grid_thw", expected, grids)
         if grids is None:
-            if is_new:
-                raise error(ValueError, "image_grid_thw", "(1, rows, columns) of patches of each image", None)
             return None
         layouts = tower_for(parts.vision_tower).layouts(parts.vision_tower, grids, parts.geometry)
         last = max((image.number for image in shown), default=-1)
-        if is_new and len(layouts) != len(shown) and len(layouts) <= last:
-            expected = f"those of the {last + 1} images that prompts show, or of the {len(shown)} new ones"
+        if is_new and len(layouts) <= last:
+            expected = f"those of the {last + 1} images that prompts show"
             raise error(ValueError, "image_grid_thw", expected, [str(one) for one in layouts])
         return layouts
 

@@ -91,7 +91,7 @@ def make_policy(policy: str | Policy, options: dict[str, Any] | None = None) -> 
         own = ", ".join(fields) or "none"
         raise TypeError(
             f"{', '.join(unknown)}: expected options among keep_ratio, keep_tokens, policy, allocation, "
-            f"attention and the parameters of policy {policy!r} ({own}), got {given}"
+            f"attention, block and the parameters of policy {policy!r} ({own}), got {given}"
         )
     return found(**options)
 
@@ -111,7 +111,7 @@ def supported_rows(
     Args:
         policy: the policy.
         needs: what else it reads (:meth:`Policy.needs`).
-        depth, feature_layer, scoring: as in :meth:`Policy.rows`.
+        depth, feature_layer, scoring: as in :meth:`LayerPolicy.rows`.
         has_cls: whether the encoder has a CLS token.
         has_thumbnail: whether images have a thumbnail.
 
@@ -127,8 +127,10 @@ def supported_rows(
             raise ValueError(f"policy: expected one of {others} for {where}, got {policy.name!r}")
     if needs.second_softmax and not has_cls:
         raise error(ValueError, "second_softmax", "False for an encoder without CLS", True)
-    # Policies of users need not take what concerns packed encoders alone.
-    rows = policy.rows(depth, feature_layer, *(() if scoring is None else (scoring,)))
+    if scoring is not None and isinstance(policy, LayerPolicy):
+        rows = policy.rows(depth, feature_layer, scoring)
+    else:
+        rows = policy.rows(depth, feature_layer)
     name = f"policy {policy.name!r}"
     if not isinstance(rows, Mapping) or not all(isinstance(one, Rows) for one in rows.values()):
         raise error(TypeError, name, "rows() to return a dictionary of Rows", rows)

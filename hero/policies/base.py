@@ -164,15 +164,13 @@ class Policy(ABC):
         return first, keep_tokens - first
 
     @abstractmethod
-    def rows(self, depth: int, feature_layer: int, scoring: Sequence[int] | None = None) -> dict[str, Rows]:
+    def rows(self, depth: int, feature_layer: int) -> dict[str, Rows]:
         """The attention rows it reads, by name; only these are computed.
 
         Args:
             depth: number of the encoder's layers.
             feature_layer: the last layer, 0-based, whose output is among the features: ``depth − 2`` for
                 LLaVA, which takes hidden state −2.
-            scoring: the layers whose attention sees whole images, given for encoders that need not have it in
-                all layers (Qwen2-VL and later): only these can score.
 
         Raises:
             ValueError: a layer that the encoder does not have, by name.
@@ -244,7 +242,13 @@ class LayerPolicy(Policy):
             object.__setattr__(self, name, check_layers(name, getattr(self, name)))
         check_flag("second_softmax", self.second_softmax)
 
-    def rows(self, depth, feature_layer, scoring=None):
+    def rows(self, depth: int, feature_layer: int, scoring: Sequence[int] | None = None) -> dict[str, Rows]:
+        """As :meth:`Policy.rows`.
+
+        Args:
+            scoring: the layers whose attention sees whole images, given for encoders that need not have it in
+                all layers (Qwen2-VL and later): only these can score.
+        """
         thumbnail, tiles = (
             resolve_layers(name, getattr(self, name), depth, scoring)
             for name in ("thumbnail_layers", "tile_layers")
@@ -261,7 +265,7 @@ def resolve_layers(
     """0-based indices of ``layers`` in an encoder of ``depth`` layers, sorted, without duplicates.
 
     Args:
-        scoring: as in :meth:`Policy.rows`.
+        scoring: as in :meth:`LayerPolicy.rows`.
 
     Raises:
         ValueError: an index outside ``[-depth, depth)``, or not among ``scoring``.

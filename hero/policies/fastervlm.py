@@ -28,7 +28,7 @@ class FasterVLM(Policy):
     summary = "equal budgets; patches by CLS attention of the features' layer (arXiv 2412.01818)"
     requires_cls = True
 
-    def rows(self, depth, feature_layer, scoring=None):
+    def rows(self, depth, feature_layer):
         return {PATCHES: Rows.mean([feature_layer], [feature_layer])}
 
     def score(self, observed):

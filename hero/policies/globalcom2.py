@@ -39,7 +39,7 @@ class GlobalCom2(Policy):
     requires_cls = True
     requires_thumbnail = True
 
-    def rows(self, depth, feature_layer, scoring=None):
+    def rows(self, depth, feature_layer):
         return {PATCHES: Rows.mean([feature_layer], [feature_layer])}
 
     def constants(self, layouts):

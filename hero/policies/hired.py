@@ -39,7 +39,7 @@ class HiRED(Policy):
     def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
         return half_to_thumbnail(keep_ratio, keep_tokens, thumbnail, tiles)
 
-    def rows(self, depth, feature_layer, scoring=None):
+    def rows(self, depth, feature_layer):
         return {
             PATCHES: Rows.mean([feature_layer], [feature_layer]),
             "regions": Rows.mean([0], []),

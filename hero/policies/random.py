@@ -25,7 +25,7 @@ class Random(Policy):
     name = "random"
     summary = "equal tile budgets; patches at random, the same ones on every run"
 
-    def rows(self, depth, feature_layer, scoring=None):
+    def rows(self, depth, feature_layer):
         return {}
 
     def constants(self, layouts):

@@ -38,7 +38,7 @@ class VisionZip(Policy):
     summary = "equal budgets; dominant patches and means of the rest by key (arXiv 2412.04467)"
     requires_cls = True
 
-    def rows(self, depth, feature_layer, scoring=None):
+    def rows(self, depth, feature_layer):
         return {PATCHES: Rows.mean([feature_layer], [feature_layer])}
 
     def needs(self, with_relevance):
