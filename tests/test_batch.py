@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import independent
 import independent_families
@@ -556,6 +557,16 @@ def test_bad_options_are_refused_before_anything_runs(capsys, monkeypatch, tmp_p
     before = sorted(map(str, tmp_path.rglob("*")))
     assert re.match(f"hero: {message}", refused(capsys, *argv))
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_the_page_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["batch", "--help"])
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
+    page = (Path(__file__).parents[1] / "docs" / "batch.md").read_text(encoding="utf-8")
+    table = "".join(line for line in page.splitlines() if line.startswith("| `--"))
+    assert set(re.findall(r"--[a-z][a-z-]+", table)) == options
+    assert len(page.splitlines()) <= 120
 
 
 def test_without_ray_the_error_names_the_extra(capsys, monkeypatch, tmp_path, rows):
