@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_families import processor_of
 
 import hero
 from bench.mini import scenes
@@ -317,7 +318,7 @@ def test_a_padded_batch_of_any_family(module, name):
     if module is independent_qwen:
         model, processor = module.tiny_model(name), module.tiny_processor(name)
     else:
-        model, processor = module.tiny_model(**module.FAMILIES[name]), module.processor_of(name)
+        model, processor = module.tiny_model(**module.FAMILIES[name]), processor_of(name)
     model.generation_config.eos_token_id = None
     loaded = Loaded(model, processor, None, is_mini=False)
     images = [
@@ -481,6 +482,10 @@ def test_a_part_that_kills_every_worker_ends_the_run(monkeypatch, tmp_path, fold
     assert run(tmp_path / "in.jsonl", tmp_path / "a", *options) == 0
     assert results(read_lines(tmp_path / "a")) == expected[:4]
     assert not list((tmp_path / "a").glob(".*"))
+
+    before = stamps(tmp_path / "a")  # a worker that died after it wrote the part: the call is repeated
+    assert batch.Worker(job).run(part) == {"rows": 4, "failed": 0}
+    assert stamps(tmp_path / "a") == before
 
 
 def test_sizes_of_parts():
