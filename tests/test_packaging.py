@@ -270,6 +270,7 @@ def test_wheel_metadata(wheel, contents):
         "dev",
         "lmms",
         "vllm",
+        "ray",
     }
     assert (head["Requires-Python"], "Typing :: Typed" in head.get_all("Classifier")) == (">=3.10", True)
     assert "hero = hero.cli:main" in scripts
