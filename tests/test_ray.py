@@ -139,6 +139,8 @@ def test_an_interrupted_command_continues(capsys, tmp_path, folder, rows, expect
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # A shell starts background jobs with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: len(list((tmp_path / "a").glob("part-*"))) >= 3)
     process.send_signal(signal.SIGINT)
