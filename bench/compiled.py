@@ -139,7 +139,8 @@ def _segments(tower: Geometry, layout: str) -> Segments:
         images = (Segment(MOST_CROPS, MOST_CROPS - 1, 1, patches, 63 * patches // 5),)
     elif layout == "many":
         images = (
-            Segment(MORE_CROPS, 0, 255, patches, 51 * patches, (0, side)),
+            # A row that wide is one of blocks, which are small: larger crops would not fit registers.
+            Segment(MORE_CROPS, 0, 255 if side <= 24 else 51, patches, 51 * patches, (0, side)),
             Segment(1, -1, 1, 0, patches),
         )
     else:
