@@ -260,6 +260,7 @@ def test_compiled_code_serves_all_sizes(form, padded):
         )
 
 
+@pytest.mark.slow
 def test_gradients_of_compiled_code():
     torch._dynamo.reset()
     encoder = encoder_of(vision_tower=tower(layers=3))

@@ -234,7 +234,7 @@ def test_an_image_does_not_depend_on_its_batch(model, policy):
             start, first = start + whole.lengths[image], first + layout.crops
 
 
-@pytest.mark.parametrize("policy", ["hired", "visionzip"])
+@pytest.mark.parametrize("policy", ["hired", pytest.param("visionzip", marks=pytest.mark.slow)])
 def test_compiled_tower(model, reference, policy):
     """Rows of several maps, and keys, come out of the graph."""
     own = tiny_model()
