@@ -336,13 +336,14 @@ def _packed_attention(module, query, key, value, attention_mask, **kwargs):
         parts, sums = [], []
         for one in zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True):
             if collectors and _runs_flash(base, *one, attention_mask, kwargs):
-                (part, _), lse = _flash(*one, kwargs["scaling"])
+                (part, _), part_lse = _flash(*one, kwargs["scaling"])
             else:
-                part, lse = base(state.view, *one, attention_mask, **kwargs)[0], None
+                part, part_lse = base(state.view, *one, attention_mask, **kwargs)[0], None
             parts.append(part)
-            sums.append(lse)
+            sums.append(part_lse)
         output = torch.cat(parts, 1), None
-        lse = None if any(one is None for one in sums) else torch.cat(sums, 2)
+        if all(one is not None for one in sums):
+            lse = torch.cat(sums, 2)
     for collector in collectors:
         collector.add(state.layer, query, key, kwargs["scaling"], lse)
     return output

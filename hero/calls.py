@@ -334,15 +334,18 @@ def _on_host(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _on_device(
     inputs: Mapping[str, Any], on_host: Mapping[str, Any], given: Mapping[str, Any], device: Any
 ) -> dict[str, Any]:
-    """Inputs as given where they are still the same, the others on the device."""
-    return {
-        name: given[name]
-        if value is on_host.get(name)
-        else value.to(device)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in inputs.items()
-    }
+    """What :func:`_on_host` moved, back: as given where it is still the same. New inputs go to the device."""
+    if on_host is given:  # nothing was moved
+        return dict(inputs)
+    back = {}
+    for name, value in inputs.items():
+        before = given.get(name)
+        if value is on_host.get(name):
+            value = before
+        elif isinstance(value, Tensor):
+            value = value.to(before.device if isinstance(before, Tensor) else device)
+        back[name] = value
+    return back
 
 
 def _of_embeddings(handle: Handle, inputs: dict, layouts: tuple[ImageLayout, ...]) -> Call:

@@ -99,13 +99,10 @@ def load(name: str | None, clip: str | None = None, *, second_pass: bool = False
         return Loaded(*mini.load(), is_mini=True)
     from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
-    from .models import supported_types
     from .relevance import ClipRelevance
 
     # Types first, since reading weights takes long.
-    _check_type("--model", name, supported_types())
-    if clip is not None:
-        _check_type("--clip", clip, ["clip"])
+    _check_types(name, clip)
     model = _model("--model", AutoModelForImageTextToText, name, dtype="auto")
     processor = _pretrained("--model", AutoProcessor, name)
     relevance = None
@@ -128,13 +125,10 @@ def outline(name: str | None, clip: str | None = None) -> Loaded:
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
     from . import mini
-    from .models import supported_types
     from .relevance import ClipRelevance
 
     folder = str(mini.WEIGHTS) if name is None else name
-    _check_type("--model", folder, supported_types())
-    if clip is not None:
-        _check_type("--clip", clip, ["clip"])
+    _check_types(folder, clip)
     config, relevance = _pretrained("--model", AutoConfig, folder), None
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -156,6 +150,15 @@ def _pretrained(argument: str, cls, name: str, **kwargs):
         reason = (str(problem).strip() or type(problem).__name__).split("\n")[0]
         expected = f"{argument}: expected a folder or hub id of a model, got {name!r}"
         raise OSError(f"{expected}: {reason}") from problem
+
+
+def _check_types(model: str, clip: str | None) -> None:
+    """Raise unless a checkpoint is of a supported family, and the other, if there is one, a CLIP model."""
+    from .models import supported_types
+
+    _check_type("--model", model, supported_types())
+    if clip is not None:
+        _check_type("--clip", clip, ["clip"])
 
 
 def _check_type(argument: str, name: str, types: Sequence[str]) -> None:
