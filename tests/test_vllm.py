@@ -128,10 +128,10 @@ def spied(llm):
     return selections
 
 
-def answers(llm, prompts):
+def answers(llm, prompts, sampling=GREEDY):
     """(token ids, their log-probabilities, prompt length) of each prompt."""
     found = []
-    for output in llm.generate(prompts, GREEDY, use_tqdm=False):
+    for output in llm.generate(prompts, sampling, use_tqdm=False):
         tokens = list(output.outputs[0].token_ids)
         logprobs = [one[token].logprob for one, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
         found.append((tokens, logprobs, len(output.prompt_token_ids)))

@@ -9,8 +9,14 @@ from __future__ import annotations
 __all__ = ["MODELS", "register"]
 
 MODELS = {
-    "LlavaForConditionalGeneration": "hero.vllm.llava:HeroLlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration": "hero.vllm.llava_next:HeroLlavaNextForConditionalGeneration",
+    name: f"hero.vllm.{module}:Hero{name}"
+    for name, module in {
+        "InternVLChatModel": "internvl_chat",
+        "InternVLForConditionalGeneration": "internvl",
+        "LlavaForConditionalGeneration": "llava",
+        "LlavaNextForConditionalGeneration": "llava_next",
+        "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    }.items()
 }
 
 

@@ -1,36 +1,101 @@
-"""How the supported models cut images, from their configuration alone."""
+"""How the supported models cut images: from an engine's configuration, before anything is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .._checks import error
-from ..layout import Geometry
+from ..layout import Geometry, ImageLayout
+from ..models import internvl
 from ..models.llava_next import pinpoints_of
+from ..models.llava_onevision import resized_beyond
 from ..models.towers import square
-from ..tiling import Pinpoints, Whole
+from ..tiling import NearestAspect, Pinpoints, Whole
 
-__all__ = ["geometry_of", "largest"]
+__all__ = ["geometry_of", "known", "largest", "seen"]
 
 
-def geometry_of(hf_config: Any) -> Geometry:
+def known(hf_config: Any) -> Any:
+    """A model's configuration as transformers has it.
+
+    Raises:
+        ValueError: InternVL's own format with a field that transformers' model has not.
+    """
+    if hf_config.model_type == "internvl_chat":
+        from .internvl_chat import converted
+
+        return converted(hf_config)
+    return hf_config
+
+
+def geometry_of(model_config: Any, options: Mapping[str, Any] | None = None) -> Geometry:
     """How a model cuts images.
+
+    Args:
+        model_config: vLLM's.
+        options: of a request, ``mm_processor_kwargs``.
 
     Raises:
         ValueError: crops or patches that are not square; LLaVA with Pixtral's encoder.
     """
+    hf_config = known(model_config.hf_config)
     vision = hf_config.vision_config
     if vision.model_type == "pixtral":
         raise error(ValueError, "vision_config", "an encoder of crops, CLIP's or SigLIP's", vision.model_type)
     crop_size, patch_size = square("image_size", vision.image_size), square("patch_size", vision.patch_size)
     if hf_config.model_type == "llava":
         return Geometry(crop_size, patch_size, Whole(), newlines=False)
-    return Geometry(crop_size, patch_size, pinpoints_of(hf_config))
+    if hf_config.model_type == "internvl":
+        return _internvl(model_config, hf_config, crop_size, patch_size, options or {})
+    most = resized_beyond(hf_config) if hf_config.model_type == "llava_onevision" else None
+    return Geometry(crop_size, patch_size, pinpoints_of(hf_config), resized_beyond=most)
+
+
+def _internvl(
+    model_config: Any, hf_config: Any, crop_size: int, patch_size: int, options: Mapping[str, Any]
+) -> Geometry:
+    """The image processor and its options decide into how many tiles InternVL cuts."""
+    geometry = internvl.geometry_of(hf_config, crop_size, patch_size)
+    merged = model_config.multimodal_config.merge_mm_processor_kwargs(options)
+    merged = {**merged, **(merged.get("images_kwargs") or {})}
+    if model_config.hf_config.model_type == "internvl_chat":
+        from .internvl_chat import image_processor_of
+
+        return internvl.cut(image_processor_of(model_config.hf_config, merged), geometry, {})
+    from vllm.transformers_utils.processor import cached_image_processor_from_config
+
+    return internvl.cut(cached_image_processor_from_config(model_config), geometry, merged)
 
 
 def largest(geometry: Geometry, config: Any = None) -> int:
-    """Tokens of the largest image: all of them, or those kept by a :class:`hero.HeroConfig`."""
-    tiling = geometry.tiling
-    sizes = tiling.sizes if isinstance(tiling, Pinpoints) else ((geometry.crop_size,) * 2,)
-    layouts = [geometry.layout(size) for size in sizes]
-    return max(layout.full_tokens if config is None else layout.kept_tokens(config) for layout in layouts)
+    """Tokens of the largest image: all of them, or those kept by a :class:`hero.HeroConfig`.
+
+    Where grids are resized, an upper bound: that of all images in all grids.
+    """
+    layouts = _large(geometry)
+    return max(one.full_tokens if config is None else one.kept_tokens(config) for one in layouts)
+
+
+def _large(geometry: Geometry) -> Iterator[ImageLayout]:
+    """Layouts among which are those of most tokens."""
+    tiling, crop = geometry.tiling, geometry.crop_size
+    if isinstance(tiling, NearestAspect):
+        yield geometry.of_grid((1, tiling.most) if tiling.most > 1 else (0, 0))
+    elif isinstance(tiling, Pinpoints):
+        for height, width in tiling.sizes:
+            grid = height // crop, width // crop
+            yield geometry.padded((height, width), grid)
+            if geometry.resized_beyond is not None:  # with some padding it may not be resized, and be larger
+                step = geometry.patch_size
+                for side in range(step, height, step):
+                    yield geometry.padded((side, width), grid)
+                for side in range(step, width, step):
+                    yield geometry.padded((height, side), grid)
+    else:
+        yield geometry.layout((crop, crop))
+
+
+def seen(layout: ImageLayout) -> ImageLayout:
+    """The layout of the crops that the vision encoder sees, whose grid may be resized afterwards."""
+    return layout.encoded or layout

@@ -16,7 +16,8 @@ from ..encoder import HeroVisionEncoder
 from ..layout import ImageLayout
 from ..models.base import parameter
 from ..selection import Selection
-from .geometry import geometry_of
+from ..tokens import merge
+from .geometry import geometry_of, seen
 from .options import Options, build_tower, is_asked_for
 from .processing import IMAGES, layouts_of
 
@@ -35,10 +36,17 @@ class DroppingModel(nn.Module):
 
     Attributes:
         stock: vLLM's own class.
+        modalities: what the vision tower encodes. All but images is kept whole.
+        tower, projector: names of the model's modules.
+        pixels: the name of the images' crops among the inputs.
         vision_stage: absent where an engine serves text alone.
     """
 
     stock: ClassVar[type[nn.Module]]
+    modalities: ClassVar[frozenset[str]] = frozenset({"image"})
+    tower: ClassVar[str] = "vision_tower"
+    projector: ClassVar[str] = "multi_modal_projector"
+    pixels: ClassVar[str] = "pixel_values"
     supports_tower_connector_lora = False
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = ""):
@@ -52,17 +60,16 @@ class DroppingModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         model: Any = self
-        if isinstance(model.vision_tower, StageMissingLayer):
+        if isinstance(getattr(model, self.tower), StageMissingLayer):
             return
         names = model._tower_model_names
-        with model._mark_tower_model(vllm_config, "image"):
-            model.vision_tower = build_tower(model.config)
+        with model._mark_tower_model(vllm_config, set(self.modalities)):
+            setattr(model, self.tower, build_tower(model.config))
         model._tower_model_names = names
         options = Options.read(model.config)
         newline = partial(parameter, model, "image_newline") if hasattr(model, "image_newline") else None
-        encoder = options.encoder(
-            model.vision_tower, model.multi_modal_projector, model.config, geometry_of(model.config), newline
-        )
+        modules = getattr(model, self.tower), getattr(model, self.projector)
+        encoder = options.encoder(*modules, model.config, geometry_of(vllm_config.model_config), newline)
         self.vision_stage = VisionStage(encoder, options.max_crops)
 
     def embed_multimodal(self, **kwargs: Any) -> Sequence[Tensor]:
@@ -71,9 +78,9 @@ class DroppingModel(nn.Module):
         Raises:
             RuntimeError: an image has another number of tokens than placeholders in its prompt.
         """
-        if kwargs.get("pixel_values") is None:  # features that somebody else computed
+        if kwargs.get(self.pixels) is None:  # features that somebody else computed, or videos
             return super().embed_multimodal(**kwargs)
-        return self.vision_stage(kwargs["pixel_values"], kwargs[IMAGES].tolist())
+        return self.vision_stage(kwargs[self.pixels], kwargs[IMAGES].tolist())
 
 
 class VisionStage:
@@ -94,18 +101,20 @@ class VisionStage:
         """Kept tokens ``[n_i, D]`` of each image, newlines included.
 
         Args:
-            pixel_values: crops ``[crops, 3, S, S]`` of each image.
+            pixel_values: crops ``[crops, 3, S, S]`` of each image; or all one after another.
             images: what :class:`hero.vllm.processing.DroppingProcessor` says of each image.
 
         Raises:
             RuntimeError: an image has another number of tokens than placeholders in its prompt.
         """
         layouts = layouts_of(self.encoder.geometry, images)
+        if isinstance(pixel_values, Tensor) and pixel_values.ndim == 4:
+            pixel_values = pixel_values.split([seen(layout).crops for layout in layouts])
         tokens: list[Tensor] = []
         for chunk in _chunks(layouts, self.max_crops):
             crops = torch.cat([pixel_values[number] for number in chunk])
             tokens += self.select(crops, [layouts[number] for number in chunk]).per_image()
-        found, expected = [len(one) for one in tokens], [row[4] for row in images]
+        found, expected = [len(one) for one in tokens], [row[-1] for row in images]
         if found != expected:
             raise RuntimeError(
                 f"hero kept {found} tokens of images whose prompts have {expected} placeholders"
@@ -121,15 +130,22 @@ class VisionStage:
         """
         return self.encoder(crops, layouts)
 
+    def whole(self, crops: Tensor) -> Tensor:
+        """All tokens ``[T, P, D]`` of crops ``[T, 3, S, S]``: those of a video's frames."""
+        encoder = self.encoder
+        ran = encoder.kind.run(encoder.vision_tower, crops, encoder._states, cls=False)
+        tokens = merge(ran.features, encoder._merge)
+        return tokens if encoder.projector is None else encoder.projector(tokens)
+
 
 def _chunks(layouts: Sequence[ImageLayout], most: int) -> Iterator[list[int]]:
     """Images to encode together, in order: at least one, with at most ``most`` crops where several."""
     chunk: list[int] = []
     crops = 0
     for number, layout in enumerate(layouts):
-        if chunk and crops + layout.crops > most:
+        if chunk and crops + seen(layout).crops > most:
             yield chunk
             chunk, crops = [], 0
         chunk.append(number)
-        crops += layout.crops
+        crops += seen(layout).crops
     yield chunk

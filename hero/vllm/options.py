@@ -16,11 +16,13 @@ from transformers import AutoModel
 from .. import HeroConfig, HeroVisionEncoder, __version__
 from .._checks import check_integer, check_ratio, error
 from ..layout import Geometry
-from ..models import tower_for
+from ..models import internvl, tower_for
 from ..models.llava import check_strategy
+from .geometry import known
 
-__all__ = ["KEEP_RATIO", "Options", "build_tower", "is_asked_for", "read_ratio"]
+__all__ = ["KEEP_RATIO", "OPTIONS", "Options", "build_tower", "is_asked_for", "of_processor", "read_ratio"]
 
+OPTIONS = "hero"
 KEEP_RATIO = "hero_keep_ratio"
 MOST_CROPS = 32
 
@@ -91,15 +93,18 @@ class Options:
         Raises:
             TypeError, ValueError: as :class:`hero.HeroVisionEncoder`.
         """
-        check_strategy(hf_config.vision_feature_select_strategy, tower_for(tower))
-        layer = hf_config.vision_feature_layer
+        hf_config = known(hf_config)
+        strategy, layer = hf_config.vision_feature_select_strategy, hf_config.vision_feature_layer
+        check_strategy(strategy, tower_for(tower))
+        if hf_config.model_type == "internvl":
+            layer = internvl.feature_layer_of(layer, strategy)
         return HeroVisionEncoder(
             tower,
             projector,
             self.config,
             geometry=geometry,
             image_newline=newline,
-            feature_layer=layer if isinstance(layer, int) else tuple(layer),
+            feature_layer=tuple(layer) if isinstance(layer, list) else layer,
             cuda_graphs=False,  # they would be captured after vLLM has measured and divided the memory
         )
 
@@ -113,9 +118,14 @@ class Options:
 
 def build_tower(hf_config: Any) -> nn.Module:
     """A model's vision tower as transformers has it, in torch's default dtype, with random weights."""
-    config = copy.deepcopy(hf_config.vision_config)
+    config = copy.deepcopy(known(hf_config).vision_config)
     tower = AutoModel.from_config(config, dtype=torch.get_default_dtype(), attn_implementation="sdpa")
     return tower.eval().requires_grad_(False)
+
+
+def of_processor(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a request without those of hero, as vLLM's own processor takes them."""
+    return {name: value for name, value in options.items() if name not in (OPTIONS, KEEP_RATIO)}
 
 
 def read_ratio(options: Mapping[str, object]) -> tuple[int, int]:

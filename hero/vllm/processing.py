@@ -9,32 +9,34 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
 
 from .._checks import error
 from ..layout import Geometry, ImageLayout
-from .geometry import geometry_of
-from .options import KEEP_RATIO, Options, read_ratio
+from .geometry import geometry_of, seen
+from .options import OPTIONS, Options, of_processor, read_ratio
 
 __all__ = ["IMAGES", "DroppingInfo", "DroppingProcessor", "layouts_of"]
 
-# ``[images, 5]`` int64: height and width in pixels, the ratio of the request, the number of kept tokens.
+# ``[images, 7]`` int64: height and width in pixels, rows and columns of tiles, numerator and denominator of
+# the ratio of the request, the number of kept tokens.
 IMAGES = "hero_images"
 
 
 def layouts_of(geometry: Geometry, images: Sequence[Sequence[int]]) -> tuple[ImageLayout, ...]:
-    """The layout of each image, from the first four numbers of its row of ``hero_images``."""
-    layouts = geometry.layouts([row[:2] for row in images])
-    return tuple(
-        dataclasses.replace(layout, keep_ratio=row[2] / row[3]) if row[3] else layout
-        for layout, row in zip(layouts, images, strict=True)
-    )
+    """The layout of each image, from the first six numbers of its row of ``hero_images``."""
+    found = []
+    for height, width, rows, columns, numerator, denominator, *_ in images:
+        size, grid = (height, width), (rows, columns)
+        layout = geometry.padded(size, grid) if geometry.tiling.pads else geometry.of_grid(grid, size)
+        ratio = numerator / denominator if denominator else None
+        found.append(dataclasses.replace(layout, keep_ratio=ratio))
+    return tuple(found)
 
 
 class DroppingInfo(BaseProcessingInfo):
@@ -47,75 +49,104 @@ class DroppingInfo(BaseProcessingInfo):
 
     @cached_property
     def geometry(self) -> Geometry:
-        """How the model cuts images."""
-        return geometry_of(self.get_hf_config())
+        """How the model cuts images, by the options of the engine."""
+        return geometry_of(self.ctx.model_config)
 
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+    def layouts(
+        self, sizes: Sequence[tuple[int, int]], options: Mapping[str, Any]
+    ) -> tuple[ImageLayout, ...]:
+        """Layouts of images of (height, width) pixels, by the options of a request."""
+        options, (numerator, denominator) = of_processor(options), read_ratio(options)
+        geometry = geometry_of(self.ctx.model_config, options) if options else self.geometry
+        ratio = numerator / denominator if denominator else None
+        return tuple(dataclasses.replace(one, keep_ratio=ratio) for one in geometry.layouts(sizes))
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int, **_: Any) -> int:
         """Tokens kept of an image: :func:`hero.count_tokens` of the model's geometry."""
-        return self.count((image_height, image_width), (0, 0))
-
-    def count(self, image_size: Sequence[int], ratio: tuple[int, int]) -> int:
-        """The same for an image of (height, width) pixels, by the ratio of a request (:func:`read_ratio`)."""
-        [layout] = layouts_of(self.geometry, [(*image_size, *ratio)])
-        return layout.kept_tokens(self.options.config)
+        return self.geometry.layout((image_height, image_width)).kept_tokens(self.options.config)
 
 
 class DroppingProcessor(BaseMultiModalProcessor):
-    """Placeholders and inputs of a model's images."""
+    """Placeholders and inputs of a model's images.
 
-    def _get_mm_hashes(self, inputs):
-        # The options of a request are part of the hash already, but those of the engine are not, and some
-        # caches outlive an engine or are shared by several.
-        options = {**inputs.hf_processor_mm_kwargs, "hero": self.info.options.key}
-        return super()._get_mm_hashes(dataclasses.replace(inputs, hf_processor_mm_kwargs=options))
+    Attributes:
+        pixels: the name of the images' crops among the inputs.
+    """
+
+    pixels: ClassVar[str] = "pixel_values"
+
+    def apply(self, inputs, timing_ctx):
+        """What the front end makes of a prompt.
+
+        The options of a request are part of the hash of an image already, but those of the engine are not,
+        and some caches outlive an engine or are shared by several.
+        """
+        if OPTIONS in inputs.hf_processor_mm_kwargs:
+            raise error(ValueError, OPTIONS, "an option of the engine, in hf_overrides", "one of a request")
+        options = {**inputs.hf_processor_mm_kwargs, OPTIONS: self.info.options.key}
+        return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
+
+    def shown(self, count: int) -> Any:
+        """The tokens of a prompt for an image of which ``count`` tokens are kept."""
+        return [self.info.get_hf_config().image_token_index] * count
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        [stock] = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        stock = super()._get_prompt_updates(mm_items, of_processor(hf_processor_mm_kwargs), out_mm_kwargs)
         images = mm_items.get("image")
         if not isinstance(images, ImageProcessorItems):  # features that somebody else computed
-            return [stock]
-        ratio = read_ratio(hf_processor_mm_kwargs)
-        token = self.info.get_hf_config().image_token_index
+            return stock
 
-        def replacement(number: int) -> list[int]:
-            width, height = images.get_image_size(number)
-            return [token] * self.info.count((height, width), ratio)
+        def replacement(number: int) -> Any:
+            size = images.get_image_size(number)
+            [layout] = self.info.layouts([(size.height, size.width)], hf_processor_mm_kwargs)
+            return self.shown(layout.kept_tokens(self.info.options.config))
 
-        return [dataclasses.replace(stock, replacement=replacement)]
+        return [
+            dataclasses.replace(update, replacement=replacement) if update.modality == "image" else update
+            for update in stock
+        ]
 
-    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]):
-        ratio = read_ratio(hf_kwargs)
-        others = {name: value for name, value in hf_kwargs.items() if name != KEEP_RATIO}
-        outputs = super()._call_hf_processor(hf_data, others)
-        pixels = outputs.get("pixel_values")
-        if pixels is None:
+    def _apply_hf_processor_main(self, mm_items, *args, **kwargs):
+        # The options come last, and by names that differ among versions.
+        named = args[-1] if args else next(iter(kwargs.values()))
+        stock = of_processor(named)
+        kwargs = dict.fromkeys(kwargs, stock)
+        outputs = super()._apply_hf_processor_main(mm_items, *(stock for _ in args), **kwargs)
+        images = mm_items.get("image")
+        if not isinstance(images, ImageProcessorItems) or not len(images):
             return outputs
-        geometry = self.info.geometry
-        whole = [(geometry.crop_size,) * 2] * len(pixels)  # where an image is one crop
-        sizes = torch.as_tensor(outputs.get("image_sizes", whole)).tolist()
-        outputs["pixel_values"] = _own_crops(pixels, geometry.layouts(sizes), geometry.crop_size)
-        outputs[IMAGES] = torch.tensor([(*size, *ratio, self.info.count(size, ratio)) for size in sizes])
+        sizes = [images.get_image_size(number)[::-1] for number in range(len(images))]
+        layouts, ratio = self.info.layouts(sizes, named), read_ratio(named)
+        self._check_crops(outputs, layouts)
+        rows = [
+            (*size, *seen(layout).grid, *ratio, layout.kept_tokens(self.info.options.config))
+            for size, layout in zip(sizes, layouts, strict=True)
+        ]
+        outputs[IMAGES] = torch.tensor(rows)
         return outputs
 
+    def _check_crops(self, outputs: Any, layouts: Sequence[ImageLayout]) -> None:
+        """Leave the crops of each image ``[crops, 3, S, S]``, without those that pad a batch.
+
+        Raises:
+            ValueError: other crops than the model cuts, since options of the request change the processor.
+        """
+        size, counts = self.info.geometry.crop_size, outputs.get("image_num_patches")
+        pixels = outputs[self.pixels]
+        if counts is not None:  # all crops one after another
+            pixels = pixels.split(counts.tolist())
+        found = []
+        for image, layout in zip(pixels, layouts, strict=True):
+            crops, count = image if image.ndim == 4 else image[None], seen(layout).crops
+            own, more = crops[:count], crops[count:]
+            is_padded = counts is None and not more.any()
+            if own.shape != (count, 3, size, size) or (len(more) and not is_padded):
+                expected = f"options that cut an image of {layout} as the model does, into {count} crops"
+                raise error(ValueError, "mm_processor_kwargs", f"{expected} of {size} px", tuple(image.shape))
+            found.append(own.contiguous())
+        if counts is None:
+            outputs[self.pixels] = found
+
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
-        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        fields = super()._get_mm_fields_config(hf_inputs, of_processor(hf_processor_mm_kwargs))
         return {**fields, IMAGES: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
-
-
-def _own_crops(pixels: Sequence[Tensor], layouts: Sequence[ImageLayout], crop_size: int) -> list[Tensor]:
-    """Crops of each image ``[crops, 3, S, S]``, without those that pad a batch.
-
-    Raises:
-        ValueError: other crops than the model cuts, since options of the request change the image processor.
-    """
-    found = []
-    for image, layout in zip(pixels, layouts, strict=True):
-        crops = image if image.ndim == 4 else image[None]
-        own = crops[: layout.crops]
-        if own.shape != (layout.crops, 3, crop_size, crop_size) or crops[layout.crops :].any():
-            expected = f"options that cut an image of {layout} as the model does, into {layout.crops} crops"
-            raise error(
-                ValueError, "mm_processor_kwargs", f"{expected} of {crop_size} px", tuple(image.shape)
-            )
-        found.append(own.contiguous())
-    return found

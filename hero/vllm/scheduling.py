@@ -49,13 +49,16 @@ def _check_and_limit(vllm_config: Any, supported: tuple[str, ...]) -> None:
         raise error(
             ValueError, "hf_overrides, hero", f"a model of {', '.join(supported)}", model.architecture
         )
-    options, geometry = Options.read(model.hf_config), geometry_of(model.hf_config)
+    options, geometry = Options.read(model.hf_config), geometry_of(model)
     options.check(model.hf_config, geometry)
     if model.runner_type != "generate":
         raise error(ValueError, "hf_overrides, hero: runner", "'generate'", model.runner_type)
     if KEEP_RATIO in (model.multimodal_config.mm_processor_kwargs or {}):
         expected = "an option of a request; for the engine, keep_ratio in hf_overrides"
         raise error(ValueError, KEEP_RATIO, expected, "one of the engine")
+    if vllm_config.compilation_config.cudagraph_mm_encoder:
+        expected = "False, since it would run vLLM's own vision encoder"
+        raise error(ValueError, "hf_overrides, hero: cudagraph_mm_encoder", expected, True)
     whole, kept = largest(geometry), largest(geometry, options.config)
     if scheduler.disable_chunked_mm_input and whole > scheduler.max_num_batched_tokens:
         expected = f"at least {whole}, the tokens of a whole image, where images are not divided among steps"
