@@ -512,8 +512,8 @@ def test_another_number_of_tokens_is_an_error(change, engine, images):
     data = processed(llm.llm_engine.renderer.get_mm_processor(), images[:2])["mm_kwargs"].get_data()
     model = model_of(llm)
     with torch.inference_mode():
-        assert [len(one) for one in model.embed_multimodal(**data)] == data["hero_images"][:, 4].tolist()
-        data["hero_images"][1, 4] += change
+        assert [len(one) for one in model.embed_multimodal(**data)] == data["hero_images"][:, -1].tolist()
+        data["hero_images"][1, -1] += change
         with pytest.raises(RuntimeError, match=r"^hero kept \[89, 68\] tokens of images whose prompts"):
             model.embed_multimodal(**data)
 

@@ -67,7 +67,7 @@ def write(folder: Path, family: str) -> PreTrainedModel:
 
     Args:
         folder: where to.
-        family: ``"internvl"`` is transformers' format, ``"internvl_chat"`` the same weights in InternVL's own;
+        family: ``"internvl"``, ``"internvl_chat"`` with the same weights in InternVL's own format,
             or ``"llava_onevision"``.
     """
     kind = family.removesuffix("_chat")
@@ -88,6 +88,8 @@ def write(folder: Path, family: str) -> PreTrainedModel:
     processor.save_pretrained(folder)
     if family == "internvl_chat":
         _make_chat(folder, model)
+        tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)  # of Qwen2, for videos
+        tokenizer.save_pretrained(folder)
     return model
 
 

@@ -71,7 +71,7 @@ def _internvl(
 def largest(geometry: Geometry, config: Any = None) -> int:
     """Tokens of the largest image: all of them, or those kept by a :class:`hero.HeroConfig`.
 
-    Where grids are resized, an upper bound: that of all images in all grids.
+    Where grids are resized, an upper bound.
     """
     layouts = _large(geometry)
     return max(one.full_tokens if config is None else one.kept_tokens(config) for one in layouts)
@@ -83,17 +83,22 @@ def _large(geometry: Geometry) -> Iterator[ImageLayout]:
     if isinstance(tiling, NearestAspect):
         yield geometry.of_grid((1, tiling.most) if tiling.most > 1 else (0, 0))
     elif isinstance(tiling, Pinpoints):
-        for height, width in tiling.sizes:
-            grid = height // crop, width // crop
-            yield geometry.padded((height, width), grid)
+        for size in tiling.sizes:
+            grid = size[0] // crop, size[1] // crop
+            yield geometry.padded(size, grid)
             if geometry.resized_beyond is not None:  # with some padding it may not be resized, and be larger
-                step = geometry.patch_size
-                for side in range(step, height, step):
-                    yield geometry.padded((side, width), grid)
-                for side in range(step, width, step):
-                    yield geometry.padded((height, side), grid)
+                yield from (geometry.padded(one, grid) for one in _padded(size, tiling, geometry))
     else:
         yield geometry.layout((crop, crop))
+
+
+def _padded(size: tuple[int, int], tiling: Pinpoints, geometry: Geometry) -> Iterator[tuple[int, int]]:
+    """Sizes of images that a pinpoint may be chosen for: a smaller one would waste less of others."""
+    for axis in (0, 1):
+        smaller = (size[0] - geometry.crop_size * (axis == 0), size[1] - geometry.crop_size * (axis == 1))
+        least = smaller[axis] if smaller in tiling.sizes else 0
+        for side in range(least + 1, size[axis], geometry.patch_size):
+            yield (side, size[1]) if axis == 0 else (size[0], side)
 
 
 def seen(layout: ImageLayout) -> ImageLayout:

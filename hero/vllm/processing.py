@@ -83,6 +83,9 @@ class DroppingProcessor(BaseMultiModalProcessor):
         """
         if OPTIONS in inputs.hf_processor_mm_kwargs:
             raise error(ValueError, OPTIONS, "an option of the engine, in hf_overrides", "one of a request")
+        read_ratio(
+            inputs.hf_processor_mm_kwargs
+        )  # its error names the option, that of a stock processor may not
         options = {**inputs.hf_processor_mm_kwargs, OPTIONS: self.info.options.key}
         return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs=options), timing_ctx)
 
