@@ -131,7 +131,7 @@ $(LMMS_STAMP): requirements-lmms.txt | $(STAMP)
 	@touch $@
 
 test-vllm: $(VLLM_STAMP) ## the plug-in for vLLM, in .venv-vllm, which takes 2.5 GB
-	$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_vllm.py tests/test_vllm_server.py
+	$(VLLM)/bin/python -m pytest -q $(PYTEST_ARGS) tests/test_vllm.py tests/test_vllm_families.py tests/test_vllm_server.py
 
 $(VLLM_STAMP): setup.py requirements-vllm.txt tests/vllm_environment.py
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer with venv found; name one: make PYTHON=..." >&2; exit 1; }

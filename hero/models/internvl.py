@@ -17,7 +17,7 @@ from . import tower_for
 from .base import Adapter, Parts, Patch, Shown, check_tokens, runs_of, token_blocks
 from .processors import sizes_of, with_ratios
 
-__all__ = ["ADAPTER", "cut", "feature_layer_of", "geometry_of"]
+__all__ = ["ADAPTER", "feature_layer"]
 
 
 def get_image_features(
@@ -25,34 +25,18 @@ def get_image_features(
 ):
     strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
     layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-    pixel_values, layer = pixel_values.to(self.dtype), feature_layer_of(layer, strategy)
+    pixel_values, layer = pixel_values.to(self.dtype), feature_layer(layer, strategy)
     tokens, _ = self._hero.image_tokens(pixel_values, None, feature_layer=layer)
     return token_blocks(tokens, kwargs.get("return_dict", True))
 
 
-def feature_layer_of(layer, strategy):
+def feature_layer(layer, strategy):
     """``vision_feature_layer`` as the encoder takes it: -1 is the last one after the tower's last norm."""
     if strategy != "default":
         raise error(ValueError, "vision_feature_select_strategy", "'default' (without CLS)", strategy)
     if not isinstance(layer, int):
         raise error(TypeError, "vision_feature_layer", "an integer", layer)
     return "last_hidden_state" if layer == -1 else layer
-
-
-def geometry_of(config, crop_size: int, patch_size: int) -> Geometry:
-    """How a model of a configuration cuts images, by default in up to 12 tiles."""
-    token_size = patch_size * round(1 / config.downsample_ratio)
-    return Geometry(crop_size, token_size, NearestAspect(), "last", stitched=False, newlines=False)
-
-
-def cut(images, geometry: Geometry, options) -> Geometry:
-    """The geometry of images that an image processor cuts with options of a call."""
-    size = options.get("size") or images.size
-    if (size["height"], size["width"]) != (geometry.crop_size,) * 2:
-        raise error(ValueError, "size of the processor", f"crops of {geometry.crop_size} px", dict(size))
-    least, most = (options.get(name) or getattr(images, name) for name in ("min_patches", "max_patches"))
-    is_cut = options.get("crop_to_patches", True) and most > 1
-    return replace(geometry, tiling=NearestAspect(least, most) if is_cut else Whole())
 
 
 class InternVLAdapter(Adapter):
@@ -63,14 +47,14 @@ class InternVLAdapter(Adapter):
 
     def parts(self, model):
         config, tower = model.config, model.model.vision_tower
+        crop_size, patch_size = tower_for(tower).geometry(tower)
+        token_size = patch_size * round(1 / config.downsample_ratio)
         return Parts(
             vision_tower=tower,
             projector=model.model.multi_modal_projector,
             image_newline=None,
-            geometry=geometry_of(config, *tower_for(tower).geometry(tower)),
-            feature_layer=feature_layer_of(
-                config.vision_feature_layer, config.vision_feature_select_strategy
-            ),
+            geometry=Geometry(crop_size, token_size, NearestAspect(), "last", stitched=False, newlines=False),
+            feature_layer=feature_layer(config.vision_feature_layer, config.vision_feature_select_strategy),
             image_token_id=config.image_token_id,
         )
 
@@ -124,7 +108,7 @@ class InternVLAdapter(Adapter):
         )
 
     def feature_layer(self, layer):
-        return None if layer is None else feature_layer_of(layer, "default")
+        return None if layer is None else feature_layer(layer, "default")
 
     def mixes_up_beams(self, layouts, rows, version):
         return version < (5, 19) and (len(set(rows)) < len(rows) or any(one.tiles for one in layouts))
@@ -137,7 +121,14 @@ class InternVLAdapter(Adapter):
         return self.cut(processor, parts.geometry, {})
 
     def cut(self, processor, geometry, options):
-        return cut(processor.image_processor, geometry, options)
+        images = processor.image_processor
+        size = options.get("size") or images.size
+        if (size["height"], size["width"]) != (geometry.crop_size,) * 2:
+            raise error(ValueError, "size of the processor", f"crops of {geometry.crop_size} px", dict(size))
+        least, most = (options.get(name) or getattr(images, name) for name in ("min_patches", "max_patches"))
+        is_cut = options.get("crop_to_patches", True) and most > 1
+        tiling = NearestAspect(least, most) if is_cut else Whole()
+        return replace(geometry, tiling=tiling)
 
     def model_patches(self, model):
         return [Patch(model.model, "get_image_features", get_image_features)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from .._checks import error
@@ -56,16 +57,19 @@ def _internvl(
     model_config: Any, hf_config: Any, crop_size: int, patch_size: int, options: Mapping[str, Any]
 ) -> Geometry:
     """The image processor and its options decide into how many tiles InternVL cuts."""
-    geometry = internvl.geometry_of(hf_config, crop_size, patch_size)
+    token_size = patch_size * round(1 / hf_config.downsample_ratio)
+    geometry = Geometry(crop_size, token_size, NearestAspect(), "last", stitched=False, newlines=False)
     merged = model_config.multimodal_config.merge_mm_processor_kwargs(options)
     merged = {**merged, **(merged.get("images_kwargs") or {})}
     if model_config.hf_config.model_type == "internvl_chat":
         from .internvl_chat import image_processor_of
 
-        return internvl.cut(image_processor_of(model_config.hf_config, merged), geometry, {})
-    from vllm.transformers_utils.processor import cached_image_processor_from_config
+        images, merged = image_processor_of(model_config.hf_config, merged), {}
+    else:
+        from vllm.transformers_utils.processor import cached_image_processor_from_config
 
-    return internvl.cut(cached_image_processor_from_config(model_config), geometry, merged)
+        images = cached_image_processor_from_config(model_config)
+    return internvl.ADAPTER.cut(SimpleNamespace(image_processor=images), geometry, merged)
 
 
 def largest(geometry: Geometry, config: Any = None) -> int:

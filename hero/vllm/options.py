@@ -97,7 +97,7 @@ class Options:
         strategy, layer = hf_config.vision_feature_select_strategy, hf_config.vision_feature_layer
         check_strategy(strategy, tower_for(tower))
         if hf_config.model_type == "internvl":
-            layer = internvl.feature_layer_of(layer, strategy)
+            layer = internvl.feature_layer(layer, strategy)
         return HeroVisionEncoder(
             tower,
             projector,
