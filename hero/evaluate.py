@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace, row: Row, task: str, folder: Path) -> None:
         json.loads(_results(part))
     except ValueError as problem:  # none, or damaged ones; lmms-eval exits with 0 where the model raises
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)(:|$)", line)]
         reason = errors[-1] if errors else f"lmms-eval exited with {done.returncode}"
         raise RuntimeError(f"{reason} ({log})") from problem
     part.rename(folder)
