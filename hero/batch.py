@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ._checks import check_integer, error
-from ._version import __version__
+from .folders import begin_with, begun_with, place
 from .options import options_named
-from .parts import SUFFIXES, WRITTEN, Part, format_of, split, write_whole
+from .parts import SUFFIXES, WRITTEN, Part, format_of, split
 
 __all__ = ["add_command"]
 
-SETTINGS = "_hero.json"  # readers of a folder skip names that begin with _ or .
 MOST_ROWS = 256  # of a part, by default
 MOST_TRIES = 4  # of a part, since a row may kill every worker that answers it
 
@@ -164,46 +162,6 @@ def _id_column(args: argparse.Namespace, files: Sequence[str]) -> str | None:
     return id_column
 
 
-def _begun(output: Path) -> dict[str, Any] | None:
-    """The settings with which a folder was begun, or ``None`` for a new one."""
-    expected = "a new folder, or one that hero batch began"
-    if not output.exists():
-        folder = next(folder for folder in output.parents if folder.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise error(ValueError, "OUTPUT", "a folder that can be made", str(output))
-        return None
-    if not output.is_dir():
-        raise error(ValueError, "OUTPUT", expected, str(output))
-    settings = output / SETTINGS
-    if not settings.exists():
-        if any(not file.name.endswith(".tmp") for file in output.iterdir()):
-            raise error(ValueError, "OUTPUT", f"{expected} and that has {SETTINGS}", str(output))
-        return None
-    try:
-        return dict(json.loads(settings.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"OUTPUT: expected JSON in {settings}, got {problem}") from problem
-
-
-def _begin(output: Path, begun: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a new folder; raise if one was begun with others, whose answers are not these."""
-    if begun is None:
-        output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"hero": __version__, **settings}, indent=1) + "\n"
-        return write_whole(output / SETTINGS, lambda out: out.write(text.encode()))
-    for option, value in settings.items():
-        if begun.get(option) != value:
-            expected = f"{begun.get(option)!r}, with which {output} was begun"
-            raise error(ValueError, option, expected, value)
-    for file in output.glob(".*.tmp"):  # of processes that were killed
-        file.unlink(missing_ok=True)
-
-
-def _place(name: str | None) -> str | None:
-    """A folder as an absolute path, since workers may have another current folder; a hub id as it is."""
-    return str(Path(name).absolute()) if name is not None and Path(name).is_dir() else name
-
-
 def _part_rows(total: int, workers: int, batch_size: int) -> int:
     """Rows of a part: whole batches, at least four parts a worker where there are as many, at most 256."""
     rows = min(MOST_ROWS, -(-total // (4 * max(workers, 1))))
@@ -225,13 +183,13 @@ def _run_batch(args: argparse.Namespace) -> None:
     files = _files(args.input)
     starts = list(map(_starts, files))
     id_column, output = _id_column(args, files), Path(args.output).absolute()
-    begun = _begun(output)
+    begun = begun_with(output, "hero batch")
 
     from .ray import Answerer, cluster, spread
 
     given = {"keep_ratio": args.keep, "keep_tokens": args.tokens, "policy": args.policy, "alpha": args.alpha}
     options = {name: value for name, value in given.items() if value is not None}
-    model, clip = _place(args.model), _place(args.clip)
+    model, clip = place(args.model), place(args.clip)
     with options_named():
         config = Answerer.check(model, clip, **options)
     with contextlib.ExitStack() as stack:
@@ -257,7 +215,7 @@ def _run_batch(args: argparse.Namespace) -> None:
             "--max-new-tokens": args.max_new_tokens,
             "--part-rows": size or _part_rows(total, workers, args.batch_size),
         }
-        _begin(output, begun, settings)
+        begin_with(output, begun, settings)
         answerer = {
             "model": model,
             "clip": clip,

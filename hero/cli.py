@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ._checks import check_integer, error
 from ._version import __version__
-from .batch import add_command
+from .batch import add_command as add_batch
 from .checkpoints import Loaded, load
 from .config import DEFAULT_KEEP_RATIO, HeroConfig
-from .options import options_named
+from .evaluate import add_command as add_evaluate
+from .options import list_of, options_named, policy_name
 from .policies import POLICIES
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _check(args: argparse.Namespace) -> None:
     """Raise if an option cannot be used; neither torch nor a model is loaded."""
     from .images import check_writable
 
-    _configs(args)
+    if "policy" in args:
+        _configs(args)
     if "max_new_tokens" in args:
         check_integer("--max-new-tokens", args.max_new_tokens)
     if "rounds" in args:
@@ -324,25 +326,6 @@ def _run_env(args: argparse.Namespace) -> None:
             )
 
 
-def _policy(name: str) -> str:
-    """A policy's name, or ``module:Class``, where the module may also be in the current folder."""
-    if ":" in name:
-        if "" not in sys.path:
-            sys.path.append("")
-    elif name not in POLICIES:
-        raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(POLICIES)} or module:Class, got {name!r}"
-        )
-    return name
-
-
-def _ratios(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError as problem:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from problem
-
-
 def _parser() -> argparse.ArgumentParser:
     def group(*parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Options that several commands share."""
@@ -351,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     policy = group()
     summaries = "; ".join(f"{name}: {found.summary}" for name, found in POLICIES.items())
     text = f"a name, or module:Class of your own policy (default %(default)s). {summaries}"
-    policy.add_argument("--policy", type=_policy, default="hero", metavar="NAME", help=text)
+    policy.add_argument("--policy", type=policy_name, default="hero", metavar="NAME", help=text)
     policy.add_argument("--alpha", type=float, help="of hero: weight of saliency against relevance, 0 to 1")
 
     selection = group(policy)
@@ -398,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "time the vision stage and the first token at several keep ratios"
     bench = command(_run_bench, text, question, model, policy)
     text = "keep ratios (default 1,0.5,0.2,0.1)"
-    bench.add_argument("--keep", type=_ratios, default=(1.0, 0.5, 0.2, 0.1), metavar="R,R", help=text)
+    bench.add_argument("--keep", type=list_of(float), default=(1.0, 0.5, 0.2, 0.1), metavar="R,R", help=text)
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="default %(default)s")
     bench.add_argument(
         "--cuda-graphs",
@@ -407,7 +390,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo = command(_run_demo, "ask the bundled model about a bundled scene, offline", selection, answer)
     demo.add_argument("--out", default="out", metavar="DIR", help="folder of pictures (default %(default)s)")
-    add_command(command, model, selection, answer)
+    add_batch(command, model, selection, answer)
+    add_evaluate(command, model)
     command(_run_env, "versions, devices and what each operation runs on")
     return parser
 

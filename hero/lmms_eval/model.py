@@ -11,6 +11,7 @@ import json
 import time
 from pathlib import Path
 from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -27,6 +28,7 @@ from hero import mini
 
 __all__ = ["HeroLlavaNext"]
 
+CHECKPOINT = "llava-hf/llava-v1.6-vicuna-7b-hf"
 MINI = "mini"
 # The mini model has no chat template. Its prompts are the words of the question.
 MINI_TEMPLATE = (
@@ -39,6 +41,17 @@ _LOADING = tuple(
     for name, parameter in inspect.signature(LlavaHf.__init__).parameters.items()
     if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
 )
+
+
+class Chosen(NamedTuple):
+    """What the arguments of :class:`HeroLlavaNext` ask for."""
+
+    config: hero.HeroConfig
+    loading: dict[str, Any]  # arguments of llava_hf
+    pretrained: str  # what transformers loads
+    relevance: str | None
+    own: bool  # relevance is the mini model's
+    template: str | None
 
 
 class HeroLlavaNext(LlavaHf):
@@ -67,7 +80,7 @@ class HeroLlavaNext(LlavaHf):
 
     def __init__(
         self,
-        pretrained: str = "llava-hf/llava-v1.6-vicuna-7b-hf",
+        pretrained: str = CHECKPOINT,
         relevance: str | None = None,
         second_pass: bool = False,
         batch_size: int = 1,
@@ -75,6 +88,46 @@ class HeroLlavaNext(LlavaHf):
         chat_template: str | None = None,
         **arguments,
     ) -> None:
+        chosen = self.check(pretrained, relevance, second_pass, batch_size, dtype, chat_template, **arguments)
+        arguments = chosen.loading
+        if PartialState().num_processes == 1:
+            # llava_hf's own default is an empty string, which transformers 5 rejects.
+            arguments.setdefault("device_map", arguments.get("device", "cuda"))
+        super().__init__(chosen.pretrained, batch_size=batch_size, dtype=dtype, **arguments)
+        processor = self._image_processor
+        if chosen.template is not None:
+            processor.chat_template = chosen.template
+        elif processor.chat_template is None:
+            raise ValueError(f"chat_template: expected one, since {pretrained!r} has none, got None")
+        self.chat_template = processor.chat_template
+        self._model.eval()
+        clip = None
+        if chosen.own:
+            clip = hero.ClipRelevance(mini.build_clip(self.model), mini.clip_tokenizer())
+        elif chosen.relevance is not None:
+            tower = self.model.model.vision_tower
+            clip_model = CLIPModel.from_pretrained(chosen.relevance, dtype=tower.dtype)
+            tokenizer = AutoTokenizer.from_pretrained(chosen.relevance)
+            clip = hero.ClipRelevance(clip_model.to(tower.device).eval(), tokenizer, second_pass=second_pass)
+        self.handle: hero.Handle | None = hero.attach(
+            self.model, processor, config=chosen.config, relevance=clip
+        )
+
+    @staticmethod
+    def check(
+        pretrained: str = CHECKPOINT,
+        relevance: str | None = None,
+        second_pass: bool = False,
+        batch_size: int | str = 1,
+        dtype: str | torch.dtype = "auto",
+        chat_template: str | None = None,
+        **arguments,
+    ) -> Chosen:
+        """What the arguments of the class ask for. Reads configurations, loads no weights.
+
+        Raises:
+            ValueError: an unknown argument or an argument out of range, by name.
+        """
         relevance = None if relevance in (None, "none") else relevance
         if not isinstance(second_pass, bool):
             raise ValueError(f"second_pass: expected True or False, got {second_pass!r}")
@@ -99,29 +152,9 @@ class HeroLlavaNext(LlavaHf):
                 raise ValueError(f"relevance: expected a CLIP model for {pretrained!r}, got the mini model's")
             if not own:
                 _check_type("relevance", relevance, "clip")
-
-        if PartialState().num_processes == 1:
-            # llava_hf's own default is an empty string, which transformers 5 rejects.
-            arguments.setdefault("device_map", arguments.get("device", "cuda"))
-        super().__init__(pretrained, batch_size=batch_size, dtype=dtype, **arguments)
-        processor = self._image_processor
-        if template is not None:
-            processor.chat_template = template
-        elif bundled:
-            processor.chat_template = MINI_TEMPLATE
-        elif processor.chat_template is None:
-            raise ValueError(f"chat_template: expected one, since {pretrained!r} has none, got None")
-        self.chat_template = processor.chat_template
-        self._model.eval()
-        clip = None
-        if own:
-            clip = hero.ClipRelevance(mini.build_clip(self.model), mini.clip_tokenizer())
-        elif relevance is not None:
-            tower = self.model.model.vision_tower
-            clip_model = CLIPModel.from_pretrained(relevance, dtype=tower.dtype).to(tower.device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(relevance)
-            clip = hero.ClipRelevance(clip_model, tokenizer, second_pass=second_pass)
-        self.handle: hero.Handle | None = hero.attach(self.model, processor, config=config, relevance=clip)
+        if template is None and bundled:
+            template = MINI_TEMPLATE
+        return Chosen(config, arguments, pretrained, relevance, own, template)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests.
