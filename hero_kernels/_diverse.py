@@ -16,7 +16,7 @@ LENGTH = 4000.0  # rounding adds at most √D / 2, and 4096² = 2²⁴
 TERMS = 16384.0  # squares of a vector that are summed exactly
 SHIFT = 9  # similarities in 16 bits, in units of 2⁹ / LENGTH², which is 2⁻¹⁵ times 1.05
 EXACT = 2.0**-24  # unit of the exact similarities
-FLOOR = 2.0**-20  # the least variance: what fp32 leaves of none
+FLOOR = 2.0**-16  # a variance that counts as none: beyond it, rounding would decide
 MOST_QUALITY = 2.0**60
 MOST_CANDIDATES = 4096
 NOT_CHOSEN = 32767
@@ -61,13 +61,15 @@ def _max_min(products: Tensor, valid: Tensor, quality: Tensor) -> Rule:
 def _dpp(products: Tensor, valid: Tensor, quality: Tensor) -> Rule:
     """Quality² times the variance that the chosen candidates leave: the pivots of a Cholesky factorisation.
 
-    Each element is updated once a step, by a product and a difference that are both rounded.
+    Each element is updated once a step, by a product and a difference that are both rounded. A candidate
+    without variance changes nothing; of several the largest quality comes first.
     """
     covariance = products.float() * EXACT
     while True:
         variance = covariance.diagonal(dim1=1, dim2=2).clamp_min(FLOOR)
         chosen = yield variance * quality * quality
-        column = _row(covariance, chosen) / variance.gather(1, chosen[:, None]).sqrt()
+        own = variance.gather(1, chosen[:, None])
+        column = torch.where(own > FLOOR, _row(covariance, chosen) / own.sqrt(), 0.0)
         covariance = covariance - column[:, :, None] * column[:, None]
 
 

@@ -312,7 +312,7 @@ def segmented_diverse_topk(
 
     - ``"max_min"``: the distance to the nearest chosen candidate; first that to the nearest other one.
     - ``"dpp"``: quality² times the variance that the chosen ones leave, by a Cholesky factorisation in fp32
-      whose operations are rounded one by one, in a fixed order. Variances below 2⁻²⁰ count as 2⁻²⁰.
+      whose operations are rounded one by one, in a fixed order. Variances below 2⁻¹⁶ count as 2⁻¹⁶.
     - ``"coverage"``: ``quality · Σ_j max(0, sim(i, j) − max_c sim(c, j))``, j over the valid candidates, c
       over the chosen ones and 0.
 
@@ -325,8 +325,8 @@ def segmented_diverse_topk(
         rule: which of the three.
         quality: ``[T, P]`` fp32, >= 0, up to 2⁶⁰; 1 where ``None``. Not for ``"max_min"``.
         valid: ``[T, P]`` bool; all patches are valid where ``None``.
-        cu_crops: ``[S + 1]`` int32: segment s holds the patches of crops ``cu_crops[s]`` to ``cu_crops[s + 1]``
-            − 1, with indices in this order. A segment may be empty. Each crop is one where ``None``.
+        cu_crops: ``[S + 1]`` int32: segment s holds the patches of crops ``cu_crops[s]``, …,
+            ``cu_crops[s + 1] − 1``; it may be empty. Each crop is a segment where ``None``.
         max_crops: crops of the longest segment, or more, on the host; given with ``cu_crops``, which is then
             not read on the host. The CPU checks both. On a GPU wrong values give wrong ranks.
 
