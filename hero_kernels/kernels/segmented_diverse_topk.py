@@ -278,7 +278,7 @@ def panel_of(steps, panel, PANELS: tl.constexpr):
     return steps * panel // PANELS, steps * (panel + 1) // PANELS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["panel"])
 def dpp_kernel(
     covariance,
     order,
@@ -332,7 +332,7 @@ def dpp_kernel(
     tl.store(ranks + first + i, rank.to(tl.int16), mask=i < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["panel"])
 def dpp_update_kernel(
     covariance,
     order,
