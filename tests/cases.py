@@ -426,13 +426,13 @@ def placed(value, device):
 
 
 DIVERSE = [
-    Diverse("tiles", 3, 37, 24, (12, 0, 9), mask=0.8),
-    Diverse("ties", 2, 25, 4, (25, 14), "ties", HALF, "backwards"),
-    Diverse("images", 6, 16, 40, (14, 10**9, 5), "clustered", BRAIN, "hidden", (4, 0, 1, 1), 0.9),
+    Diverse("tiles", 3, 37, 24, (9, 0, 7), mask=0.8),
+    Diverse("ties", 2, 20, 4, (20, 9), "ties", HALF, "backwards"),
+    Diverse("images", 6, 16, 40, (9, 10**9, 5), "clustered", BRAIN, "hidden", (4, 0, 1, 1), 0.9),
     Diverse("ragged", 75, 1, 33, (10, 3, 1, 12), "clustered", HALF, "contiguous", (40, 0, 1, 34), 0.9),
-    Diverse("low rank", 1, 40, 20, (16,), "low rank"),
+    Diverse("low rank", 1, 40, 20, (10,), "low rank"),
     Diverse("nothing valid", 4, 9, 8, (5,), mask=0.0),
-    Diverse("two blocks", 1, 150, 70, (16,), dtype=BRAIN, view="hidden"),
+    Diverse("two blocks", 1, 150, 70, (6,), dtype=BRAIN, view="hidden"),
     Diverse("P 576", 2, 576, 96, (60, 115), dtype=BRAIN, view="hidden", mask=0.9, slow=True),
     Diverse("all", 2, 100, 16, (100,), "ties", slow=True),
     Diverse("one image", 5, 576, 64, (24,), "clustered", BRAIN, "hidden", (4, 1), slow=True),

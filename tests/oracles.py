@@ -233,7 +233,11 @@ def oracle_diverse(features, budget, rule, quality=None, valid=None):
     counted, chosen = np.flatnonzero(left), []
     while left.any() and len(chosen) < budget:
         if rule == "max_min":
-            near = np.where(np.eye(n, dtype=bool), -32768, similar)[:, counted] if not chosen else similar[:, chosen]
+            near = (
+                np.where(np.eye(n, dtype=bool), -32768, similar)[:, counted]
+                if not chosen
+                else similar[:, chosen]
+            )
             values = -near.max(1)
         elif rule == "coverage":
             covered = similar[:, chosen].max(1, initial=0)

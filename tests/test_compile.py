@@ -35,7 +35,10 @@ FAST = {
     "gfx942": {"clip bf16": ("rows",)},
 }
 SLOW = {
-    "sm_90": {"siglip bf16": ("received", "received, lse", "gather tiles, mask", "dpp, segments"), "clip fp32": ("fused",)}
+    "sm_90": {
+        "siglip bf16": ("received", "received, lse", "gather tiles, mask", "dpp, segments"),
+        "clip fp32": ("fused",),
+    }
 }  # beside USUAL
 
 

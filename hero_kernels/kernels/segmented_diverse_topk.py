@@ -1,33 +1,33 @@
 """Greedy choice that covers, in ragged segments of up to 4096 candidates.
 
-    x = features · 4000 / |features|, rounded to integers       products[i, j] = Σ_d x[i, d] · x[j, d]
-    similarity = products / 2⁹ rounded, int16 (max_min, coverage)       covariance = products · 2⁻²⁴, fp32 (dpp)
-    max_min:   value_i = − max_c similarity[c, i]                c over the chosen, in the first step all others
-    coverage:  value_i = q_i · Σ_j max(0, similarity[i, j] − max(0, max_c similarity[c, j]))
-    dpp:       value_i = max(covariance[i, i], 2⁻¹⁶) · q_i · q_i,   after each step with chosen c
-               covariance[i, j] −= e_i · e_j,   e = covariance[c] / √covariance[c, c]; 0 if that is ≤ 2⁻¹⁶
+    x = features · 4000 / |features|, rounded to integers        products[i, j] = Σ_d x[i, d] · x[j, d]
+    s = products / 2⁹, rounded to int16 (max_min, coverage)      k = products · 2⁻²⁴ in fp32 (dpp)
+    max_min:   value_i = − max_c s[c, i]                         c over the chosen; at first over all others
+    coverage:  value_i = q_i · Σ_j max(0, s[i, j] − max(0, max_c s[c, j]))
+    dpp:       value_i = max(k[i, i], 2⁻¹⁶) · q_i · q_i,         and after each step, with c chosen,
+               k[i, j] −= e_i · e_j,  e = k[c] / √k[c, c]        e = 0 where k[c, c] ≤ 2⁻¹⁶
 
-Shapes: features [T, P, D] in any floating-point dtype, any strides, budgets [S] int32 or int64, quality [T, P]
-fp32 or None, valid [T, P] bytes or None, cu_crops [S + 1] int32 or None; ranks [T, P] int16. A segment of n
-candidates is a run of rows of [T · P]; n is at most ``most``.
+Shapes: features [T, P, D] floating point, any strides, budgets [S] int32 or int64, quality [T, P] fp32 or
+None, valid [T, P] bytes or None, cu_crops [S + 1] int32 or None; ranks [T, P] int16. A segment is a run of
+rows of [T · P], at most ``most``.
 
-Products are below 2²⁴ and so are all partial sums: tensor cores add them in fp32 without rounding, in any
-order. All that follows is in integers, or in fp32 element by element without fused multiply-add.
+Products, and all their partial sums, are integers below 2²⁴: tensor cores add them in fp32 without rounding,
+in any order. What follows is in integers, or in fp32 element by element, without fused multiply-add.
 
-1. ``round_features_kernel``, grid (blocks of rows): x in fp16. Squares are summed exactly in fp64.
-2. ``similarities_kernel``, grid (blocks, blocks, S): products into a workspace [S, most, most], which stays in
-   L2 (3.3 MB for 5 × 576 in int16, 17 MB for 2880; twice as much in fp32), and what each block gives to the first
-   values of its rows: a maximum or a sum.
-3. ``max_min_kernel``, ``coverage_kernel``, grid (S,): all steps. A step reads one row of the workspace.
-   Gains are kept up to date: each candidate j whose coverage rises, from old_j to new_j, takes away
-   ``min(max(similarity[i, j], old_j), new_j) − old_j``. A step reads the rows of these j.
-   ``dpp_kernel``, grid (S,): the steps in PANELS launches. The row of the chosen candidate is overwritten by e;
-   a step reads its row and the e of the panel. Between panels ``dpp_update_kernel``, grid (blocks, blocks, S),
-   subtracts their products from all rows that are left, in the same order.
+1. ``round_features_kernel``, grid (blocks of rows): x in fp16. Squares are summed exactly, in fp64.
+2. ``similarities_kernel``, grid (blocks, blocks, S): s or k in a workspace [S, most, most], and what each
+   block adds to the first values of its rows, a maximum or a sum. The workspace stays in L2: of int16 it is
+   3.3 MB for 5 × 576 candidates and 17 MB for 2880; of fp32 twice that.
+3. ``max_min_kernel``, grid (S,): all steps. Each reads one row of s.
+   ``coverage_kernel``, grid (S,): all steps. A candidate j whose coverage rises from ``old`` to ``new`` takes
+   ``min(max(s[i, j], old), new) − old`` from the gain of i: a step reads the rows of these j.
+   ``dpp_kernel``, grid (S,): the steps in PANELS launches. The row of the chosen candidate makes room for its
+   e; a step reads one row of k and the e of its panel. Between panels ``dpp_update_kernel``, grid (blocks,
+   blocks, S), subtracts their products from the rows that are left, in the same order.
 
-Bytes: T·P·D of the features, and the workspace; the chain of steps dominates. Operations: 2·n²·D a segment.
+Bytes: T·P·D of the features, and the workspace; the chain of steps dominates. FLOPs: 2·n²·D a segment of n.
 
-Source: our own; the published loops are named in the operation's docstring.
+Source: our own, of the rules of DivPrune (2503.02175), CDPruner (2506.10967) and SCOPE (2510.24214).
 """
 
 import torch
@@ -116,7 +116,7 @@ def similarities_kernel(
 ):
     """``pitch`` is the distance of rows of the workspace, ``padded`` that of the rounded vectors.
 
-    ``starts[s, b, i]``: of max_min the largest similarity of i to others of block b, of coverage what i covers.
+    ``starts[s, b, i]``: of max_min the largest similarity of i to others of block b, of coverage their sum.
     """
     s = tl.program_id(2).to(tl.int64)
     first, count = segment_of(cu_crops, s, crops, patches, most)
@@ -231,7 +231,7 @@ def coverage_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``risen`` [S, pitch] int64 lists the candidates whose coverage rises in a step: index, new and old one."""
+    """``risen`` [S, pitch] int64 lists the candidates whose coverage rises: index, new and old one."""
     s = tl.program_id(0).to(tl.int64)
     first, count = segment_of(cu_crops, s, crops, patches, most)
     i = tl.arange(0, N_PAD)
