@@ -70,7 +70,7 @@ def _dpp(products: Tensor, valid: Tensor, quality: Tensor) -> Rule:
         chosen = yield variance * quality * quality
         own = variance.gather(1, chosen[:, None])
         column = torch.where(own > FLOOR, _row(covariance, chosen) / own.sqrt(), 0.0)
-        covariance = covariance - column[:, :, None] * column[:, None]
+        covariance.sub_(column[:, :, None] * column[:, None])
 
 
 def _coverage(products: Tensor, valid: Tensor, quality: Tensor) -> Rule:

@@ -79,7 +79,9 @@ CHECKS = {
     "max_min, blocks": diverse("two blocks", "max_min"),
     "coverage": diverse("ties", "coverage"),
     "coverage, images": diverse("images", "coverage"),
+    "coverage, blocks": diverse("two blocks", "coverage"),
     "dpp": diverse("ties", "dpp"),
+    "dpp, low rank": diverse("low rank", "dpp"),
     "dpp, images": diverse("images", "dpp"),
     "gather": selection("segmented_topk_gather", "thumbnail last, newline", "signals"),
     "gather, padding": selection("segmented_topk_gather", "stitched 2 × 3, padding rows", "signals"),
@@ -193,7 +195,11 @@ KERNELS = [
         "max_min, blocks",
     ),
     Mutant(
-        "the first block alone", "segmented_diverse_topk", "starts + b * pitch", "starts", "max_min, blocks"
+        "the first block alone",
+        "segmented_diverse_topk",
+        "gain += tl.load(starts + b * pitch",
+        "gain += tl.load(starts",
+        "coverage, blocks",
     ),
     Mutant(
         "not valid, but covered",
@@ -213,7 +219,11 @@ KERNELS = [
         "quality once", "segmented_diverse_topk", "FLOOR) * weight * weight", "FLOOR) * weight", "dpp, images"
     ),
     Mutant(
-        "rounding decides", "segmented_diverse_topk", "tl.where(own > FLOOR, ", "tl.where(own > 0.0, ", "dpp"
+        "rounding decides",
+        "segmented_diverse_topk",
+        "tl.maximum(variance, FLOOR) * w",
+        "tl.maximum(variance, 0.0) * w",
+        "dpp, low rank",
     ),
     Mutant("a panel not subtracted", "segmented_diverse_topk", "rest -= e_i", "rest += 0.0 * e_i", "dpp"),
     Mutant(
@@ -338,7 +348,7 @@ REFERENCE = [
         "coverage, images",
     ),
     Mutant("quality once", "_diverse", "variance * quality * quality", "variance * quality", "dpp, images"),
-    Mutant("rounding decides", "_diverse", "own > FLOOR", "own > 0.0", "dpp"),
+    Mutant("rounding decides", "_diverse", "clamp_min(FLOOR)", "clamp_min(0.0)", "dpp, low rank"),
     Mutant(
         "the first crop alone", "_diverse", "crop.clamp_max(crops - 1)", "crop.clamp_max(0)", "dpp, images"
     ),
