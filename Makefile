@@ -14,9 +14,9 @@ tests = $(wildcard $(addprefix tests/test_,$(addsuffix .py,$(1))))
 # Tests of bench/, which is not part of the product.
 BENCH_TESTS := $(call tests,bench* compare quality* train speed)
 # Run once more in Triton's interpreter, which runs the kernels on the CPU.
-INTERPRETER_TESTS := $(call tests,kernels kernel_properties library mutants encoder)
+INTERPRETER_TESTS := $(call tests,kernels kernel_properties diverse library mutants encoder)
 # Independent of transformers, so not run again with the oldest one.
-WITHOUT_TRANSFORMERS := $(call tests,kernels kernel_properties library mutants reference ops compile picture)
+WITHOUT_TRANSFORMERS := $(call tests,kernels kernel_properties diverse library mutants reference ops compile picture)
 # The oldest supported Triton and the newest, beside the pinned one.
 TRITONS := 3.3.0 3.9.0
 # The newest transformers, beside the pinned one and the oldest, which constraints-lowest.txt names.

@@ -37,6 +37,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LIMITS = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # shared, bytes
+REGISTERS = 64 << 10  # of a block of threads on NVIDIA GPUs
 GEOMETRIES = {
     "clip": CLIP,
     "siglip": SIGLIP,
@@ -50,6 +51,7 @@ GEOMETRIES = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOST_CROPS, MOST_PATCHES = 64, 4096  # of an image in the usual number of lanes; of a crop to select from
 MORE_CROPS = 256  # of an image at all
+MOST_CANDIDATES = 4096  # of a segment
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
@@ -197,10 +199,28 @@ def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     return result
 
 
+def _diverse_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return each rule on crops, and on as many crops as a segment can hold."""
+    crops = MOST_CANDIDATES // tower.patches
+    if not crops:
+        return {}
+    features = _empty(5 * crops, tower.tokens, tower.features, dtype=dtype)[:, tower.tokens - tower.patches :]
+    quality = _empty(*features.shape[:2])
+    each = {"budgets": _empty(5 * crops, dtype=torch.int32)}
+    several = {"budgets": _empty(5, dtype=torch.int64), "valid": _empty(*quality.shape, dtype=torch.bool)}
+    several |= {"cu_crops": _empty(6, dtype=torch.int32), "max_crops": crops}
+    result = {}
+    for rule in ("max_min", "dpp", "coverage"):
+        weighed = {} if rule == "max_min" else {"quality": quality}
+        for name, given in ((rule, each), (f"{rule}, segments", {**several, **weighed})):
+            result[name] = partial(hk.segmented_diverse_topk, features, rule=rule, **given)
+    return result
+
+
 def cases(geometry: str, dtype: str) -> dict[str, Callable[[], object]]:
     """Return what to run for each case at a geometry and dtype, on tensors without memory."""
     tower, kind = GEOMETRIES[geometry], DTYPES[dtype]
-    return {**_attention_cases(tower, kind), **_selection_cases(tower, kind)}
+    return {**_attention_cases(tower, kind), **_selection_cases(tower, kind), **_diverse_cases(tower, kind)}
 
 
 # --- what it compiles to -----------------------------------------------------------------------------------
@@ -250,7 +270,9 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         file.flush()
         used = subprocess.check_output([folder / "cuobjdump", "--dump-resource-usage", file.name], text=True)
         code = subprocess.check_output([folder / "nvdisasm", "-c", file.name], text=True)
-    stack, local = map(int, re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used).groups())
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", used).groups()
+    )
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
 
     def count(pattern: str) -> int:
@@ -260,6 +282,7 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
         return count(rf"{name}\.E.*\.128") + 2 * count(rf"{name}\.E.*\.256")
 
     return {
+        "registers": registers,
         "spills": stack + local,
         "wide_loads": wide("LDG") + wide("LDGSTS"),
         "wide_stores": wide("STG"),

@@ -1,7 +1,7 @@
 """Microbenchmarks of the operations: check each result, then time it. A wrong result is never timed.
 
 A case is an operation at a shape: how to make its inputs, and the variants that compute it, ours and peers.
-:mod:`bench.bench_attention` and :mod:`bench.bench_selection` define the cases.
+:mod:`bench.bench_attention`, :mod:`bench.bench_selection` and :mod:`bench.bench_diverse` define the cases.
 ``pytest bench/kernels.py --benchmark-only`` runs them with pytest-benchmark: the reference at small shapes on
 a CPU, everything at real shapes on a GPU. This module writes all of them into a record:
 
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import bench_attention, bench_selection, records, timing
+from . import bench_attention, bench_diverse, bench_selection, records, timing
 from .registry import Case, Unavailable, Variant, Wrong, default_device, floor_us
 
 ROUNDS = 5  # of single calls
@@ -133,8 +133,9 @@ def test_variant(benchmark, case: Case, variant: Variant) -> None:
 
 
 def all_cases(small: bool, device: torch.device) -> list[Case]:
-    """Return the cases of both benchmark files, the most important shapes first."""
-    cases = [*bench_attention.cases(small, device), *bench_selection.cases(small, device)]
+    """Return the cases of all benchmark files, the most important shapes first."""
+    files = (bench_attention, bench_selection, bench_diverse)
+    cases = [case for file in files for case in file.cases(small, device)]
     order = {shape: number for number, shape in enumerate(dict.fromkeys(case.shape for case in cases))}
     return sorted(cases, key=lambda case: order[case.shape])
 

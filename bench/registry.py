@@ -134,9 +134,17 @@ class Shape(NamedTuple):
             "finalize_scores, ranks": Cost(heads * g.patches * 4 + 7 * patches + 4 * crops),
             "tile_budgets": Cost(4 * crops * (3 + 4)),  # three signals and the counts; three results
             "segmented_topk": Cost(6 * patches + 4 * crops),
+            "segmented_diverse_topk": self._products(1),
+            "segmented_diverse_topk, images": self._products(crops // len(images)),
             "segmented_topk_gather": Cost(4 * patches + gathered),
             "segmented_topk_gather, ranks": Cost(2 * patches + gathered),
         }[name]
+
+    def _products(self, crops: int) -> Cost:
+        """Return the cost of the similarities within segments of so many crops."""
+        g = self.geometry
+        features = self.crops * g.patches * g.features
+        return Cost(features * self.item + 6 * self.crops * g.patches, 2 * features * crops * g.patches)
 
 
 class Packed(NamedTuple):

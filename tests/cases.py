@@ -7,6 +7,7 @@ interpreter instead; on a GPU also the kernel itself.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -358,4 +359,82 @@ FEW = [
     case
     for case in SELECTION
     if case.name in ("stitched 2 × 3, padding rows", "thumbnail last, newline", "more than there is", "P 36")
+]
+
+# --- diverse selection -----------------------------------------------------------------------------------
+
+RULES = ("max_min", "dpp", "coverage")
+
+
+@dataclass(frozen=True)
+class Diverse:
+    """Candidates: crops of patches, each crop a segment, or segments of ``lengths`` crops."""
+
+    name: str
+    crops: int
+    patches: int
+    width: int
+    budgets: tuple[int, ...]  # taken in turn
+    kind: str = "clustered"
+    dtype: torch.dtype = FLOAT
+    view: str = "contiguous"
+    lengths: tuple[int, ...] | None = None
+    mask: float | None = None
+    slow: bool = False
+
+    def draw_features(self) -> torch.Tensor:
+        """``[T, P, D]``: around a few directions, drawn from three numbers, or of few dimensions."""
+        draw, shape = generator(self.name, "features"), (self.crops, self.patches, self.width)
+        if self.kind == "ties":
+            return torch.randint(-1, 2, shape, generator=draw).to(self.dtype)
+        if self.kind == "low rank":
+            pair = (torch.randn(n, 5, generator=draw) for n in (self.crops * self.patches, self.width))
+            return torch.einsum("nr,dr->nd", *pair).view(shape).to(self.dtype)
+        centres = torch.randn(7, self.width, generator=draw)
+        which = torch.randint(7, shape[:2], generator=draw)
+        return (centres[which] + 0.4 * torch.randn(shape, generator=draw)).to(self.dtype)
+
+    def given(self, rule: str, device) -> dict[str, Any]:
+        """The other arguments of the operation; weights of a sixteenth, with zeros among them."""
+        draw, segments = generator(self.name, "given"), self.lengths or [1] * self.crops
+        shape = (self.crops, self.patches)
+        budgets = [self.budgets[s % len(self.budgets)] for s in range(len(segments))]
+        given: dict[str, Any] = {"budgets": torch.tensor(budgets, dtype=torch.int64), "rule": rule}
+        if rule != "max_min" and self.kind != "low rank":
+            given["quality"] = torch.randint(0, 17, shape, generator=draw) / 16
+        if self.mask is not None:
+            given["valid"] = torch.rand(shape, generator=draw) < self.mask
+            given["valid"][:1] = given["valid"][:1] & (self.mask > 0.5)
+        if self.lengths is not None:
+            given["cu_crops"] = torch.tensor([0, *self.lengths]).cumsum(0).int()
+            given["max_crops"] = max(self.lengths) + 1 if self.patches < 4 else max(self.lengths)
+            given["budgets"] = given["budgets"].int()
+        return {
+            name: self.seen(value, device) if name in ("quality", "valid") else placed(value, device)
+            for name, value in given.items()
+        }
+
+    def seen(self, values, device):
+        """A tensor on a device, as a view of this case's kind."""
+        return {"contiguous": contiguous, "backwards": backwards, "hidden": _hidden}[self.view](
+            values.to(device)
+        )
+
+
+def placed(value, device):
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+DIVERSE = [
+    Diverse("tiles", 3, 37, 24, (9, 0, 7), mask=0.8),
+    Diverse("ties", 2, 20, 4, (20, 9), "ties", HALF, "backwards"),
+    Diverse("images", 6, 16, 40, (9, 10**9, 5), "clustered", BRAIN, "hidden", (4, 0, 1, 1), 0.9),
+    Diverse("ragged", 75, 1, 33, (10, 3, 1, 12), "clustered", HALF, "contiguous", (40, 0, 1, 34), 0.9),
+    Diverse("low rank", 1, 40, 20, (10,), "low rank"),
+    Diverse("nothing valid", 4, 9, 8, (5,), mask=0.0),
+    Diverse("two blocks", 1, 150, 70, (6,), dtype=BRAIN, view="hidden"),
+    Diverse("P 576", 2, 576, 96, (60, 115), dtype=BRAIN, view="hidden", mask=0.9, slow=True),
+    Diverse("all", 2, 100, 16, (100,), "ties", slow=True),
+    Diverse("one image", 5, 576, 64, (24,), "clustered", BRAIN, "hidden", (4, 1), slow=True),
+    Diverse("most", 2, 2048, 32, (10,), "clustered", FLOAT, "backwards", (2,), slow=True),
 ]

@@ -7,6 +7,7 @@ import math
 import random
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 FIXED_POINT = 2**24
@@ -209,3 +210,44 @@ def oracle_index(keep, segments):
         sequences.append(stitched + thumbnail if last else thumbnail + stitched)
         first += image.crops
     return sequences
+
+
+def rounded_features(features):
+    """``[n, D]`` integers: each vector made 4000 long, rounded half up, above 2048 to even numbers."""
+    out = np.zeros(features.shape, dtype=np.int64)
+    for row, vector in enumerate(features.double().tolist()):
+        length = math.sqrt(math.fsum(x * x for x in vector)) if all(map(math.isfinite, vector)) else 0.0
+        if length:
+            out[row] = [math.floor(x * 4000.0 / length + 0.5) for x in vector]
+    return out.astype(np.float16).astype(np.int64)
+
+
+def oracle_diverse(features, budget, rule, quality=None, valid=None):
+    """One segment ``[n, D]``: the candidates chosen, in order. Similarities are integers; dpp is in fp32."""
+    x = rounded_features(features).astype(np.float64)
+    products, n = (x @ x.T).astype(np.int64), len(x)
+    left = np.ones(n, bool) if valid is None else valid.numpy().copy()
+    quality = np.ones(n, np.float32) if quality is None else quality.numpy()
+    similar = np.minimum((products + 256) // 512, 32767).astype(np.int32)
+    rest, least = products.astype(np.float32) * np.float32(2.0**-24), np.float32(2.0**-16)
+    counted, chosen = np.flatnonzero(left), []
+    while left.any() and len(chosen) < budget:
+        if rule == "max_min":
+            near = (
+                np.where(np.eye(n, dtype=bool), -32768, similar)[:, counted]
+                if not chosen
+                else similar[:, chosen]
+            )
+            values = -near.max(1)
+        elif rule == "coverage":
+            covered = similar[:, chosen].max(1, initial=0)
+            values = np.maximum(similar - covered, 0)[:, counted].sum(1).astype(np.float32) * quality
+        else:
+            values = np.maximum(rest.diagonal(), least) * quality * quality
+        best = max(np.flatnonzero(left), key=lambda i: values[i])  # the first of equal ones
+        if rule == "dpp" and rest[best, best] > least:
+            column = rest[best] / np.sqrt(rest[best, best])
+            rest = rest - column[:, None] * column
+        chosen.append(int(best))
+        left[best] = False
+    return chosen

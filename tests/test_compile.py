@@ -22,20 +22,23 @@ if SWITCHES.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 from bench import compiled
-from bench.compiled import LIMITS, TARGETS, recorded
+from bench.compiled import LIMITS, REGISTERS, TARGETS, recorded
 
 ALL = ("clip bf16", "siglip bf16", "internvit bf16", "clip-h bf16", "internvit-6b bf16", "projected bf16")
 ALL += ("most-patches bf16", "widest bf16", "clip fp16", "clip fp32", "siglip fp32", "internvit-6b fp32")
 ALL += ("widest fp32",)
 USUAL = ("clip bf16", "internvit-6b bf16")
 EVERY_KERNEL = ("rows", "fused", "received", "finalize, ranks", "budgets", "topk", "gather anyres, mask")
-EVERY_KERNEL += ("budgets, many tiles",)
+EVERY_KERNEL += ("budgets, many tiles", "max_min", "coverage", "dpp")
 FAST = {
     "sm_90": {"clip bf16": EVERY_KERNEL, "siglip bf16": ("received, segments",)},
     "gfx942": {"clip bf16": ("rows",)},
 }
 SLOW = {
-    "sm_90": {"siglip bf16": ("received", "received, lse", "gather tiles, mask"), "clip fp32": ("fused",)}
+    "sm_90": {
+        "siglip bf16": ("received", "received, lse", "gather tiles, mask", "dpp, segments"),
+        "clip fp32": ("fused",),
+    }
 }  # beside USUAL
 
 
@@ -66,6 +69,11 @@ def elements(launch):
         return block * given["D_PAD"], 0, given["key"]
     if launch.name in ("received_log_sums_kernel", "received_columns_kernel"):
         return (given["BLOCK_M"] + given["BLOCK_N"]) * (given["MAIN"] + given["REST"]), 0, given["key"]
+    if launch.name == "round_features_kernel":
+        rows = given["ROWS"] * given["width"]
+        return rows, 0, given["features"]
+    if launch.name == "similarities_kernel":
+        return 2 * given["BLOCK"] * given["BLOCK_D"], 0, given["rounded"]
     if launch.name == "gather_rows_kernel":
         rows = given["ROWS"] * given["COLUMNS"] * given["CHUNKS"]
         return rows, rows, given["features"]
@@ -78,6 +86,8 @@ def check(launch, target):
     assert facts["instructions"] > 50, f"empty: {what}"
     assert not facts["spills"], what
     assert facts["shared"] <= LIMITS[target], what
+    threads = 32 * launch.arguments["num_warps"]
+    assert target.startswith("gfx") or facts["registers"] * threads <= REGISTERS, what
     loads, stores, tensor = elements(launch)
     lanes = launch.arguments["num_warps"] * TARGETS[target].warp_size
     for name, number in (("wide_loads", loads), ("wide_stores", stores)):
@@ -126,10 +136,12 @@ def test_every_kernel_is_launched():
 
 
 def test_fusion_is_off_where_kernels_must_round_alike():
-    """The passes of received attention as each other, shares as the reference; elsewhere it saves time."""
+    """The passes of received attention as each other; shares, and what covers, as the reference."""
     every = [launch for case in cases_of("clip bf16").values() for launch in recorded(case, "sm_90")]
     off = {launch.name for launch in every if not launch.arguments["enable_fp_fusion"]}
-    assert off == {"received_log_sums_kernel", "received_columns_kernel", "tile_budgets_kernel"}
+    rows = {"received_log_sums_kernel", "received_columns_kernel", "tile_budgets_kernel"}
+    chains = {"max_min_kernel", "coverage_kernel", "dpp_kernel", "dpp_update_kernel"}
+    assert off == {*rows, *chains, "round_features_kernel", "similarities_kernel"}
     assert off.isdisjoint(launch.name for launch in every if launch.arguments["enable_fp_fusion"])
 
 

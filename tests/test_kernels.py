@@ -16,10 +16,12 @@ import torch
 from cases import (
     ATTENTION,
     CROPS,
+    DIVERSE,
     FEW,
     LARGE,
     NAN,
     PACKED,
+    RULES,
     SELECTION,
     SLOW_IN_INTERPRETER,
     Packed,
@@ -33,6 +35,7 @@ from oracles import (
     draw_attention,
     first_difference,
     generator,
+    oracle_diverse,
     oracle_exact,
     oracle_floor,
     oracle_index,
@@ -525,6 +528,34 @@ def test_segmented_topk_gather(case, given, way):
     check_gather(result, features, decide, valid, result.budgets.budgets, segments, promised)
 
 
+def orders_of(ranks, lengths=None):
+    """The patches of each segment that were chosen, in order; a segment's patches count through its crops."""
+    segments = ranks.split(1 if lengths is None else lengths)
+    orders = []
+    for row in (segment.flatten().tolist() for segment in segments):
+        order = sorted((rank, patch) for patch, rank in enumerate(row) if rank != 32767)
+        assert [rank for rank, _ in order] == list(range(len(order)))
+        orders.append([patch for _, patch in order])
+    return orders
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", parameters(DIVERSE))
+def test_segmented_diverse_topk(case, rule, way):
+    features, given = case.draw_features(), case.given(rule, way.device)
+    ranks = way.run("segmented_diverse_topk", case.seen(features, way.device), **given)
+    assert (ranks.dtype, ranks.shape) == (torch.int16, features.shape[:2])
+    split = [1] * case.crops if case.lengths is None else list(case.lengths)
+    parts = [
+        [None] * len(split) if value is None else value.cpu().split(split)
+        for value in (features, given.get("quality"), given.get("valid"))
+    ]
+    orders = orders_of(ranks.cpu(), split)
+    for order, budget, x, *rest in zip(orders, given["budgets"].tolist(), *parts):
+        rest = [value if value is None else value.flatten() for value in rest]
+        assert order == oracle_diverse(x.flatten(0, 1), budget, rule, *rest)
+
+
 OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that it depends on
     **{
         (f"test_{operation}", case.dtype): (case, *options)
@@ -547,6 +578,10 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
         ("test_segmented_topk_gather", case.dtype): (case, "signals")
         for case in reversed(SELECTION)
         if not case.slow
+    },
+    **{
+        ("test_segmented_diverse_topk", kind): (case, rule)
+        for rule, kind, case in zip(RULES, (torch.float32, torch.float16, torch.bfloat16), DIVERSE)
     },
     ("test_finalize_scores", torch.float32): (CROPS[0], 3, True),
     ("test_tile_budgets", torch.float32): (SELECTION[0], "exact"),

@@ -24,6 +24,7 @@ NAMES = {
 SEGMENTS = Segments((Segment(3, 0, 2, 2, 5, (0, 3)), Segment(2, 1, 1, 2, 3, (1, 2), True)), 3)
 T, P = SEGMENTS.crops, SEGMENTS.patches
 BOUNDS = torch.tensor([0, 4, 4, P + 1], dtype=torch.int32)  # of segments of the tokens of one crop
+IMAGES = torch.tensor([0, 3, T], dtype=torch.int32)
 
 
 def inputs(device="cpu", seed=0):
@@ -41,10 +42,11 @@ def inputs(device="cpu", seed=0):
         "weight": (torch.arange(T) % 3 * 0.5).to(device),
         "rows": torch.zeros(T, 2, P, device=device),
         "cu_seqlens": BOUNDS.to(device),
+        "cu_crops": IMAGES.to(device),
     }
 
 
-def vision(query, key, value, features, values, valid, weight, rows, cu_seqlens):
+def vision(query, key, value, features, values, valid, weight, rows, cu_seqlens, cu_crops):
     """Every operation in one function, in each of its forms; buffers are added to in place."""
     scale = query.shape[-1] ** -0.5
     hk.cls_attention(query, key, scale, out=rows)
@@ -75,10 +77,16 @@ def vision(query, key, value, features, values, valid, weight, rows, cu_seqlens)
         valid_counts=counts,
     )
     in_steps = hk.segmented_topk_gather(features, finalized.scores, SEGMENTS, valid=valid, budgets=budgets)
+    segments = {"cu_crops": cu_crops, "max_crops": 3, "valid": valid}
+    diverse = [
+        hk.segmented_diverse_topk(features, budgets.budgets, rule="max_min", valid=valid),
+        hk.segmented_diverse_topk(features, budgets.budgets, rule="dpp", quality=finalized.scores),
+        hk.segmented_diverse_topk(features, counts[:2], rule="coverage", **segments),
+    ]
     return {
         "rows": [rows, more, again, received, packed, output, plain],
         "scores": [*finalized[:2], *unranked[:2], budgets.shares],
-        "selected": [finalized.ranks, keep, budgets.budgets, at_once.index, in_steps.index],
+        "selected": [finalized.ranks, *diverse, keep, budgets.budgets, at_once.index, in_steps.index],
         "tokens": [at_once.tokens, in_steps.tokens, at_once.tokens * 2],
         "lengths": [at_once.lengths, in_steps.lengths],
     }
@@ -137,6 +145,9 @@ def calls():
         ("tile_budgets", (*signals, counts.long(), *LAYOUT, "floor")),
         ("segmented_topk", (scores, budgets, valid)),
         ("segmented_topk", (scores.T.contiguous().T.half(), budgets.long(), None)),
+        ("segmented_diverse_topk", (features, budgets, "max_min", None, valid, None, None)),
+        ("segmented_diverse_topk", (features.half(), budgets.long(), "dpp", scores, None, None, None)),
+        ("segmented_diverse_topk", (features, budgets[3:], "coverage", scores, valid, IMAGES, 4)),
         (
             "segmented_topk_gather",
             (features, scores, *LAYOUT, valid, None, *signals, "exact", None, counts),
@@ -404,6 +415,19 @@ def test_compiled_for_any_segments():
     assert len(graphs) <= 3
 
 
+@slow_in_interpreter
+def test_compiled_for_any_segments_of_crops():
+    torch._dynamo.reset()
+    compiled = torch.compile(hk.segmented_diverse_topk, fullgraph=True, backend="eager", dynamic=True)
+    for lengths in ((2, 3), (1, 4, 0), (6,)):
+        features = torch.randn(sum(lengths), P, 5, generator=generator("crops", lengths))
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        given = {"rule": "coverage", "cu_crops": bounds, "max_crops": max(lengths)}
+        budgets = torch.arange(len(lengths)) + 4
+        got = compiled(features, budgets, **given)
+        assert same_bits(got, hk.segmented_diverse_topk(features, budgets, **given))
+
+
 def test_no_gradient_runs_through_scores():
     given = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in inputs().items()}
     query, key, value, features = (given[name] for name in ("query", "key", "value", "features"))
@@ -414,6 +438,8 @@ def test_no_gradient_runs_through_scores():
     finalized = hk.finalize_scores(given["rows"], rank=True)
     scored = (rows, scores, hk.received_attention(query, key, 0.3), finalized.scores, finalized.entropy)
     assert [x.requires_grad for x in scored] == [False] * 5
+    chosen = hk.segmented_diverse_topk(features, gathered.budgets.budgets, rule="dpp", quality=scores.exp())
+    assert not chosen.requires_grad
     assert not any(x.requires_grad for x in (*gathered.budgets, gathered.index))
     assert gathered.tokens.requires_grad
 

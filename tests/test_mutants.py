@@ -50,6 +50,14 @@ def selection(test, name, *more):
     return check
 
 
+def diverse(name, rule):
+    def check(tests, cases):
+        case = next(case for case in cases.DIVERSE if case.name == name)
+        tests.test_segmented_diverse_topk(case, rule, way())
+
+    return check
+
+
 CHECKS = {
     "cls": attention("cls_attention", "P 36", "plain"),
     "cls, added": attention("cls_attention", "P 36", "added"),
@@ -67,6 +75,14 @@ CHECKS = {
     "filled": selection("tile_budgets", "stitched 2 × 3, padding rows", "exact"),
     "floor": selection("tile_budgets", "stitched 2 × 3, padding rows", "floor"),
     "topk": selection("segmented_topk", "ragged"),
+    "max_min": diverse("ties", "max_min"),
+    "max_min, blocks": diverse("two blocks", "max_min"),
+    "coverage": diverse("ties", "coverage"),
+    "coverage, images": diverse("images", "coverage"),
+    "coverage, blocks": diverse("two blocks", "coverage"),
+    "dpp": diverse("ties", "dpp"),
+    "dpp, low rank": diverse("low rank", "dpp"),
+    "dpp, images": diverse("images", "dpp"),
     "gather": selection("segmented_topk_gather", "thumbnail last, newline", "signals"),
     "gather, padding": selection("segmented_topk_gather", "stitched 2 × 3, padding rows", "signals"),
     "gather, too few": selection("segmented_topk_gather", "everything kept", "signals"),
@@ -162,6 +178,60 @@ KERNELS = [
         "    if REST:\n        s = ",
         "    if REST > 99:\n        s = ",
         "received, split",
+    ),
+    Mutant(
+        "ties to the higher index",
+        "segmented_diverse_topk",
+        "(LAST - i)\n        chosen",
+        "i\n        chosen",
+        "max_min",
+        False,
+    ),
+    Mutant(
+        "a candidate is its own neighbour",
+        "segmented_diverse_topk",
+        "ok & (i[:, None] != j[None, :])",
+        "ok",
+        "max_min, blocks",
+    ),
+    Mutant(
+        "the first block alone",
+        "segmented_diverse_topk",
+        "gain += tl.load(starts + b * pitch",
+        "gain += tl.load(starts",
+        "coverage, blocks",
+    ),
+    Mutant(
+        "not valid, but covered",
+        "segmented_diverse_topk",
+        "tl.where(left, 0, NOT_CHOSEN)",
+        "tl.zeros_like(i)",
+        "coverage, images",
+    ),
+    Mutant(
+        "a rise left out",
+        "segmented_diverse_topk",
+        "mask=r < number, other=0)",
+        "mask=r < number - 1, other=0)",
+        "coverage",
+    ),
+    Mutant(
+        "quality once", "segmented_diverse_topk", "FLOOR) * weight * weight", "FLOOR) * weight", "dpp, images"
+    ),
+    Mutant(
+        "rounding decides",
+        "segmented_diverse_topk",
+        "tl.maximum(variance, FLOOR) * w",
+        "tl.maximum(variance, 0.0) * w",
+        "dpp, low rank",
+    ),
+    Mutant("a panel not subtracted", "segmented_diverse_topk", "rest -= e_i", "rest += 0.0 * e_i", "dpp"),
+    Mutant(
+        "all segments from crop 0",
+        "segmented_diverse_topk",
+        "return first.to(tl.int64) * patches",
+        "return 0 * patches",
+        "dpp, images",
     ),
     Mutant(
         "newline first",
@@ -262,6 +332,26 @@ REFERENCE = [
         "received",
     ),
     Mutant("lse left out", "reference", "(logits - lse[:, head, :, None])", "logits", "received, lse"),
+    Mutant(
+        "a candidate is its own neighbour",
+        "_diverse",
+        "valid[:, None] & ~torch.eye",
+        "valid[:, None] | torch.eye",
+        "max_min",
+        False,
+    ),
+    Mutant(
+        "not valid, but covered",
+        "_diverse",
+        "torch.where(valid, 0, NOT_CHOSEN)",
+        "torch.where(valid, 0, 0)",
+        "coverage, images",
+    ),
+    Mutant("quality once", "_diverse", "variance * quality * quality", "variance * quality", "dpp, images"),
+    Mutant("rounding decides", "_diverse", "clamp_min(FLOOR)", "clamp_min(0.0)", "dpp, low rank"),
+    Mutant(
+        "the first crop alone", "_diverse", "crop.clamp_max(crops - 1)", "crop.clamp_max(0)", "dpp, images"
+    ),
     Mutant(
         "a newline too many",
         "reference",

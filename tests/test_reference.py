@@ -805,6 +805,17 @@ def topk(**change):
     )
 
 
+def diverse(**change):
+    good = batch_of()
+    given = {"features": good["features"], "budgets": good["valid_counts"], "rule": "dpp"}
+    given |= {"quality": good["scores"].sigmoid(), "valid": good["valid"]}
+    return hk.segmented_diverse_topk(**{**given, **change})
+
+
+def images(**change):
+    return diverse(**{"budgets": torch.tensor([3, 9]), "cu_crops": CROPS, "max_crops": 3, **change})
+
+
 def budgets(**change):
     good = batch_of()
     return hk.tile_budgets(
@@ -1001,6 +1012,40 @@ GATHER = [
     ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
     ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
 ]
+DIVERSE = [
+    ({"features": torch.ones(5, 16, 3, dtype=torch.int8)}, TypeError, "features"),
+    ({"features": torch.ones(80, 3)}, ValueError, "features"),
+    ({"features": torch.ones(5, 16, 0)}, ValueError, "features"),
+    ({"features": torch.ones(1, 4097, 1)}, ValueError, "features"),
+    ({"features": with_nan(torch.ones(5, 16, 3))}, ValueError, "features"),
+    ({"rule": "greedy"}, ValueError, "rule"),
+    ({"rule": None}, TypeError, "rule"),
+    ({"rule": "max_min"}, ValueError, "quality"),
+    ({"quality": 1.0}, TypeError, "quality"),
+    ({"quality": torch.ones(5, 15)}, ValueError, "quality"),
+    ({"quality": torch.ones(5, 16, dtype=torch.float16)}, TypeError, "quality"),
+    ({"quality": torch.ones(5, 16, device="meta")}, ValueError, "quality"),
+    ({"quality": -torch.ones(5, 16)}, ValueError, "quality"),
+    ({"quality": with_nan(torch.ones(5, 16))}, ValueError, "quality"),
+    ({"quality": torch.full((5, 16), 1e20)}, ValueError, "quality"),
+    ({"valid": torch.ones(5, 16)}, TypeError, "valid"),
+    ({"valid": torch.ones(5, 15, dtype=torch.bool)}, ValueError, "valid"),
+    ({"cu_crops": torch.tensor([0, 3, 5], dtype=torch.int32)}, ValueError, "max_crops"),
+    ({"max_crops": 3}, ValueError, "cu_crops"),
+]
+CROPS = torch.tensor([0, 3, 5], dtype=torch.int32)
+IMAGES = [
+    ({"budgets": torch.ones(5, dtype=torch.int32)}, ValueError, "budgets"),
+    ({"budgets": torch.tensor([1, -1])}, ValueError, "budgets"),
+    ({"cu_crops": [0, 3, 5]}, TypeError, "cu_crops"),
+    ({"cu_crops": CROPS.long()}, TypeError, "cu_crops"),
+    ({"cu_crops": CROPS + 1}, ValueError, "cu_crops"),
+    ({"cu_crops": CROPS[[0, 2, 1]]}, ValueError, "cu_crops"),
+    ({"cu_crops": CROPS.to("meta")}, ValueError, "cu_crops"),
+    ({"max_crops": 2}, ValueError, "max_crops"),
+    ({"max_crops": 257}, ValueError, "max_crops"),
+    ({"max_crops": 3.0}, TypeError, "max_crops"),
+]
 ROWS_PER_HEAD = [
     ({"rows": None}, TypeError, "rows"),
     ({"rows": torch.ones(2, 3, 9, dtype=torch.float16)}, TypeError, "rows"),
@@ -1035,6 +1080,8 @@ REFUSED = [
     *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
     *cases("finalize_scores", finalize, ROWS_PER_HEAD),
     *cases("segmented_topk", topk, TOPK, BUDGETS),
+    *cases("segmented_diverse_topk", diverse, BUDGETS, DIVERSE),
+    *cases("segmented_diverse_topk of segments", images, IMAGES),
     *cases("segmented_topk_gather", gather, LAYOUT, SIGNALS, TOPK, GATHER),
 ]
 
