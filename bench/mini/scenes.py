@@ -562,6 +562,15 @@ def _relations(scene: Scene) -> list[tuple[str, Thing, Thing]]:
     return relations
 
 
+def covered(box: np.ndarray | Box, rows: int, columns: int) -> np.ndarray:
+    """``[rows, columns]``: the share of each patch that a box in px covers."""
+    y0, x0, y1, x1 = box
+    y, x = np.arange(rows + 1) * PATCH, np.arange(columns + 1) * PATCH
+    height = (np.minimum(y[1:], y1) - np.maximum(y[:-1], y0)).clip(0)
+    width = (np.minimum(x[1:], x1) - np.maximum(x[:-1], x0)).clip(0)
+    return height[:, None] * width[None] / PATCH**2
+
+
 def prompt(question_text: str) -> str:
     """The text to give the processor for a question about one image."""
     if not isinstance(question_text, str):

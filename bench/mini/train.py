@@ -148,15 +148,6 @@ def _tiles(scene: scenes.Scene) -> np.ndarray:
 # 1. CLIP
 
 
-def _covered(box: np.ndarray | scenes.Box, rows: int, columns: int) -> np.ndarray:
-    """``[rows, columns]``: the share of each patch that a box in px covers."""
-    y0, x0, y1, x1 = box
-    y, x = np.arange(rows + 1) * scenes.PATCH, np.arange(columns + 1) * scenes.PATCH
-    height = (np.minimum(y[1:], y1) - np.maximum(y[:-1], y0)).clip(0)
-    width = (np.minimum(x[1:], x1) - np.maximum(x[:-1], x0)).clip(0)
-    return height[:, None] * width[None] / scenes.PATCH**2
-
-
 def _patch_labels(scene: scenes.Scene, thumbnail: bool) -> np.ndarray:
     """``[crops, P, 6]``: what each patch shows, by index in ``LABELS``; of the tiles or of the thumbnail.
 
@@ -168,7 +159,7 @@ def _patch_labels(scene: scenes.Scene, thumbnail: bool) -> np.ndarray:
     labels[..., 0] = LABELS["colour"].index("background")
     most, most_digit = np.zeros((rows, columns)), np.zeros((rows, columns))
     for thing in scene.things:
-        share = _covered(np.array(thing.box) / (scene.grid * 2 if thumbnail else 1), rows, columns)
+        share = scenes.covered(np.array(thing.box) / (scene.grid * 2 if thumbnail else 1), rows, columns)
         here = (share >= (0.25 if thumbnail else 0.45)) & (share > most)
         most = np.maximum(most, share)
         labels[here] = NOTHING
@@ -182,7 +173,7 @@ def _patch_labels(scene: scenes.Scene, thumbnail: bool) -> np.ndarray:
             labels[here, 2] = thing.digits[0]
         else:
             for place, (digit, box) in enumerate(zip(thing.digits, thing.digit_boxes, strict=True)):
-                share = _covered(box, rows, columns)
+                share = scenes.covered(box, rows, columns)
                 there = (share >= 0.3) & (share > most_digit)
                 most_digit = np.maximum(most_digit, share)
                 colour, shape = LABELS["colour"].index(thing.colour), LABELS["shape"].index("plate")
