@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -41,7 +40,7 @@ from .quality_statistics import answers_of, bits, summarise, unbits
 from .quality_variants import (
     BATCH,
     GRID,
-    OBJECTS,
+    KEEP,
     SEEDS,
     Asked,
     Variant,
@@ -51,9 +50,6 @@ from .quality_variants import (
 from .records import environment, write
 from .timing import positive
 
-KEEP = (0.5, 0.2, 0.1, 0.05)
-
-
 # --- answers ---------------------------------------------------------------------------------------------
 
 
@@ -61,8 +57,8 @@ class Cell(NamedTuple):
     """The answers of a variant at a keep ratio, question by question."""
 
     right: list[bool]
-    found: list[bool]
-    """Whether the tile asked about had the largest share."""
+    kept: list[bool]
+    """Whether a patch of each digit asked for was kept; false where no digits are asked for."""
     tokens: float
     """Visual tokens of an image, newlines included, on average."""
 
@@ -85,7 +81,8 @@ class Runner:
         variants: ``full`` runs once, the others at every keep ratio.
         keep: keep ratios.
         split, kinds: as in :func:`asked`.
-        loaded: the mini model, if it is loaded already.
+        weights: folder of the mini model.
+        loaded: the same, if it is loaded already.
     """
 
     def __init__(
@@ -94,14 +91,16 @@ class Runner:
         keep: Sequence[float] = KEEP,
         split: str = "test",
         kinds: tuple[str, ...] | None = None,
+        weights: Path = mini.WEIGHTS,
         loaded: mini.MiniModel | None = None,
     ):
         self.variants = tuple(variants)
         self.keep = tuple(keep)
         self.split, self.kinds = split, kinds
-        self.loaded = mini.load() if loaded is None else loaded
+        self.weights = weights
+        self.loaded = mini.load(weights=weights) if loaded is None else loaded
         tokenizer = self.loaded.processor.tokenizer
-        self.token_of = functools.cache(tokenizer.convert_tokens_to_ids)
+        self.token_of = tokenizer.convert_tokens_to_ids
 
     def draw(self, index: int) -> Asked:
         """The question of this number."""
@@ -114,10 +113,13 @@ class Runner:
         return next(text for text in later if text != own)
 
     def inputs(self, questions: Sequence[Asked]) -> dict[str, Tensor]:
-        """The stock processor's output, padded on the left."""
+        """The stock processor's output, padded on the left. Prompts hold the answer but for its last word."""
+        texts = [
+            " ".join([scenes.prompt(question.text), *question.answer.split()[:-1]]) for question in questions
+        ]
         inputs = self.loaded.processor(
             images=[question.image for question in questions],
-            text=[scenes.prompt(question.text) for question in questions],
+            text=texts,
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -126,13 +128,19 @@ class Runner:
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         return {**inputs, "position_ids": positions}
 
-    def answers(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The most likely first token of each answer, hero attached or not: one forward."""
-        return self.loaded.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].argmax(-1)
+    def expected(self, questions: Sequence[Asked]) -> Tensor:
+        """``[questions, words]``: the tokens of the answers; −1 before those that are shorter."""
+        answers = [self.token_of(question.answer.split()) for question in questions]
+        most = max(map(len, answers))
+        return torch.tensor([[-1] * (most - len(answer)) + answer for answer in answers])
+
+    def answers(self, inputs: Mapping[str, Tensor], words: int) -> Tensor:
+        """``[questions, words]``: the most likely last tokens, hero attached or not: one forward."""
+        return self.loaded.model(**inputs, use_cache=False, logits_to_keep=words).logits.argmax(-1)
 
     @contextlib.contextmanager
-    def attached(self, variant: Variant, ratio: float, others: Sequence[str]) -> Iterator[hero.Handle | None]:
-        """Attach a variant; ``others`` are the questions of other scenes."""
+    def attached(self, variant: Variant, ratio: float, texts: Sequence[str]) -> Iterator[hero.Handle | None]:
+        """Attach a variant; relevance reads ``texts``, since the prompts hold answers, too."""
         if variant.options is None:
             yield None
             return
@@ -140,9 +148,9 @@ class Runner:
         options = {**variant.options, "keep_ratio": ratio}
         with hero.attach(self.loaded.model, self.loaded.processor, relevance=relevance, **options) as handle:
             encoder = handle.encoder
-            if variant.text == "other":
+            if relevance is not None:
                 score = encoder.score
-                encoder.score = lambda encoded, layouts, text=None: score(encoded, layouts, others)
+                encoder.score = lambda encoded, plan, text=None: score(encoded, plan, texts)
             yield handle
 
     @torch.inference_mode()
@@ -150,36 +158,36 @@ class Runner:
         """Ask every variant at every keep ratio; that of ``full`` is 1."""
         questions = [self.draw(index) for index in indices]
         others = [self.other_text(index) for index in indices]
-        expected = torch.tensor([self.token_of(question.answer) for question in questions])
+        own = [question.text for question in questions]
+        expected = self.expected(questions)
         inputs = self.inputs(questions)
         image_token = self.loaded.model.config.image_token_id
         full_tokens = int((inputs["input_ids"][0] == image_token).sum())
         cells = {}
         for variant in self.variants:
-            encoded = []
+            encoded, texts = [], others if variant.text == "other" else own
             for ratio in (1.0,) if variant.options is None else self.keep:
-                with self.attached(variant, ratio, others) as handle:
+                with self.attached(variant, ratio, texts) as handle:
                     if handle is not None:
                         _encode_once(handle.encoder, encoded)
-                    answers = self.answers(inputs)
+                    answers = self.answers(inputs, expected.shape[1])
                     last = None if handle is None else handle.last
-                tokens, found = full_tokens, [False] * len(questions)
+                tokens, kept = full_tokens, [bool(question.boxes) for question in questions]
                 if last is not None:
                     tokens = sum(last.lengths) / len(questions)
-                    found = _found(last, questions)
-                right = (answers == expected).tolist()
-                cells[variant.name, ratio] = Cell(right, found, tokens)
+                    kept = _kept(last, questions)
+                right = ((answers == expected) | (expected < 0)).all(1).tolist()
+                cells[variant.name, ratio] = Cell(right, kept, tokens)
         return cells
 
 
-def _found(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
-    """Whether the tile asked about has the largest share, alone."""
+def _kept(last: hero.Selection, questions: Sequence[Asked]) -> list[bool]:
+    """Whether a patch of each digit asked for was kept."""
     layout = last.layout[0]
-    shares = last.shares.view(len(questions), layout.crops)[:, list(layout.tile_crops)]
-    largest = (shares == shares.amax(1, keepdim=True)).tolist()
+    kept = last.keep_mask().view(len(questions), layout.crops, -1)[:, list(layout.tile_crops)].numpy()
     return [
-        question.tile is not None and row[question.tile] and sum(row) == 1
-        for question, row in zip(questions, largest, strict=True)
+        bool(question.boxes) and bool((question.needed() & mask).any((1, 2)).all())
+        for question, mask in zip(questions, kept, strict=True)
     ]
 
 
@@ -198,7 +206,7 @@ def _joined(cells: Sequence[Cell]) -> Cell:
     tokens = sum(cell.tokens * len(cell.right) for cell in cells) / sum(len(cell.right) for cell in cells)
     return Cell(
         [right for cell in cells for right in cell.right],
-        [found for cell in cells for found in cell.found],
+        [kept for cell in cells for kept in cell.kept],
         tokens,
     )
 
@@ -215,7 +223,7 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
     """What a run found, in plain values fit for JSON."""
     count = len(next(iter(cells.values())).right)
     questions = [runner.draw(index) for index in range(count)]
-    located = np.array([question.tile is not None for question in questions])
+    reads = np.array([bool(question.boxes) for question in questions])
     kinds = list(dict.fromkeys(question.kind for question in questions))
     with hero.attach(runner.loaded.model, runner.loaded.processor) as handle:
         layout = handle.encoder.geometry.layout(questions[0].image.size[::-1])
@@ -229,8 +237,8 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
                 f"{ratio:g}": {
                     "patches": round(cell.tokens - layout.newline_count, 2),
                     "tokens": round(cell.tokens, 2),
-                    "tile_found": round(float(np.mean(np.array(cell.found)[located])), 4)
-                    if variant.options is not None and located.any()
+                    "digits_kept": round(float(np.mean(np.array(cell.kept)[reads])), 4)
+                    if reads.any()
                     else None,
                     "right": bits(cell.right),
                 }
@@ -243,33 +251,32 @@ def record_of(runner: Runner, cells: Mapping[tuple[str, float], Cell]) -> dict[s
         "split": runner.split,
         "seed": SEEDS[runner.split],
         "grid": list(GRID),
-        "objects": list(OBJECTS),
         "keep": list(runner.keep),
         "asked": runner.kinds,
-        "weights": _digest(file.read_bytes() for file in sorted(mini.WEIGHTS.glob("*.safetensors"))),
+        "weights": _digest(file.read_bytes() for file in sorted(runner.weights.glob("*.safetensors"))),
+        "trained": json.loads((runner.weights / "training.json").read_text())["settings"]["seed"],
         "digest": _digest(f"{one.text}\0{one.answer}\0{one.boxes}\0".encode() for one in questions),
-        "one_attribute": [kind for kind in kinds if kind in scenes.ONE_ATTRIBUTE],
         "kinds": {kind: bits([question.kind == kind for question in questions]) for kind in kinds},
         "variants": variants,
     }
     return {**record, "summary": summarise(record)}
 
 
-def check(record: Mapping) -> int:
+def check(record: Mapping, weights: Path = mini.WEIGHTS) -> int:
     """Ask the questions of a record again and print, for each variant, how many answers differ.
 
     Returns:
-        the number of answers, or of tiles found and token counts, that differ.
+        the number of answers, or of digits kept and token counts, that differ.
     """
     variants = [Variant(name, one["options"], one["text"]) for name, one in record["variants"].items()]
     kinds = tuple(record["asked"]) if record.get("asked") else None
-    runner = Runner(variants, record["keep"], record["split"], kinds)
+    runner = Runner(variants, record["keep"], record["split"], kinds, weights)
     again = record_of(runner, measure(runner, record["questions"]))
     differ = sum(again[name] != record[name] for name in ("weights", "digest"))
     for (name, ratio), right in answers_of(again).items():
         cell, old = (one["variants"][name]["keep"][ratio] for one in (again, record))
         wrong = int((right != unbits(old["right"], record["questions"])).sum())
-        other = [key for key in ("patches", "tokens", "tile_found") if cell[key] != old[key]]
+        other = [key for key in ("patches", "tokens", "digits_kept") if cell[key] != old[key]]
         print(f"{name:22} R = {ratio:5} {wrong} of {record['questions']} answers differ", *other)
         differ += wrong + len(other)
     return differ
@@ -316,8 +323,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--check", metavar="RECORD", help="run a record again, compare every answer")
     parser.add_argument("--policies", type=_words, default=list(POLICIES), help="default: all there are")
-    parser.add_argument("--questions", type=positive, default=2000, help="default 2000")
+    parser.add_argument("--questions", type=positive, default=2400, help="default 2400")
     parser.add_argument("--split", choices=sorted(SEEDS), default="test", help="default test")
+    help = "folder of a mini model; default: the bundled one"
+    parser.add_argument("--weights", type=Path, default=mini.WEIGHTS, help=help)
     help = "one more variant: fields of hero.HeroConfig"
     options = {"type": _named_options, "action": "append", "default": [], "metavar": "NAME=JSON"}
     parser.add_argument("--variant", help=help, **options)
@@ -325,16 +334,17 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     if options.check:
         record = json.loads(Path(options.check).read_text(encoding="utf-8"))
-        differ = check(record)
+        differ = check(record, options.weights)
         sys.exit(f"{differ} answers differ" if differ else 0)
     if options.out is None:
         parser.error("--out: expected a JSON file to write")
-    loaded = mini.load()
+    loaded = mini.load(weights=options.weights)
     try:
         variants = variants_of(loaded, options.policies, dict(options.variant))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    run(Runner(variants, KEEP, options.split, loaded=loaded), options, arguments)
+    runner = Runner(variants, KEEP, options.split, weights=options.weights, loaded=loaded)
+    run(runner, options, arguments)
 
 
 if __name__ == "__main__":

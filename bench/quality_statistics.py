@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .mini import scenes
-
 RESAMPLES = 10_000
 
 
@@ -44,11 +42,9 @@ def unbits(text: str, count: int) -> np.ndarray:
 
 
 def groups_of(record: Mapping) -> dict[str, np.ndarray]:
-    """Questions of each group: one attribute, each kind, all."""
+    """Questions of each group: each kind, all."""
     kinds = {name: unbits(text, record["questions"]) for name, text in record["kinds"].items()}
-    one = [kind for name, kind in kinds.items() if name in scenes.ONE_ATTRIBUTE]
-    groups = {"one attribute": np.any(one, axis=0)} if one else {}
-    return {**groups, **kinds, "all": np.ones(record["questions"], dtype=bool)}
+    return {**kinds, "all": np.ones(record["questions"], dtype=bool)}
 
 
 def answers_of(record: Mapping) -> dict[tuple[str, str], np.ndarray]:

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from .page import replace, source, svg, table
 
-FIRST = "one attribute"  # the group that comes first and is drawn
-TITLES = {FIRST: "One attribute of one object", "all": "All kinds"}
+FIRST = "number"  # the kind that comes first and is drawn
+TITLES = {FIRST: "Three-digit numbers", "all": "All kinds"}
 
 
 def label(name: str) -> str:
@@ -54,21 +54,21 @@ def accuracies(record: Mapping, groups: Sequence[str]) -> Iterator[str]:
 
 
 def quality_source(record: Mapping) -> list[str]:
-    summary, (rows, columns), (least, most) = record["summary"], record["grid"], record["objects"]
+    summary, (rows, columns) = record["summary"], record["grid"]
     amounts = ", ".join(f"{summary[kind]['questions']} {kind}" for kind in record["kinds"] if kind in summary)
     return [
         *source(record, f"{record['seconds']:.0f} s"),
         "",
         f"{record['questions']} questions ({amounts}), split {record['split']} (seed {record['seed']}), "
-        f"scenes of {rows} × {columns} tiles and {least} to {most} objects; "
-        f"weights {record['weights']}, questions {record['digest']}",
+        f"scenes of {rows} × {columns} tiles; model trained with seed {record['trained']}, weights "
+        f"{record['weights']}, questions {record['digest']}",
     ]
 
 
 def quality(record: Mapping) -> list[str]:
     """A record of test questions."""
     variants = record["variants"]
-    lines = ["![Accuracy against visual tokens](quality.svg)", "", *quality_source(record), ""]
+    lines = [*quality_source(record), ""]
     rows = []
     for title, key in (("patches", "patches"), ("patches and newlines", "tokens")):
         rows.append([title, f"{variants['full']['keep']['1'][key]:g}"])
@@ -84,24 +84,26 @@ def quality(record: Mapping) -> list[str]:
         gaps = [record["summary"][group]["variants"][name]["0.2"].get("to_hero") for group in groups]
         rows += [[label(name), *map(points, gaps)]] if all(gaps) else []
     lines += ["", "**Difference to hero at R = 0.2**, in points, paired", "", *table(["", *groups], rows)]
-    kinds = [group for group in record["summary"] if group not in (FIRST, "all")]
+    kinds = [group for group in record["summary"] if group != "all"]
+    for keep in ("0.2", "0.1"):
+        rows = []
+        for name in variants:
+            found = [record["summary"][kind]["variants"][name] for kind in kinds]
+            cells = [one.get(keep) or one.get("1") for one in found]
+            rows.append(
+                [label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)]
+            )
+        lines += ["", f"**By kind of question**, accuracy in %, R = {keep}", "", *table(["", *kinds], rows)]
     rows = []
-    for name in variants:
-        found = [record["summary"][kind]["variants"][name] for kind in kinds]
-        cells = [one.get("0.2") or one.get("1") for one in found]
-        rows.append([label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)])
-    lines += ["", "**By kind of question**, accuracy in %, R = 0.2", "", *table(["", *kinds], rows)]
-    rows = [
-        [label(name), f"{100 * found:.1f}"]
-        for name, one in variants.items()
-        if (found := one["keep"].get(keeps(record)[-1], {}).get("tile_found"))
-    ]
-    lines += ["", "**Tile asked about has the largest share**, where shares differ", ""]
-    return [*lines, *(table(["", "% of questions"], rows) if rows else ["No variant prefers one."])]
+    for name in (name for name in variants if name != "full"):
+        shares = [variants[name]["keep"].get(keep, {}).get("digits_kept") for keep in keeps(record)]
+        rows += [[label(name), *(f"{100 * share:.1f}" for share in shares)]] if None not in shares else []
+    title = "**Questions for digits of which a patch of each was kept**, in %"
+    return [*lines, "", title, "", *table(["", *(f"R = {keep}" for keep in keeps(record))], rows)]
 
 
 def quality_plot(record: Mapping) -> str:
-    """Accuracy on questions about one attribute against visual tokens."""
+    """Accuracy on three-digit numbers against visual tokens."""
     variants = record["variants"]
     part = record["summary"].get(FIRST, record["summary"]["all"])
     styles = {"full": ("#222222", ":"), "hero": ("#0b57d0", "-"), "hero+": ("#d6336c", "-")}
@@ -136,9 +138,7 @@ def quality_plot(record: Mapping) -> str:
         axes.minorticks_off()
         axes.invert_xaxis()
         axes.grid(axis="y", color="#e6e6e6")
-        axes.set_title(
-            f"One attribute of one object ({part['questions']} questions)", loc="left", fontsize=11
-        )
+        axes.set_title(f"Three-digit numbers ({part['questions']} questions)", loc="left", fontsize=11)
         axes.set(xlabel="visual tokens of the language model, log scale", ylabel="accuracy, %")
         order = [lines[end] for end in sorted(lines, key=lambda end: -end[0])]
         figure.legend(handles=order, loc="outside right upper", frameon=False, labelspacing=0.7)
@@ -147,13 +147,18 @@ def quality_plot(record: Mapping) -> str:
 
 
 def render_quality(page: str, records: Sequence[Mapping]) -> tuple[str, str | None]:
-    """The page of ``bench.quality``, and the plot of its record of test questions, ``None`` without one.
+    """The page of ``bench.quality``, and the plot of its first record of test questions.
 
     Raises:
-        ValueError: several records of test questions, or a page without its markers.
+        ValueError: several records of one training, or a page without its markers.
     """
     found = [one for one in records if one["benchmark"] == "quality" and one["split"] == "test"]
-    if len(found) > 1:
-        raise ValueError(f"records: expected one of quality on test questions, got {len(found)}")
-    page = replace(page, "quality", quality(found[0]) if found else ["Not measured yet."])
+    found.sort(key=lambda one: one["trained"])
+    seeds = [one["trained"] for one in found]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"records: expected one of quality for each seed of training, got {seeds}")
+    lines = ["![Accuracy against visual tokens](quality.svg)"] if found else ["Not measured yet."]
+    for record in found:
+        lines += ["", f"### Trained with seed {record['trained']}", "", *quality(record)]
+    page = replace(page, "quality", lines)
     return page, quality_plot(found[0]) if found else None

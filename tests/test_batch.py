@@ -30,7 +30,7 @@ def make_questions(folder, count: int) -> list[dict]:
     """Rows about pictures of three sizes in ``folder``, and ``questions.jsonl`` with them."""
     rng, rows = np.random.default_rng(20261128), []
     for number in range(count):
-        scene = scenes.scene(rng, GRIDS[number % len(GRIDS)], int(rng.integers(2, 4)), split="test")
+        scene = scenes.scene(rng, GRIDS[number % len(GRIDS)], scenes.Amounts(1, 2, 1), split="test")
         scene.image.save(folder / f"{number}.png")
         question = scenes.questions(scene, rng, 1)[0].text
         rows.append({"id": f"q{number}", "image": f"{number}.png", "question": question, "other": number})

@@ -47,8 +47,10 @@ def test_ask(capsys, tmp_path):
 
 def test_question_as_a_person_writes_it(capsys, tmp_path):
     save = ("--save", str(tmp_path / "out.png"))
-    out = run(capsys, "ask", str(DEMO[1].image), "What digit is on the Green square?", *save)
-    assert out.count(f": {DEMO[2].answer}") == 2
+    *words, colour, last = DEMO[1].question.split()
+    asked = f"{' '.join(words).capitalize()} {colour.capitalize()} {last}?"
+    out = run(capsys, "ask", str(DEMO[1].image), asked, *save)
+    assert out.count(f": {DEMO[1].answer}\n") == 2
 
 
 @pytest.mark.parametrize("policy", ["uniform", "visionzip"])

@@ -64,7 +64,7 @@ def asked():
     pairs = []
     for number in range(QUESTIONS):
         grid = GRIDS[number % len(GRIDS)]
-        scene = scenes.scene(rng, grid, int(rng.integers(2, 4)), split="test")
+        scene = scenes.scene(rng, grid, scenes.Amounts(1, 2, 1), split="test")
         pairs.append((scene, scenes.questions(scene, rng, 1)[0]))
     return pairs
 
@@ -200,7 +200,7 @@ def test_relevance_is_read_from_a_clip_checkpoint(tmp_path):
     loaded.relevance.clip_model.save_pretrained(tmp_path)
     loaded.relevance.tokenizer.save_pretrained(tmp_path)
     own, read = (build(f"{MINI},relevance={name}") for name in ("mini", tmp_path))
-    text = ["what digit is on the red square"]
+    text = ["what number is on the red plate"]
     torch.testing.assert_close(
         read.handle.encoder.relevance.text_embeddings(text),
         own.handle.encoder.relevance.text_embeddings(text),
@@ -291,7 +291,7 @@ def requests(model, *contents, settings=None):
 
 def test_requests_without_image_and_with_video(asked):
     model = build(MINI, batch_size=2)
-    text = {"type": "text", "text": "what digit is on the red square"}
+    text = {"type": "text", "text": "what number is on the red plate"}
     [alone] = model.generate_until(requests(model, [text]))
     assert alone.token_counts.output_tokens == 1
     image = {"type": "image", "url": asked[0][0].image}

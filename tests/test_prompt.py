@@ -15,7 +15,7 @@ IMAGE = 9
 @pytest.mark.parametrize(
     ("prompt", "question"),
     [
-        ("<image> what digit is on the red square", "what digit is on the red square"),
+        ("<image> what number is on the red plate", "what number is on the red plate"),
         ("<s>[INST] <image>\nWhat is shown here? [/INST]", "What is shown here?"),
         (
             "A chat between a curious human and an artificial intelligence assistant. USER: <image>\n"

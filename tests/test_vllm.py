@@ -39,11 +39,7 @@ from hero.vllm.model import DroppingModel
 RATIOS = (1.0, 0.5, 0.2)
 # (width, height): on six grids, with and without padding, larger and smaller than the grid.
 SIZES = ((144, 144), (96, 144), (130, 70), (48, 96), (37, 91), (300, 310))
-QUESTIONS = (
-    "what shape has the digit 3",
-    "what colour has the digit 9",
-    "what digit is on the green square",
-)
+QUESTIONS = tuple(asked.question for asked in mini.demo_questions())
 GREEDY = SamplingParams(temperature=0, max_tokens=4, logprobs=0)
 
 

@@ -1,4 +1,4 @@
-"""The mini model as vLLM's attention on a CPU can run it: with heads of 32 channels instead of 16."""
+"""Checkpoints of the mini model's weights as vLLM loads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from hero import mini
 
-WIDE = 32
 SHARED = (
     "hidden_size",
     "intermediate_size",
@@ -41,15 +40,11 @@ def write(folder: Path, prefix: str = "vision_tower.vision_model.", family: str 
     )  # vLLM loads all of a folder
     config = json.loads((folder / "config.json").read_text())
     processor = json.loads((folder / "processor_config.json").read_text())
-    text = config["text_config"]
-    narrow, heads = text["head_dim"], text["num_attention_heads"]
-    text["head_dim"], config["dtype"] = WIDE, "float32"
-    weights = {}
-    for name, value in load_file(folder / "model.safetensors").items():
-        value = value.float()
-        if "language_model" in name and "self_attn" in name:
-            value = _widened(name, value, heads, narrow)
-        weights[name.replace("vision_tower.", prefix, 1)] = value.contiguous()
+    config["dtype"] = "float32"
+    weights = {
+        name.replace("vision_tower.", prefix, 1): value.float()
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
     if family == "llava":
         _make_llava(config, processor, weights)
     elif family == "siglip":
@@ -84,22 +79,3 @@ def _make_siglip(config: dict, processor: dict, weights: dict, prefix: str) -> N
         tower = SiglipVisionModel(SiglipVisionConfig(**vision, vision_use_head=False))
         weights["multi_modal_projector.linear_1.weight"] = torch.randn(64, 2 * vision["hidden_size"]) / 8
     weights |= {prefix + name: value.contiguous() for name, value in tower.state_dict().items()}
-
-
-def _widened(name: str, weight: torch.Tensor, heads: int, narrow: int) -> torch.Tensor:
-    """A projection of attention with zeros in the new channels of each head.
-
-    Pair i of a narrow head rotates by the angle of pair ``i * WIDE / narrow`` of a wide one: it moves there.
-    Attention divides by the root of the width, for which the queries make up.
-    """
-    channels = torch.arange(narrow)
-    if "q_proj" in name or "k_proj" in name:
-        half, step = channels % (narrow // 2), WIDE // narrow
-        channels = channels // (narrow // 2) * (WIDE // 2) + half * step
-    if "o_proj" in name:
-        wide = weight.new_zeros(weight.shape[0], heads, WIDE)
-        wide[:, :, channels] = weight.unflatten(1, (heads, narrow))
-        return wide.flatten(1)
-    wide = weight.new_zeros(heads, WIDE, weight.shape[1])
-    wide[:, channels] = weight.unflatten(0, (heads, narrow))
-    return wide.flatten(0, 1) * ((WIDE / narrow) ** 0.5 if "q_proj" in name else 1.0)

@@ -1,8 +1,14 @@
 """Generated scenes and questions for the bundled mini model.
 
-A scene is a picture of ``rows x columns`` tiles of 48 px. It shows up to nine small coloured shapes, each
-wholly inside one tile and each carrying a real handwritten digit, on a dimmed crop of a real photograph. No
-two objects of a scene share a digit or a (colour, shape) pair, so every question has exactly one answer.
+A scene is a picture of ``rows x columns`` tiles of 48 px on a dimmed crop of a real photograph. It shows
+
+- plates: coloured bars with three handwritten digits, some across the border of two tiles side by side,
+  which then runs between two digits;
+- objects: coloured shapes with one handwritten digit, each wholly inside a tile;
+- clutter: stripes, checkerboards and rings in strong colours, which no question asks about.
+
+Plates and objects of a scene differ in colour, and its objects in their digits, so every question has
+exactly one answer.
 
 Digits come from ``sklearn.datasets.load_digits`` and photographs from the files that scikit-image carries;
 both packages are imported when the first scene is drawn (``pip install 'hero-vlm[bench]'``). The order in
@@ -16,7 +22,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,14 +53,19 @@ COLOURS = {
 
 SHAPES = ("square", "circle", "triangle", "diamond")
 
+PATTERNS = ("stripes", "checkerboard", "rings")
+"""What clutter looks like."""
+
+PLACES = ("first", "second", "third")
+"""Words for the digits of a plate, from the left."""
+
 # fmt: off
 WORDS = (
     "<pad>", "<bos>", "<unk>", "<eos>", "<image>",
-    *COLOURS, *SHAPES, *(str(digit) for digit in range(10)),
-    "what", "digit", "is", "on", "the", "colour", "has", "shape", "how", "many", "objects", "are", "there",
-    "?", "a", "photo", "of", "with", "and", "nothing", "object", "background", "in", "picture", "where",
-    "left", "right", "top", "bottom", "middle", "centre", "yes", "no", "which", "an", "number", "see", "do",
-    "you", "this", "image", "tell", "me", ".", ",", "above",
+    *COLOURS, *SHAPES, "plate", *PATTERNS, *PLACES, *(str(digit) for digit in range(10)),
+    "what", "digit", "number", "is", "on", "the", "larger", "left", "of", "above", "and",
+    "a", "photo", "with", "background", "in", "picture", "yes", "no", "there",
+    *(f"row{row}" for row in range(6)), *(f"column{column}" for column in range(6)),
     "astronaut", "coffee", "cat", "rocket", "motorcycle", "camera", "brick", "grass", "gravel", "moon",
     "stars", "coins",
 )
@@ -62,20 +73,22 @@ WORDS = (
 """The model's whole vocabulary, in token id order. Words are split at white space and are case-sensitive."""
 
 SPLITS = ("train", "test")
-MAX_OBJECTS = 9  # digits do not repeat in a scene, and a count must be a word of the vocabulary
 MAX_GRID = 6  # 6 tiles = 288 px, the most that the photographs, 300 px on their short side, can fill
 
 DEMO_SEED = 14
 """Seed from which the bundled demo was built."""
 
 _OBJECT_SIZES = (17, 18, 19, 20)  # px
+_CLUTTER_SIZES = tuple(range(16, 27))  # px
+_PLATE, _PLATE_DIGIT, _PITCH = (15, 39), 11, 12  # px: height and width, side of a digit, from one to the next
+_ACROSS = 0.3  # of the places tried for a plate, those across the border of two tiles
 _DIGIT_SIZES = (11, 12, 13)  # px
 _COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32) / 255
 _COLOUR_NAMES = tuple(COLOURS)
-_PLACEMENT_TRIES = 30
+_PLACEMENT_TRIES = 40
 _TRAIN_DIGITS = 1400  # of 1797
 _VARIANTS = 16  # of each training handwriting: as it is, and turned, slanted, scaled and moved a little
-_APART = 16  # px between the centres of objects whose relation is asked for
+_APART = 36  # px between the centres of things whose relation is asked for
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -93,26 +106,48 @@ PHOTOGRAPHS = {
 }
 """Word -> file of scikit-image. The order is part of the contract: a scene draws an index into it."""
 
-KINDS = {"digit": 0.40, "colour": 0.16, "shape": 0.16, "count": 0.08, "relation": 0.12, "background": 0.08}
+KINDS = {"number": 0.30, "nth": 0.20, "digit": 0.14, "larger": 0.20, "relation": 0.12, "background": 0.04}
 """Kind of question -> its share of those drawn."""
 
-ONE_ATTRIBUTE = ("digit", "colour", "shape")
-"""The kinds that ask for one attribute of one object; a single tile answers them."""
+READ = ("number", "nth", "digit", "larger")
+"""The kinds that ask for digits: the patches that show these must be kept."""
 
 Box = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
-class SceneObject:
-    """One coloured shape with a digit on it."""
+class Amounts(NamedTuple):
+    """How many things a scene holds, if all find a free place."""
 
-    colour: str
+    plates: int
+    objects: int
+    clutter: int
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A plate, an object or a piece of clutter."""
+
+    sort: str
+    """``"plate"``, ``"object"`` or ``"clutter"``."""
+    colour: str | None
+    """A word of ``COLOURS``; None for clutter."""
     shape: str
-    digit: int
+    """A word of ``SHAPES`` or ``PATTERNS``, or ``"plate"``."""
+    digits: tuple[int, ...]
+    """Three on a plate, one on an object, none on clutter."""
     box: Box
-    """(y0, x0, y1, x1) in px of the scene."""
-    tile: int
-    """Raster index of the tile that holds the whole object."""
+    digit_boxes: tuple[Box, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The words that questions use."""
+        return f"{self.colour} {self.shape}"
+
+    def tiles(self, grid: tuple[int, int]) -> list[int]:
+        """Raster indices of the tiles that it touches."""
+        y0, x0, y1, x1 = self.box
+        rows, columns = range(y0 // TILE, (y1 - 1) // TILE + 1), range(x0 // TILE, (x1 - 1) // TILE + 1)
+        return [row * grid[1] + column for row in rows for column in columns]
 
 
 @dataclass(frozen=True)
@@ -121,26 +156,38 @@ class Scene:
 
     image: Image.Image
     """RGB, ``rows * 48`` px high and ``columns * 48`` px wide."""
-    objects: tuple[SceneObject, ...]
+    things: tuple[Thing, ...]
     grid: tuple[int, int]
     """(rows, columns) of tiles."""
     background: str
-    """What the photograph behind the objects shows: a word of ``PHOTOGRAPHS``."""
+    """What the photograph behind the things shows: a word of ``PHOTOGRAPHS``."""
+
+    def of(self, sort: str) -> list[Thing]:
+        """The things of one sort."""
+        return [thing for thing in self.things if thing.sort == sort]
 
 
 class Question(NamedTuple):
-    """A question with its one-word answer and where that answer is to be seen."""
+    """A question with its answer and where that answer is to be seen."""
 
     text: str
     answer: str
+    """One word or, of a number, three."""
     kind: str
     """A key of ``KINDS``: what is asked for."""
-    tile: int | None
-    """Tile of the object asked about; None where the question is not about one object."""
-    box: Box | None
-    """Box of the object asked about; None where the question is not about one object."""
-    objects: tuple[SceneObject, ...]
-    """What has to be seen to answer: one object, two for a relation, all for a count, none else."""
+    things: tuple[Thing, ...]
+    """What has to be seen to answer: one thing, or two to compare; none for a background."""
+    places: tuple[int, ...] = ()
+    """Which digits of a plate are asked for."""
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """Where the digits asked for stand: each plate digit, or the whole object."""
+        if self.kind not in READ:
+            return ()
+        if self.places:
+            return tuple(self.things[0].digit_boxes[place] for place in self.places)
+        return tuple(thing.box for thing in self.things)
 
 
 class _Digits(NamedTuple):
@@ -266,6 +313,18 @@ def _apart(box: Box, other: Box) -> bool:
     return box[2] + 1 < other[0] or other[2] + 1 < box[0] or box[3] + 1 < other[1] or other[3] + 1 < box[1]
 
 
+def _pattern(name: str, side: int, period: int) -> np.ndarray:
+    """[side, side, 1] fp32, 0 or 1."""
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    if name == "stripes":
+        value = (x + y if period % 2 else y) // period
+    elif name == "checkerboard":
+        value = x // period + y // period
+    else:
+        value = np.hypot(y - side / 2 + 0.5, x - side / 2 + 0.5) // period
+    return (value % 2)[..., None]
+
+
 def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, int]:
     """A crop of a photograph, perhaps mirrored, its contrast lowered; [height, width, 3] fp32 in 0..1."""
     photographs = _photographs()
@@ -280,65 +339,149 @@ def _background(rng: np.random.Generator, height: int, width: int) -> tuple[np.n
     return crop * contrast + rng.uniform(0.25, 0.65) * (1 - contrast), number
 
 
-def scene(rng: np.random.Generator, grid: tuple[int, int], n_objects: int, split: str = "train") -> Scene:
+class _Canvas:
+    """A scene while it is drawn."""
+
+    def __init__(self, rng: np.random.Generator, grid: tuple[int, int], split: str):
+        self.rng, self.grid, self.split = rng, grid, split
+        self.pixels, self.photograph = _background(rng, grid[0] * TILE, grid[1] * TILE)
+        self.things: list[Thing] = []
+
+    def place(self, corner: Callable[[], tuple[int, int]], height: int, width: int) -> Box | None:
+        """A free box at a corner (y, x) that is drawn anew until it fits; None after too many tries."""
+        for _ in range(_PLACEMENT_TRIES):
+            y, x = corner()
+            box = (y, x, y + height, x + width)
+            if all(_apart(box, thing.box) for thing in self.things):
+                return box
+        return None
+
+    def within_tile(self, height: int, width: int) -> tuple[int, int]:
+        """A corner of a box that lies in one tile."""
+        row, column = (int(self.rng.integers(count)) for count in self.grid)
+        y, x = (int(self.rng.integers(TILE - length + 1)) for length in (height, width))
+        return row * TILE + y, column * TILE + x
+
+    def plate_corner(self) -> tuple[int, int]:
+        y, x = self.within_tile(*_PLATE)
+        if self.grid[1] > 1 and self.rng.random() < _ACROSS:
+            border = TILE * int(self.rng.integers(1, self.grid[1]))
+            x = border - 1 - _PITCH * int(self.rng.integers(1, 3))
+        return y, x
+
+    def write(self, digit: int, side: int, top: int, left: int) -> Box:
+        """Write a digit by a hand drawn from those of the split."""
+        digits = _digits()
+        hands = digits.indices[self.split][digit]
+        hand = hands[self.rng.integers(len(hands))]
+        if self.split == "train":
+            ink = _variants(side)[hand, self.rng.integers(_VARIANTS)]
+        else:
+            ink = digits.pixels[side][hand]
+        area = self.pixels[top : top + side, left : left + side]
+        area[:] = area * (1 - 0.92 * ink[..., None])
+        return top, left, top + side, left + side
+
+    def paint(self, box: Box, mask: np.ndarray | float, colour: int) -> None:
+        value = np.clip(_COLOUR_VALUES[colour] + self.rng.normal(0, 0.04, 3), 0, 1)
+        area = self.pixels[box[0] : box[2], box[1] : box[3]]
+        area[:] = area * (1 - mask) + value * mask
+
+    def plate(self, colours: list[int]) -> None:
+        box = self.place(self.plate_corner, *_PLATE)
+        if box is None:
+            return
+        colour = colours.pop()
+        self.paint(box, 1.0, colour)
+        digits = tuple(self.rng.integers(10, size=3).tolist())
+        boxes = tuple(
+            self.write(digit, _PLATE_DIGIT, box[0] + 2, box[1] + 2 + place * _PITCH)
+            for place, digit in enumerate(digits)
+        )
+        self.things.append(Thing("plate", _COLOUR_NAMES[colour], "plate", digits, box, boxes))
+
+    def object(self, colours: list[int], digits: list[int]) -> None:
+        side = _OBJECT_SIZES[self.rng.integers(len(_OBJECT_SIZES))]
+        box = self.place(lambda: self.within_tile(side, side), side, side)
+        if box is None:
+            return
+        colour, digit = colours.pop(), digits.pop()
+        shape = SHAPES[self.rng.integers(len(SHAPES))]
+        self.paint(box, _shape_mask(shape, side), colour)
+        # A triangle is wide at its foot only: its digit is small and sits lower.
+        ink = 11 if shape == "triangle" else 12 if side < 19 else 13
+        top = box[0] + min((side - ink) // 2 + (3 if shape == "triangle" else 0), side - ink)
+        written = self.write(digit, ink, top, box[1] + (side - ink) // 2)
+        self.things.append(Thing("object", _COLOUR_NAMES[colour], shape, (digit,), box, (written,)))
+
+    def clutter(self) -> None:
+        side = _CLUTTER_SIZES[self.rng.integers(len(_CLUTTER_SIZES))]
+        height, width = (count * TILE - side + 1 for count in self.grid)
+        corner = lambda: (int(self.rng.integers(height)), int(self.rng.integers(width)))  # noqa: E731
+        box = self.place(corner, side, side)
+        if box is None:
+            return
+        pattern = PATTERNS[self.rng.integers(len(PATTERNS))]
+        value = _pattern(pattern, side, int(self.rng.integers(2, 5)))
+        dark, light = self.rng.uniform(0, 0.25, 3), self.rng.uniform(0.6, 1.0, 3)
+        self.pixels[box[0] : box[2], box[1] : box[3]] = dark + (light - dark) * value
+        self.things.append(Thing("clutter", None, pattern, (), box))
+
+
+def scene(
+    rng: np.random.Generator,
+    grid: tuple[int, int],
+    amounts: Amounts,
+    split: str = "train",
+    repeat: bool = False,
+) -> Scene:
     """Draw a random scene.
 
     Args:
         rng: source of all randomness; the same state gives the same scene.
         grid: (rows, columns) of tiles, each 1..6. The weights know the grids in ``GRIDS``.
-        n_objects: objects wanted, 0..9. One that finds no free place in 30 tries is left out, so a small
-            crowded scene may hold fewer.
+        amounts: things wanted. One that finds no free place in 40 tries is left out.
         split: which handwritings to use, ``"train"`` or ``"test"``. The two share no handwritten image,
             though the same people may have written both.
+        repeat: whether colours and the digits of objects may repeat. Otherwise plates and objects are at most
+            seven together. Questions about a scene with repetitions may have several answers.
     """
     rng = _generator(rng)
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise ValueError(f"grid: expected (rows, columns), got {grid!r}")
-    rows, columns = (_integer(f"grid[{axis}]", value, 1, MAX_GRID) for axis, value in enumerate(grid))
-    n_objects = _integer("n_objects", n_objects, 0, MAX_OBJECTS)
+    grid = tuple(_integer(f"grid[{axis}]", value, 1, MAX_GRID) for axis, value in enumerate(grid))
+    if not isinstance(amounts, tuple) or len(amounts) != 3:
+        raise ValueError(f"amounts: expected (plates, objects, clutter), got {amounts!r}")
+    plates, objects, clutter = (
+        _integer(f"amounts.{name}", value, 0) for name, value in zip(Amounts._fields, amounts, strict=True)
+    )
+    if not repeat and plates + objects > len(COLOURS):
+        raise ValueError(f"amounts: expected at most {len(COLOURS)} plates and objects, got {amounts}")
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
 
-    digits = _digits()
-    pixels, photograph = _background(rng, rows * TILE, columns * TILE)
-    looks = rng.permutation(len(COLOURS) * len(SHAPES))[:n_objects]
-    written = rng.permutation(10)[:n_objects]
-    objects: list[SceneObject] = []
-    for look, digit in zip(looks.tolist(), written.tolist(), strict=True):
-        colour, shape = divmod(look, len(SHAPES))
-        for _ in range(_PLACEMENT_TRIES):
-            row, column = int(rng.integers(rows)), int(rng.integers(columns))
-            side = _OBJECT_SIZES[rng.integers(len(_OBJECT_SIZES))]
-            y = row * TILE + int(rng.integers(1, TILE - side))
-            x = column * TILE + int(rng.integers(1, TILE - side))
-            box = (y, x, y + side, x + side)
-            if all(_apart(box, placed.box) for placed in objects):
-                break
-        else:
-            continue
+    canvas = _Canvas(rng, grid, split)
+    if repeat:
+        colours = rng.integers(len(COLOURS), size=plates + objects).tolist()
+        digits = rng.integers(10, size=objects).tolist()
+    else:
+        colours, digits = rng.permutation(len(COLOURS)).tolist(), rng.permutation(10).tolist()
+    for _ in range(plates):
+        canvas.plate(colours)
+    for _ in range(objects):
+        canvas.object(colours, digits)
+    for _ in range(clutter):
+        canvas.clutter()
+    image = Image.fromarray((np.clip(canvas.pixels, 0, 1) * 255).astype(np.uint8))
+    return Scene(image, tuple(canvas.things), grid, tuple(PHOTOGRAPHS)[canvas.photograph])
 
-        mask = _shape_mask(SHAPES[shape], side)
-        paint = np.clip(_COLOUR_VALUES[colour] + rng.normal(0, 0.04, 3), 0, 1)
-        area = pixels[y : y + side, x : x + side]
-        area[:] = area * (1 - mask) + paint * mask
 
-        handwritings = digits.indices[split][digit]
-        triangle = SHAPES[shape] == "triangle"
-        ink_side = 11 if triangle else 12 if side < 19 else 13
-        written_by = handwritings[rng.integers(len(handwritings))]
-        if split == "train":
-            ink = _variants(ink_side)[written_by, rng.integers(_VARIANTS)]
-        else:
-            ink = digits.pixels[ink_side][written_by]
-        ink = ink[..., None]
-        # A triangle is wide at its foot only: its digit sits lower.
-        top = y + min((side - ink_side) // 2 + (3 if triangle else 0), side - ink_side)
-        left = x + (side - ink_side) // 2
-        area = pixels[top : top + ink_side, left : left + ink_side]
-        area[:] = area * (1 - 0.92 * ink)
-        objects.append(SceneObject(_COLOUR_NAMES[colour], SHAPES[shape], digit, box, row * columns + column))
-    image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
-    return Scene(image, tuple(objects), (rows, columns), tuple(PHOTOGRAPHS)[photograph])
+def amounts(rng: np.random.Generator, tiles: int) -> Amounts:
+    """Draw how many things a scene of this many tiles holds, for scenes that are asked about."""
+    plates, objects, clutter = ((1, 2), (1, 3), (0, 1)) if tiles <= 2 else ((1, 3), (2, 4), (0, 3))
+    if tiles > 4:
+        plates, objects, clutter = (2, 3), (3, 4), (2, 6)
+    return Amounts(*(int(rng.integers(low, high + 1)) for low, high in (plates, objects, clutter)))
 
 
 def questions(
@@ -346,77 +489,86 @@ def questions(
 ) -> list[Question]:
     """Draw ``n`` random questions about a scene, with replacement.
 
-    The wording ends in the key word and carries no question mark: the model was trained so. Digits are asked
-    of an object by its colour and shape, or by one of them where that is unique; colours and shapes of an
-    object by its digit.
+    The wording ends in the key word and carries no question mark: the model was trained so. Plates and
+    objects are named by colour and shape.
 
     Args:
-        scene: the scene, with at least one object.
+        scene: the scene.
         rng: source of all randomness.
         n: how many.
-        kinds: the kinds to draw from, in the proportions of ``KINDS``. A relation is asked only where two
-            objects are far enough apart; otherwise another kind is drawn.
+        kinds: the kinds to draw from, in the proportions of ``KINDS``; those that the scene does not allow
+            are left out, such as a relation where no two things are far enough apart.
+
+    Raises:
+        ValueError: the scene allows none of the kinds.
     """
     if not isinstance(scene, Scene):
         raise TypeError(f"scene: expected a Scene, got {type(scene).__name__}")
     rng = _generator(rng)
     n = _integer("n", n, 0)
-    if not scene.objects:
-        raise ValueError("scene: expected at least one object to ask about, got none")
     if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {kinds!r}")
-    relations = _relations(scene)
-    possible = [kind for kind in KINDS if kind in kinds and (kind != "relation" or relations)]
+    plates, objects, relations = scene.of("plate"), scene.of("object"), _relations(scene)
+    allowed = {
+        "number": bool(plates),
+        "nth": bool(plates),
+        "digit": bool(objects),
+        "larger": len(objects) > 1,
+        "relation": bool(relations),
+        "background": True,
+    }
+    possible = [kind for kind in KINDS if kind in kinds and allowed[kind]]
     if not possible:
-        raise ValueError(f"scene: expected two objects {_APART} px apart to ask for a relation, got none")
+        raise ValueError(f"scene: expected one that allows {', '.join(kinds)}, got {scene.things}")
     shares = np.array([KINDS[kind] for kind in possible])
     drawn = []
-    for _ in range(n):
-        kind = possible[rng.choice(len(possible), p=shares / shares.sum())]
-        if kind == "count":
-            text, answer, asked = "how many objects are there", str(len(scene.objects)), scene.objects
-        elif kind == "background":
-            text, answer, asked = "what is in the background", scene.background, ()
+    for number in rng.choice(len(possible), size=n, p=shares / shares.sum()).tolist():
+        kind, places = possible[number], ()
+        if kind == "number":
+            things, places = (plates[rng.integers(len(plates))],), (0, 1, 2)
+            text, answer = f"what number is on the {things[0].name}", " ".join(map(str, things[0].digits))
+        elif kind == "nth":
+            things, places = (plates[rng.integers(len(plates))],), (int(rng.integers(3)),)
+            text = f"what is the {PLACES[places[0]]} digit on the {things[0].name}"
+            answer = str(things[0].digits[places[0]])
+        elif kind == "digit":
+            things = (objects[rng.integers(len(objects))],)
+            text, answer = f"what digit is on the {things[0].name}", str(things[0].digits[0])
+        elif kind == "larger":
+            things = tuple(objects[one] for one in rng.choice(len(objects), size=2, replace=False))
+            text = f"what is the larger digit on the {things[0].name} and the {things[1].name}"
+            answer = str(max(thing.digits[0] for thing in things))
         elif kind == "relation":
-            word, first, second = relations[rng.integers(len(relations))]
+            word, *pair = relations[rng.integers(len(relations))]
             answer = "yes" if rng.random() < 0.5 else "no"
-            asked = (first, second) if answer == "yes" else (second, first)
-            text = f"is the {_name(asked[0])} {word} the {_name(asked[1])}"
+            things = tuple(pair if answer == "yes" else pair[::-1])
+            text = f"is the {things[0].name} {word} the {things[1].name}"
         else:
-            thing = scene.objects[rng.integers(len(scene.objects))]
-            asked, answer = (thing,), str(getattr(thing, kind))
-            text = f"what {kind} has the digit {thing.digit}"
-            if kind == "digit":
-                text = f"what digit is on the {_reference(thing, scene, rng)}"
-        one = asked[0] if kind in ONE_ATTRIBUTE else None
-        drawn.append(Question(text, answer, kind, one and one.tile, one and one.box, asked))
+            text, answer, things = "what is in the background", scene.background, ()
+        drawn.append(Question(text, answer, kind, things, places))
     return drawn
 
 
-def _name(thing: SceneObject) -> str:
-    return f"{thing.colour} {thing.shape}"
-
-
-def _reference(thing: SceneObject, scene: Scene, rng: np.random.Generator) -> str:
-    """Words for one object of a scene: colour and shape, sometimes one of them where that is unique."""
-    r = rng.random()
-    if r < 0.27 and [other.colour for other in scene.objects].count(thing.colour) == 1:
-        return f"object with colour {thing.colour}"
-    if r < 0.40 and [other.shape for other in scene.objects].count(thing.shape) == 1:
-        return f"object with shape {thing.shape}"
-    return _name(thing)
-
-
-def _relations(scene: Scene) -> list[tuple[str, SceneObject, SceneObject]]:
+def _relations(scene: Scene) -> list[tuple[str, Thing, Thing]]:
     """(words, first, second) of which it is true that the first is so placed to the second."""
+    named = [thing for thing in scene.things if thing.colour]
     relations = []
-    for first in scene.objects:
-        for second in scene.objects:
+    for first in named:
+        for second in named:
             for axis, words in enumerate(("above", "left of")):
                 distance = second.box[axis] + second.box[axis + 2] - first.box[axis] - first.box[axis + 2]
                 if distance >= 2 * _APART:
                     relations.append((words, first, second))
     return relations
+
+
+def covered(box: np.ndarray | Box, rows: int, columns: int) -> np.ndarray:
+    """``[rows, columns]``: the share of each patch that a box in px covers."""
+    y0, x0, y1, x1 = box
+    y, x = np.arange(rows + 1) * PATCH, np.arange(columns + 1) * PATCH
+    height = (np.minimum(y[1:], y1) - np.maximum(y[:-1], y0)).clip(0)
+    width = (np.minimum(x[1:], x1) - np.maximum(x[:-1], x0)).clip(0)
+    return height[:, None] * width[None] / PATCH**2
 
 
 def prompt(question_text: str) -> str:
@@ -429,19 +581,19 @@ def prompt(question_text: str) -> str:
 def build_demo(seed: int, out_dir: str | Path) -> None:
     """Write ``scene_1.png``, a 3 x 3 scene of the test split, and ``questions.json``, three questions on it.
 
-    The questions ask for a digit, a colour and a shape, in three different tiles. ``DEMO_SEED`` built the
-    demo that the package carries. It was chosen so that the stock model, with all tokens, answers all three,
-    and so that the photograph in it is free to copy (coffee, CC0, Rachel Michetti). The demo shows what the
-    model does; it says nothing about how often the model is right.
+    The questions ask for a number, one of its digits and the digit of an object, in three different tiles.
+    ``DEMO_SEED`` built the demo that the package carries. It was chosen so that the stock model, with all
+    tokens, answers all three, and so that the photograph in it is free to copy (coffee, CC0, Rachel
+    Michetti). The demo shows what the model does; it says nothing about how often the model is right.
     """
     seed = _integer("seed", seed, 0)
     rng = np.random.default_rng(seed)
-    picture = scene(rng, (3, 3), 6, "test")
-    chosen: dict[str, Question] = {}
-    for question in questions(picture, rng, 100):
-        taken = {other.tile for other in chosen.values()}
-        if question.kind in ONE_ATTRIBUTE and question.kind not in chosen and question.tile not in taken:
-            chosen[question.kind] = question
+    picture = scene(rng, (3, 3), Amounts(3, 4, 4), "test")
+    chosen: dict[str, tuple[Question, int]] = {}
+    for question in questions(picture, rng, 100, ("number", "nth", "digit")):
+        tile, *more = question.things[0].tiles(picture.grid)
+        if not more and question.kind not in chosen and tile not in {taken for _, taken in chosen.values()}:
+            chosen[question.kind] = question, tile
     if len(chosen) < 3:
         raise ValueError(
             f"seed: expected one whose scene spreads three questions over three tiles, got {seed}"
@@ -450,7 +602,7 @@ def build_demo(seed: int, out_dir: str | Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     picture.image.save(out_dir / "scene_1.png")
     records = [
-        {"image": "scene_1.png", "question": question.text, "answer": question.answer, "tile": question.tile}
-        for question in chosen.values()
+        {"image": "scene_1.png", "question": question.text, "answer": question.answer, "tile": tile}
+        for question, tile in chosen.values()
     ]
     (out_dir / "questions.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")

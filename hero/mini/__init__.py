@@ -1,6 +1,6 @@
 """A very small trained LLaVA-NeXT with its own pictures and questions.
 
-It answers one-word questions about generated scenes, offline and on a CPU, so that the demo runs anywhere and
+It answers short questions about generated scenes, offline and on a CPU, so that the demo runs anywhere and
 tests can measure what dropping tokens costs. See ``weights/README.md`` for what it is.
 Importing this module loads neither torch nor transformers; ``load`` does.
 """
