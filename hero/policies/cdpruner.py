@@ -1,0 +1,48 @@
+"""CDPruner (Zhang et al. 2025, https://arxiv.org/abs/2506.10967).
+
+    r_i      = −cos(patch i, question), scaled to [0, 1] over the valid patches of the image
+    L        = diag(r) · S · diag(r),  S_ij = cos(x_i, x_j)
+    chosen   greedy maximum of det(L over the chosen): the largest conditional variance, again and again
+
+The sign is that of the released code: in CLIP, patches that show the question's object are less similar to it
+than others. As published, every crop keeps the same number, the thumbnail like a tile. Paper and released
+code take S from projected features, and the code scales r over all crops of a call; here x are the features
+before the projector, r is scaled over each image, and only valid patches compete. The tiles' total is divided
+equally and completely, with at most the valid patches of a tile. ``pool="image"`` chooses from the whole
+image, which is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Needs
+from .coverage import CoveragePolicy
+
+__all__ = ["CDPruner"]
+
+
+@dataclass(frozen=True)
+class CDPruner(CoveragePolicy):
+    """CDPruner (arXiv 2506.10967): patches that differ, weighed by their relevance to the question.
+
+    Example: ``hero.attach(model, processor, policy="cdpruner", relevance=relevance)``.
+
+    Args:
+        pool: as in :class:`CoveragePolicy`.
+    """
+
+    name = "cdpruner"
+    summary = "patches that differ, weighed by relevance to the question (arXiv 2506.10967)"
+    rule = "dpp"
+
+    def rows(self, depth, feature_layer):
+        return {}
+
+    def needs(self, with_relevance):
+        return Needs(patch_relevance=True)
+
+    def quality(self, observed):
+        from .. import signals
+
+        return signals.scaled(-observed.patch_relevance(), observed.valid, observed.places)
