@@ -8,8 +8,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS, check_buffer, check_integer, check_number, check_tensor, describe
+from ._checks import (
+    FLOATS,
+    INTEGERS,
+    check_buffer,
+    check_choice,
+    check_integer,
+    check_number,
+    check_tensor,
+    describe,
+)
 from ._dispatch import is_plain
+from ._diverse import MOST_CANDIDATES, MOST_QUALITY, RULES
 from ._env import SWITCHES
 from .segments import MAX_SIGNALS, Segments, TileSignal
 
@@ -50,27 +60,34 @@ def check_accumulation(
     return check_number("weight", weight)
 
 
-def check_bounds(cu_seqlens: Tensor | None, max_seqlen: int | None, key: Tensor) -> int | None:
-    """Check the bounds of segments, which go with the longest length; return the number of segments."""
-    if cu_seqlens is None or max_seqlen is None:
-        if cu_seqlens is max_seqlen:
+def check_bounds(
+    names: tuple[str, str], bounds: Tensor | None, most: int | None, total: int, device: torch.device
+) -> int | None:
+    """Check the bounds of segments, which go with the longest length; return the number of segments.
+
+    Args:
+        names: of the two arguments.
+        total: the last bound.
+    """
+    if bounds is None or most is None:
+        if bounds is most:
             return None
-        missing = "cu_seqlens" if cu_seqlens is None else "max_seqlen"
-        raise ValueError(f"{missing}: expected cu_seqlens and max_seqlen together, got None")
-    check_tensor("cu_seqlens", cu_seqlens, ("S + 1",), (torch.int32,), key.device)
-    check_integer("max_seqlen", max_seqlen, low=0)
-    if not cu_seqlens.shape[0]:
-        raise ValueError(f"cu_seqlens: expected at least one bound, got {describe(cu_seqlens)}")
-    if cu_seqlens.device.type == "cpu" and is_plain((cu_seqlens,)):  # as in check_cpu
-        bounds, tokens = cu_seqlens.tolist(), key.shape[2]
-        if bounds != sorted(bounds) or (bounds[0], bounds[-1]) != (0, tokens):
-            expected = f"bounds that rise from 0 to {tokens}"
-            raise ValueError(f"cu_seqlens: expected {expected}, got {describe(bounds)}")
-        longest = max((end - begin for begin, end in pairwise(bounds)), default=0)
-        if max_seqlen < longest:
+        missing = names[bounds is not None]
+        raise ValueError(f"{missing}: expected {names[0]} and {names[1]} together, got None")
+    check_tensor(names[0], bounds, ("S + 1",), (torch.int32,), device)
+    check_integer(names[1], most, low=0)
+    if not bounds.shape[0]:
+        raise ValueError(f"{names[0]}: expected at least one bound, got {describe(bounds)}")
+    if bounds.device.type == "cpu" and is_plain((bounds,)):  # as in check_cpu
+        places = bounds.tolist()
+        if places != sorted(places) or (places[0], places[-1]) != (0, total):
+            expected = f"bounds that rise from 0 to {total}"
+            raise ValueError(f"{names[0]}: expected {expected}, got {describe(places)}")
+        longest = max((end - begin for begin, end in pairwise(places)), default=0)
+        if most < longest:
             expected = f"at least {longest}, the longest segment"
-            raise ValueError(f"max_seqlen: expected {expected}, got {max_seqlen}")
-    return cu_seqlens.shape[0] - 1
+            raise ValueError(f"{names[1]}: expected {expected}, got {most}")
+    return bounds.shape[0] - 1
 
 
 def check_segments(segments: Segments) -> None:
@@ -122,3 +139,39 @@ def check_numbers(name: str, values: Tensor) -> None:
 
 def check_counts(name: str, counts: Tensor) -> None:
     check_cpu(name, "integers >= 0", counts, lambda counts: counts >= 0)
+
+
+def check_diverse(
+    features: Tensor,
+    budgets: Tensor,
+    rule: str,
+    quality: Tensor | None,
+    valid: Tensor | None,
+    cu_crops: Tensor | None,
+    max_crops: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Check the arguments of ``segmented_diverse_topk``; return features and quality, detached."""
+    check_tensor("features", features, ("T", "P", "D"), FLOATS)
+    (crops, patches, width), device = features.shape, features.device
+    if not width:
+        raise ValueError(f"features: expected at least one feature, got {describe(features)}")
+    check_choice("rule", rule, tuple(RULES))
+    count = check_bounds(("cu_crops", "max_crops"), cu_crops, max_crops, crops, device)
+    name, most = ("features", 1) if max_crops is None else ("max_crops", max_crops)
+    if most * patches > MOST_CANDIDATES:
+        given = f"{most} · {patches}"
+        raise ValueError(f"{name}: expected at most {MOST_CANDIDATES} candidates a segment, got {given}")
+    check_tensor("budgets", budgets, (crops if count is None else count,), INTEGERS, device)
+    check_counts("budgets", budgets)
+    if valid is not None:
+        check_tensor("valid", valid, (crops, patches), (torch.bool,), device)
+    if quality is not None:
+        if rule == "max_min":
+            raise ValueError(f"quality: expected None with rule 'max_min', got {describe(quality)}")
+        check_tensor("quality", quality, (crops, patches), (torch.float32,), device)
+    if not SWITCHES.interpret:  # as check_numbers
+        check_cpu("features", "finite numbers", features, _is_finite)
+        if quality is not None:
+            fits = (quality >= 0) & (quality <= MOST_QUALITY)
+            check_cpu("quality", "numbers from 0 to 2⁶⁰", fits, lambda fits: fits)
+    return detached(features), quality if quality is None else detached(quality)

@@ -294,6 +294,11 @@ _register(
     lambda **arguments: tuple(_run("tile_budgets", **arguments)),
 )
 _register("segmented_topk", "Tensor", lambda scores, **_: scores.new_empty(scores.shape, dtype=torch.bool))
+_register(
+    "segmented_diverse_topk",
+    "Tensor",
+    lambda features, **_: features.new_empty(features.shape[:2], dtype=torch.int16),
+)
 _register("segmented_topk_gather", "(Tensor, Tensor, Tensor, Tensor, Tensor)", _gather_fake, _gather)
 _register_gradient("segmented_topk_gather", _save_gather, _gather_backward, 1)
 

@@ -27,6 +27,7 @@ from ._arguments import (
     check_attention,
     check_bounds,
     check_counts,
+    check_diverse,
     check_numbers,
     check_segments,
     check_signals,
@@ -40,6 +41,7 @@ __all__ = [
     "cls_attention",
     "finalize_scores",
     "received_attention",
+    "segmented_diverse_topk",
     "segmented_topk",
     "segmented_topk_gather",
     "tile_budgets",
@@ -170,7 +172,8 @@ def received_attention(
     Source: VisionZip (2412.04467), for SigLIP towers.
     """
     scale = check_attention(query, key, scale, packed=cu_seqlens is not None)
-    count = check_bounds(cu_seqlens, max_seqlen, key)
+    names = ("cu_seqlens", "max_seqlen")
+    count = check_bounds(names, cu_seqlens, max_seqlen, key.shape[2], key.device)
     weight = check_accumulation(weight, out, key, key.shape[2], count)
     if lse is not None:
         lse = detached(check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device))
@@ -289,6 +292,63 @@ def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None)
     scores = detached(scores)
     arguments = {"scores": scores, "budgets": budgets, "valid": valid}
     return _call("segmented_topk", scores.device, (scores, budgets, valid), **arguments)
+
+
+def segmented_diverse_topk(
+    features: Tensor,
+    budgets: Tensor,
+    *,
+    rule: str,
+    quality: Tensor | None = None,
+    valid: Tensor | None = None,
+    cu_crops: Tensor | None = None,
+    max_crops: int | None = None,
+) -> Tensor:
+    """Choose candidates one by one, each unlike those chosen before, in each crop or segment of crops.
+
+    The similarity of two candidates is the cosine of their features. Elements are rounded to 2⁻¹² of their
+    vector's length, so that cosines are exact integers, whatever the order of the sum. Each step takes the
+    valid candidate of the largest value, ties to the lower index, by one of three rules:
+
+    - ``"max_min"``: the distance to the nearest chosen candidate; first that to the nearest other one.
+    - ``"dpp"``: quality² times the variance that the chosen ones leave, by a Cholesky factorisation in fp32
+      whose operations are rounded one by one, in a fixed order. Variances below 2⁻²⁰ count as 2⁻²⁰.
+    - ``"coverage"``: ``quality · Σ_j max(0, sim(i, j) − max_c sim(c, j))``, j over the valid candidates, c
+      over the chosen ones and 0.
+
+    ``"max_min"`` and ``"coverage"`` compare similarities rounded to 3.2·10⁻⁵. The choice is the same in every
+    batch, on CPU and GPU.
+
+    Args:
+        features: ``[T, P, D]`` floating point, any strides.
+        budgets: ``[T]`` int32 or int64, >= 0, clamped to the valid candidates; ``[S]`` with ``cu_crops``.
+        rule: which of the three.
+        quality: ``[T, P]`` fp32, >= 0, up to 2⁶⁰; 1 where ``None``. Not for ``"max_min"``.
+        valid: ``[T, P]`` bool; all patches are valid where ``None``.
+        cu_crops: ``[S + 1]`` int32: segment s holds the patches of crops ``cu_crops[s]`` to ``cu_crops[s + 1]``
+            − 1, with indices in this order. A segment may be empty. Each crop is one where ``None``.
+        max_crops: crops of the longest segment, or more, on the host; given with ``cu_crops``, which is then
+            not read on the host. The CPU checks both. On a GPU wrong values give wrong ranks.
+
+    Returns:
+        ``[T, P]`` int16: the step of the segment in which the patch was chosen, from 0; 32767 if in none. If
+        each crop is a segment, :func:`segmented_topk_gather` takes it as ``ranks``. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; more than 4096 candidates in a segment; on the CPU
+            also features or quality that are not finite. (On a GPU such a vector counts as zero.)
+
+    Source: DivPrune (2503.02175), CDPruner (2506.10967), SCOPE (2510.24214).
+    """
+    features, quality = check_diverse(features, budgets, rule, quality, valid, cu_crops, max_crops)
+    arguments = {"budgets": budgets, "quality": quality, "valid": valid, "cu_crops": cu_crops}
+    return _call(
+        *("segmented_diverse_topk", features.device, (features, *arguments.values())),
+        features=features,
+        rule=rule,
+        max_crops=max_crops,
+        **arguments,
+    )
 
 
 def segmented_topk_gather(

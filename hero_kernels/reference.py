@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ._diverse import segmented_diverse_topk
 from .segments import (
     Finalized,
     Gathered,
@@ -31,6 +32,7 @@ __all__ = [
     "cls_attention",
     "finalize_scores",
     "received_attention",
+    "segmented_diverse_topk",
     "segmented_topk",
     "segmented_topk_gather",
     "tile_budgets",
