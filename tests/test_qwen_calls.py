@@ -346,7 +346,7 @@ def test_policies(family):
                 assert handle.last.lengths == [len(image.kept) for image in images]
                 found.append(kept_tokens(handle.last))
     assert found[0] == found[1] != [image.kept for image in images]
-    for policy in ("hired", "globalcom2", "fastervlm", "visionzip"):
+    for policy in ("hired", "globalcom2", "fastervlm", "visionzip", "scope"):
         with pytest.raises(ValueError, match=rf"^policy: .*{policy}"):
             hero.attach(model, policy=policy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .._checks import check_choice, error
+from .._checks import check_choice
 from .base import Policy, Scored
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class CoveragePolicy(Policy):
 
     Args:
         pool: where patches compete: ``"crop"``, in each crop, with equal tile budgets; ``"image"``, in all
-            crops of an image together, up to 4096 patches.
+            crops of an image together, up to 4096 patches with their padding.
 
     Raises:
         TypeError, ValueError: a parameter of the wrong type or out of range, by name.
@@ -43,8 +43,8 @@ class CoveragePolicy(Policy):
     def constants(self, layouts):
         most = max(layout.crops * layout.patches for layout in layouts)
         if self.pool == "image" and most > MOST:
-            expected = f"'crop' for images of more than {MOST} patches"
-            raise error(ValueError, "pool", expected, f"{self.pool!r} for {most}")
+            expected = f"'crop' for images of more than {MOST} patches, padding included"
+            raise ValueError(f"pool: expected {expected}, got 'image' for {most}")
         return {}
 
     def score(self, observed):
