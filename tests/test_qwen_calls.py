@@ -8,7 +8,9 @@ import random
 import pytest
 import torch
 import transformers
-from independent import CACHE, CHAT_TEMPLATE, floor_ratio
+from independent import CACHE, CHAT_TEMPLATE, floor_ratio, tiny_clip
+from independent import tiny_tokenizer as clip_tokenizer
+from independent_policies import Greedy
 from independent_qwen import (
     FAMILIES,
     IMAGE,
@@ -349,6 +351,43 @@ def test_policies(family):
     for policy in ("hired", "globalcom2", "fastervlm", "visionzip", "scope"):
         with pytest.raises(ValueError, match=rf"^policy: .*{policy}"):
             hero.attach(model, policy=policy)
+
+
+@pytest.mark.parametrize("pool", ["crop", "image"])
+@pytest.mark.parametrize("policy", ["divprune", "cdpruner"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_covering(family, policy, pool):
+    """Blocks keep their part in proportion, a whole image as many; which tokens follows from the features."""
+    model, inputs, clip = model_of(family), stock_batch(family, "small and large"), tiny_clip()
+    own, text = {}, None
+    if policy == "cdpruner":
+        own["relevance"] = hero.ClipRelevance(clip, clip_tokenizer(), second_pass=True)
+        text = ["what is in this picture ?", "describe"]
+    keep = {"policy": policy, "pool": pool, "keep_ratio": 0.3, "block": 4}
+    with hero.attach(model, tiny_processor(family), **keep, **own) as handle, torch.no_grad():
+        encoder, given = handle.encoder, (inputs["pixel_values"], inputs["image_grid_thw"])
+        patches, plan = encoder.prepare(*given)
+        encoded = encoder.encode(patches, plan)
+        scored = encoder.score(encoded, plan, text)
+        selection, config = encoder(*given, text), handle.config
+    kept, first = selection.keep_mask(), 0
+    for layout in plan.layouts:
+        blocks = range(first, first + layout.crops)
+        first += layout.crops
+        wanted = layout.block_budgets(config)
+        assert sum(wanted) == max(1, int(0.3 * layout.full_tokens)) == int(kept[blocks].sum())
+        assert pool == "image" or kept[blocks].sum(1).tolist() == wanted == selection.budgets[blocks].tolist()
+        places = [(block, token) for block in blocks for token in plan.valid[block].nonzero()[:, 0].tolist()]
+        quality = [1.0 if scored.quality is None else float(scored.quality[place]) for place in places]
+        if policy == "cdpruner" and len(places) > 1:
+            assert (min(quality), max(quality)) == (0.0, 1.0)
+        pools = [blocks] if pool == "image" else [[block] for block in blocks]
+        for own_blocks in pools:
+            own_places = [number for number, (block, _) in enumerate(places) if block in own_blocks]
+            vectors = [encoded.features[places[number]].tolist() for number in own_places]
+            near = [bool(kept[places[number]]) for number in own_places]
+            greedy = Greedy(policy, vectors, [quality[number] for number in own_places])
+            assert sorted(greedy.choose(sum(near), near)) == [n for n, one in enumerate(near) if one]
 
 
 @pytest.mark.parametrize(
