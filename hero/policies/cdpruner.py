@@ -5,11 +5,13 @@
     chosen   greedy maximum of det(L over the chosen): the largest conditional variance, again and again
 
 The sign is that of the released code: in CLIP, patches that show the question's object are less similar to it
-than others. As published, every crop keeps the same number, the thumbnail like a tile. Paper and released
-code take S from projected features, and the code scales r over all crops of a call; here x are the features
-before the projector, r is scaled over each image, and only valid patches compete. The tiles' total is divided
-equally and completely, with at most the valid patches of a tile. ``pool="image"`` chooses from the whole
-image, which is ours.
+than others. As published, every crop keeps the same number, the thumbnail like a tile. The released code
+takes S from projected features, and r from CLIP's projection of the features' layer, scaled over all crops of
+a call, plus 1e-6 of the range's inverse; padding competes and stays, newlines are dropped; of a question too
+long for CLIP the windows count alike. Here x are the features before the projector, r comes from CLIP's last
+layer and is scaled over each image, only valid patches compete, newlines stay, and windows count by length.
+The tiles' total is divided equally and completely, with at most the valid patches of a tile.
+``pool="image"`` chooses from the whole image, which is ours.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     first    the patch farthest from its nearest neighbour
     then     argmax_i min over those chosen of d(i, j), again and again
 
-As published, all tokens of an image are one pool. Paper and released code measure projected features,
-newlines among them; here x are the features before the projector, newlines stay, and only valid patches
-compete. Ties go to the lower index. ``pool="crop"`` chooses in each crop with equal tile budgets, which is
-ours.
+As published, all tokens of an image are one pool, without padding. The released code measures projected
+features, lets newlines compete, and rounds R times the number of tokens, newlines among them. Here x are the
+features before the projector, newlines stay, and as many patches are kept as of other policies. Ties go to
+the lower index. ``pool="crop"`` chooses in each crop with equal tile budgets, which is ours.
 """
 
 from __future__ import annotations
