@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .._checks import error
 from .base import Needs
 from .coverage import CoveragePolicy
 
@@ -42,6 +43,8 @@ class CDPruner(CoveragePolicy):
         return {}
 
     def needs(self, with_relevance):
+        if not with_relevance:
+            raise error(ValueError, "relevance", f"a hero.ClipRelevance for policy {self.name!r}", None)
         return Needs(patch_relevance=True)
 
     def quality(self, observed):

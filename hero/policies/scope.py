@@ -6,9 +6,9 @@
 
 As published, every crop keeps the same number, the thumbnail like a tile, α is 1, and x are the features
 before the projector. The released code sums over heads, which chooses the same, rounds the number of a crop
-down, lets padding compete and be covered, and drops newlines between the rows of tiles. Here the tiles' total
-is divided equally and completely, with at most the valid patches of a tile, only valid patches compete and are
-covered, and newlines stay. ``pool="image"`` chooses from the whole image, which is ours.
+down, lets padding compete and be covered, and drops newlines between the rows of tiles. Here the total of the
+tiles is divided equally and completely, with at most the valid patches of a tile, only valid patches compete
+and are covered, and newlines stay. ``pool="image"`` chooses from the whole image, which is ours.
 """
 
 from __future__ import annotations
