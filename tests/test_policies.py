@@ -175,6 +175,15 @@ def test_exponent_of_attention(model, reference, alpha):
     assert not check_covering(model, reference, "scope crop", pairs, alpha=alpha)
 
 
+def test_the_nearest_neighbour_of_the_first_patch_is_valid(model, reference):
+    """An image whose padding is like the patch that is farthest from all others."""
+    inputs = tiny_processor()(images=[tiny_image(180, 30)], text=[ONE], return_tensors="pt")
+    selection = encode(model, hero.HeroConfig(keep_tokens=1, policy="divprune"), inputs)
+    rule = PeerRule("divprune", keep_tokens=1, pool="image")
+    (result,) = reference.images(inputs["pixel_values"], inputs["image_sizes"], rule)
+    assert selection.index.tolist() == result.index and selection.budgets.sum() == 1
+
+
 def test_covering_differs(reference):
     """Each policy of each pool, SCOPE of each exponent, has a choice of its own."""
     inputs = batch(tiny_processor(), "two sizes")
@@ -252,7 +261,7 @@ def test_everything_kept_is_the_stock_model(model, policy, which):
 @pytest.mark.parametrize("policy", [*PEERS, *COVERING])
 def test_generate(model, reference, policy, which):
     config = hero.HeroConfig(0.3, policy=policy)
-    rule = PeerRule(policy, "0.3", pool=getattr(config.policy, "pool", "crop"))
+    rule = PeerRule(policy, "0.3", pool="image" if policy == "divprune" else "crop")  # the default
     full, texts = batch(tiny_processor(), "two sizes"), questions(2)
     wanted = reference.greedy(full, rule, 4, texts)
     logits = reference.logits(full, rule, texts)
@@ -693,6 +702,25 @@ def test_tile_softmax(more):
             wanted = values[own].softmax(0) + more / layout.tiles
             torch.testing.assert_close(shares[own], wanted, rtol=1e-5, atol=1e-6)
             first += layout.crops
+
+
+def test_scaled():
+    """Over the valid patches of each image; within the range also at padding; 1 where all are equal."""
+    draw = random.Random(7)
+    for _ in range(30):
+        layouts = draw_layouts(draw)
+        places = signals.places_of(layouts)
+        values = torch.randn(len(places.images), layouts[0].patches)
+        values[places.images == 1] = 0.5
+        valid = torch.rand(values.shape) < 0.7
+        valid[:, 0] = True
+        found = signals.scaled(values, valid, places)
+        assert found.min() >= 0.0 and found.max() <= 1.0
+        for image in range(len(layouts)):
+            own, seen = places.images == image, values[places.images == image][valid[places.images == image]]
+            span = seen.max() - seen.min()
+            wanted = (seen - seen.min()) / span if span else torch.ones_like(seen)
+            torch.testing.assert_close(found[own][valid[own]], wanted)
 
 
 SEEN_IN_THE_THUMBNAIL = (

@@ -400,7 +400,8 @@ def test_covering(family, policy, pool):
         ("qwen3_5", (3, 5), 2, 4),
     ],
 )
-def test_uniform_is_in_proportion(family, grid, side, count):
+@pytest.mark.parametrize("policy", [{"policy": "uniform"}, {"policy": "divprune", "pool": "crop"}])
+def test_equal_shares_are_in_proportion(family, grid, side, count, policy):
     """By whole numbers: largest remainder, ties to the lower block."""
     sizes = [len(block) for block in blocks_of(*grid, side)]
     wanted = [size * count // sum(sizes) for size in sizes]
@@ -408,7 +409,7 @@ def test_uniform_is_in_proportion(family, grid, side, count):
     for block in order[: count - sum(wanted)]:
         wanted[block] += 1
     inputs = prompt_of(tiny_processor(family), TWO, picture(family, grid))
-    with hero.attach(model_of(family), policy="uniform", block=side, keep_tokens=count) as handle:
+    with hero.attach(model_of(family), **policy, block=side, keep_tokens=count) as handle:
         model_of(family)(**inputs)
         assert handle.last.budgets.tolist() == wanted
 
