@@ -51,7 +51,7 @@ def test_question_as_a_person_writes_it(capsys, tmp_path):
     assert out.count(f": {DEMO[2].answer}") == 2
 
 
-@pytest.mark.parametrize("policy", ["uniform", "visionzip", "divprune", "cdpruner"])
+@pytest.mark.parametrize("policy", ["uniform", "visionzip", "cdpruner"])
 def test_count_and_policy(capsys, tmp_path, policy):
     save = ("--save", str(tmp_path / "out.png"))
     out = run(

@@ -27,7 +27,7 @@ BATCHES = {
 }
 ALL = {**{policy: {"policy": policy} for policy in POLICIES}, "fused": {"attention": "fused"}}
 ALL |= {"divprune crop": {"policy": "divprune", "pool": "crop"}}
-ALL |= {f"{policy} image": {"policy": policy, "pool": "image"} for policy in ("cdpruner", "scope")}
+ALL |= {"scope image": {"policy": "scope", "pool": "image"}}
 WIDTH = 96
 
 
