@@ -335,7 +335,11 @@ def _parser() -> argparse.ArgumentParser:
     summaries = "; ".join(f"{name}: {found.summary}" for name, found in POLICIES.items())
     text = f"a name, or module:Class of your own policy (default %(default)s). {summaries}"
     policy.add_argument("--policy", type=policy_name, default="hero", metavar="NAME", help=text)
-    policy.add_argument("--alpha", type=float, help="of hero: weight of saliency against relevance, 0 to 1")
+    policy.add_argument(
+        "--alpha",
+        type=float,
+        help="of hero: weight of saliency against relevance, 0 to 1; of scope: an exponent",
+    )
 
     selection = group(policy)
     keep = selection.add_mutually_exclusive_group()

@@ -297,11 +297,13 @@ class HeroVisionEncoder(nn.Module):
 
         with torch.no_grad():
             observed = Observed(
+                features=encoded.features,
                 attention=encoded.attention,
                 valid=plan.valid,
                 cls=encoded.cls,
                 layouts=plan.layouts,
                 places=plan.places,
+                pools=plan.pools,
                 constants=plan.constants,
                 relevance=None if clip is None else relevance,
                 patch_relevance=None if clip is None else patch_relevance,
@@ -321,10 +323,12 @@ class HeroVisionEncoder(nn.Module):
 
     def select(self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, plan: Plan) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
-        replaced = self.config.policy.replace(encoded.features, encoded.keys, scored, budgets, plan.valid)
+        policy = self.config.policy
+        chosen = policy.choose(encoded.features.detach(), scored, budgets.budgets, plan.valid)
+        replaced = policy.replace(encoded.features, encoded.keys, scored, budgets, plan.valid)
         gathered = hk.segmented_topk_gather(
             encoded.features,
-            scored.scores,
+            scored.scores if chosen is None else chosen.float(),
             plan.segments,
             valid=plan.valid,
             budgets=budgets,

@@ -23,7 +23,7 @@ from hero_kernels.segments import to_device
 
 from .config import HeroConfig
 from .layout import ImageLayout
-from .policies import Rows
+from .policies import Pools, Rows
 from .signals import Places, places_of
 
 __all__ = [
@@ -79,6 +79,7 @@ class Plan(CropPlan):
         valid_counts: ``[T]`` int32, the number of valid patches in each crop.
         cu_seqlens: ``[B + 1]`` int32, where the kept tokens of each image begin, with ``allocation="exact"``.
         places: the image of each crop, its thumbnail and tiles.
+        pools: the images as pools of patches.
         constants: what :meth:`hero.policies.Policy.constants` returned.
         block_budgets: ``[T]`` int32, :meth:`hero.layout.ImageLayout.block_budgets` of whole images.
         of_crops: the plan of the crops that the encoder sees, where the grid of an image is resized: this
@@ -90,6 +91,7 @@ class Plan(CropPlan):
     valid_counts: Tensor
     cu_seqlens: Tensor
     places: Places
+    pools: Pools
     constants: Mapping[str, Any]
     block_budgets: Tensor | None = None
     of_crops: Plan | None = None
@@ -116,6 +118,7 @@ class Plan(CropPlan):
             "valid_counts",
             "cu_seqlens",
             "places",
+            "pools",
             "layer_weights",
             "constants",
             "block_budgets",
@@ -163,6 +166,7 @@ def make_plan(
             valid_counts=torch.tensor(counts, dtype=torch.int32),
             cu_seqlens=torch.tensor([*accumulate(segments.lengths, initial=0)], dtype=torch.int32),
             places=places_of(layouts),
+            pools=_pools(layouts, segments),
             layer_weights=torch.stack(weights) if weights else torch.empty(0, len(is_thumbnail)),
             rows=rows,
             constants=config.policy.constants(layouts),
@@ -186,6 +190,15 @@ def _segment(layout: ImageLayout, config: HeroConfig) -> hk.Segment:
         newline_rows=layout.rows if layout.newlines else (0, 0),
         thumbnail_newline=layout.newlines and not layout.tiles,
     )
+
+
+def _pools(layouts: Sequence[ImageLayout], segments: hk.Segments) -> Pools:
+    crops = [layout.crops for layout in layouts]
+    tokens = [
+        length - image.newlines for length, image in zip(segments.lengths, segments.images, strict=True)
+    ]
+    cu_crops = torch.tensor([*accumulate(crops, initial=0)], dtype=torch.int32)
+    return Pools(cu_crops, torch.tensor(tokens, dtype=torch.int32), max(crops))
 
 
 def _block_budgets(layouts: Sequence[ImageLayout], config: HeroConfig) -> Tensor | None:

@@ -31,6 +31,7 @@ __all__ = [
     "regions_of",
     "resize_of",
     "resized_thumbnails",
+    "scaled",
     "saliency",
     "tile_softmax",
 ]
@@ -268,6 +269,29 @@ def resized_thumbnails(scores: Tensor, places: Places, resize: Resize) -> Tensor
         grid.gather(2, index[:, None].expand_as(grid)) for index in (resize.column_low, resize.column_high)
     ]
     return torch.lerp(*ends, resize.column_part[:, None]).flatten(1)
+
+
+def scaled(values: Tensor, valid: Tensor, places: Places) -> Tensor:
+    """Values scaled to [0, 1] over the valid patches of each image; 1 where these are all equal.
+
+    Those of padding are clamped to this range.
+
+    Args:
+        values: ``[T, P]`` floating.
+        valid: ``[T, P]`` bool.
+        places: of the images.
+
+    Returns:
+        ``[T, P]`` fp32, within [0, 1].
+    """
+    values = values.float()
+
+    def ends(end: float, how: str) -> Tensor:
+        of_crops = getattr(values.masked_fill(~valid, end), how)(1)
+        return torch.full_like(of_crops, end).scatter_reduce(0, places.images, of_crops, how)[places.images]
+
+    low, high = ends(torch.inf, "amin")[:, None], ends(-torch.inf, "amax")[:, None]
+    return torch.where(high > low, (values - low) / (high - low), 1.0).clamp(0.0, 1.0)
 
 
 def tile_softmax(values: Tensor, places: Places, more: float) -> Tensor:

@@ -8,9 +8,10 @@ weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from independent import (
@@ -29,16 +30,24 @@ from independent import (
 )
 
 PEERS = ("hired", "fastervlm", "visionzip", "globalcom2")
+COVERING = ("divprune", "cdpruner", "scope")
 
 
 @dataclass(frozen=True)
 class PeerRule:
-    """What to keep, and by which peer; ``keep_ratio`` as text, so that it is exact."""
+    """What to keep, and by which peer; ``keep_ratio`` as text, so that it is exact.
+
+    ``pool`` and ``alpha`` are for those of COVERING. ``near`` are places, ``crop · P + patch`` of the batch,
+    that decide between candidates that are nearly equal.
+    """
 
     policy: str
     keep_ratio: str | None = None
     keep_tokens: int | None = None
     allocation: str = "exact"
+    pool: str = "crop"
+    alpha: float = 1.0
+    near: frozenset[int] | None = None
 
 
 def counts(rule: PeerRule, patches: int, valid: Sequence[int]) -> tuple[int, int, int]:
@@ -68,6 +77,69 @@ def counts(rule: PeerRule, patches: int, valid: Sequence[int]) -> tuple[int, int
     return thumbnail, tiles, multiplier
 
 
+# By what rounding moves a cosine: elements of unit vectors to 1/4000 (a standard deviation of 1e-4).
+NEAR = 2e-4
+
+
+class Greedy:
+    """Chooses vectors one at a time by one of the three rules, from the formulas of the papers.
+
+    Args:
+        policy: Which rule.
+        vectors: The candidates.
+        quality: What each is weighed by.
+    """
+
+    def __init__(self, policy: str, vectors: Sequence[Sequence[float]], quality: Sequence[float]) -> None:
+        self.policy, self.quality = policy, torch.tensor(quality, dtype=torch.float64)
+        rows = torch.tensor(vectors, dtype=torch.float64).view(len(vectors), -1)
+        rows = rows / rows.norm(dim=1)[:, None]
+        self.cosines = rows @ rows.T
+        self.near = NEAR * (math.sqrt(len(rows)) if policy == "scope" else 1.0)
+        if policy == "cdpruner":
+            self.quality = self.quality**2
+
+    def values(self, chosen: list[int]) -> torch.Tensor:
+        """What each candidate is worth beside those chosen, before quality."""
+        between = self.cosines[chosen]
+        if self.policy == "divprune":
+            itself = torch.full((len(self.cosines),), math.inf).diag()
+            return (1.0 - between).amin(0) if chosen else (1.0 - self.cosines + itself).amin(0)
+        if self.policy == "scope":
+            covered = between.amax(0).clamp_min(0.0) if chosen else 0.0
+            return (self.cosines - covered).clamp_min(0.0).sum(1)
+        variance = self.cosines.diagonal()
+        if chosen:
+            inverse = torch.linalg.pinv(between[:, chosen], hermitian=True, rtol=1e-10)
+            variance = variance - (between * (inverse @ between)).sum(0)
+        return variance.clamp_min(2.0**-20)  # so that copies of those chosen are ordered by their quality
+
+    def choose(self, count: int, near: Sequence[bool] | None = None) -> list[int]:
+        """``count`` candidates in the order of their choice, ties to the lower one.
+
+        Args:
+            near: If given, choices between candidates that are nearly equal are tried until only candidates
+                with ``near`` are chosen. Nothing is returned if that is not possible.
+        """
+        tried, begun = set(), [[]]
+        while begun:
+            chosen = begun.pop()
+            if len(chosen) == count:
+                return chosen
+            left = [one for one in range(len(self.cosines)) if one not in chosen]
+            values, near_by = (
+                (self.quality * self.values(chosen)).tolist(),
+                (self.quality * self.near).tolist(),
+            )
+            best = max(left, key=lambda one: values[one])
+            for one in [best] if near is None else [one for one in left if near[one]]:
+                after = frozenset([*chosen, one])
+                if values[one] + near_by[one] >= values[best] - near_by[best] and after not in tried:
+                    tried.add(after)
+                    begun.append([*chosen, one])
+        return []
+
+
 class IndependentPlus(Independent):
     """The reference of HERO with the counts of HiRED and the shares of hero+."""
 
@@ -86,25 +158,25 @@ class IndependentPlus(Independent):
 
 
 class IndependentPeers(Independent):
-    """The reference with a :class:`PeerRule` wherever it takes a rule."""
+    """The reference with a :class:`PeerRule` wherever it takes a rule.
+
+    Attributes:
+        clip: The CLIP model of "cdpruner", which also needs embeddings of the questions.
+    """
+
+    clip: Any = None
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        self._known: dict[tuple[str, bytes], Any] = {}
 
     def _image(self, crops, layout, rule, first, text_embedding, image_embeddings) -> ImageResult:
         depth = len(self.model.model.vision_tower.encoder.layers)
         states = self.config.vision_feature_layer
         states = [states] if isinstance(states, int) else states
         last = max(state % (depth + 1) for state in states) - 1  # the last layer of the features
-        scores, first_layer, features, keys = [], [], [], []
-        for pixels in crops:
-            out = self.model.model.vision_tower(
-                pixels[None].to(self.device),
-                output_attentions=True,
-                output_hidden_states=True,
-                return_dict=True,
-            )
-            scores.append(self.patch_scores(out.attentions, [last], False))
-            first_layer.append(self.patch_scores(out.attentions, [0], False))
-            features.append(self._features(out.hidden_states)[0, 1:])
-            keys.append(self._keys(out.hidden_states[last], last))
+        seen = [self._once("crop", pixels, lambda pixels: self._crop(pixels, last)) for pixels in crops]
+        scores, first_layer, features, keys = map(list, zip(*seen, strict=True))
 
         valid = [len(patches) for patches in layout.valid[1:]]
         thumbnail, total, multiplier = counts(rule, self.patches, valid)
@@ -115,6 +187,11 @@ class IndependentPeers(Independent):
             budgets = allocate_floor(quantised(shares), valid, multiplier) if valid else []
         budgets = [thumbnail, *budgets]
 
+        if rule.policy in COVERING:
+            total += thumbnail
+            return self._covering(
+                crops, layout, rule, first, text_embedding, scores, features, budgets, total, shares
+            )
         if rule.policy == "globalcom2":
             scores = self._half_global(layout, scores)
         kept, merged = [], []
@@ -134,6 +211,64 @@ class IndependentPeers(Independent):
         ]
         index, tokens = self._sequence(layout, first, kept, replaced)
         return ImageResult(index, budgets, [0.0, *shares], scores, tokens)
+
+    def _covering(
+        self, crops, layout, rule, first, text_embedding, scores, features, budgets, total, shares
+    ) -> ImageResult:
+        """One image by a policy that covers. Scores of the result are the qualities."""
+        places = [(crop, patch) for crop in range(layout.crops) for patch in layout.valid[crop]]
+        quality = [[1.0] * self.patches for _ in range(layout.crops)]
+        if rule.policy == "scope":
+            quality = [[score**rule.alpha for score in values] for values in scores]
+        if rule.policy == "cdpruner":
+            cosines = [
+                self._unlike(crops[layout.number(crop)], text_embedding) for crop in range(layout.crops)
+            ]
+            seen = [cosines[crop][patch] for crop, patch in places]
+            low, high = min(seen), max(seen)
+            quality = [[(value - low) / (high - low) for value in values] for values in cosines]
+        pools = (
+            [places]
+            if rule.pool == "image"
+            else [[place for place in places if place[0] == crop] for crop in range(layout.crops)]
+        )
+        kept: list[list[int]] = [[] for _ in range(layout.crops)]
+        for pool, count in zip(pools, [total] if rule.pool == "image" else budgets, strict=True):
+            vectors = [numbers(features[crop][patch]) for crop, patch in pool]
+            greedy = Greedy(rule.policy, vectors, [quality[crop][patch] for crop, patch in pool])
+            numbered = [(first + layout.number(crop)) * self.patches + patch for crop, patch in pool]
+            near = None if rule.near is None else [place in rule.near for place in numbered]
+            for one in greedy.choose(count, near):
+                kept[pool[one][0]].append(pool[one][1])
+        index, tokens = self._sequence(layout, first, kept, features)
+        listed = (layout.in_order(values) for values in ([len(own) for own in kept], [0.0, *shares], quality))
+        return ImageResult(index, *listed, tokens)
+
+    def _unlike(self, pixels: torch.Tensor, question: Sequence[float]) -> list[float]:
+        """Minus the cosine of each patch of a crop and the question, as CLIP projects them."""
+
+        def projected(pixels):
+            vision = self.clip.vision_model
+            hidden = vision(pixel_values=pixels[None]).last_hidden_state[0, 1:]
+            return [numbers(self.clip.visual_projection(vision.post_layernorm(one))) for one in hidden]
+
+        return [-cosine(patch, question) for patch in self._once("clip", pixels, projected)]
+
+    def _crop(self, pixels: torch.Tensor, last: int) -> tuple[list, list, torch.Tensor, list]:
+        """Scores in the features' last layer and the first one, features and keys of a crop's patches."""
+        out = self.model.model.vision_tower(
+            pixels[None].to(self.device), output_attentions=True, output_hidden_states=True, return_dict=True
+        )
+        scores, first = (self.patch_scores(out.attentions, [layer], False) for layer in (last, 0))
+        keys = self._keys(out.hidden_states[last], last)
+        return scores, first, self._features(out.hidden_states)[0, 1:], keys
+
+    def _once(self, name: str, pixels: torch.Tensor, function: Callable) -> Any:
+        """``function(pixels)``, run once for the same crop."""
+        key = name, pixels.numpy().tobytes()
+        if key not in self._known:
+            self._known[key] = function(pixels)
+        return self._known[key]
 
     def _keys(self, hidden: torch.Tensor, number: int) -> list[list[float]]:
         """The key of each patch in a layer, averaged over heads."""

@@ -53,7 +53,7 @@ def test_question_as_a_person_writes_it(capsys, tmp_path):
     assert out.count(f": {DEMO[1].answer}\n") == 2
 
 
-@pytest.mark.parametrize("policy", ["uniform", "visionzip"])
+@pytest.mark.parametrize("policy", ["uniform", "visionzip", "cdpruner"])
 def test_count_and_policy(capsys, tmp_path, policy):
     save = ("--save", str(tmp_path / "out.png"))
     out = run(
@@ -345,6 +345,7 @@ def test_a_file_name_that_is_no_text(tmp_path):
         (("ask", "IMAGE", "QUESTION", "--alpha", "2"), r"--alpha: expected .*, got 2.0"),
         (("show", "IMAGE", "--alpha", "0.5"), "question, --clip: expected .* relevance 0.4"),
         (("ask", "IMAGE", "QUESTION", "--model", "some", "--alpha", "0.5"), "question, --clip: expected"),
+        (("show", "IMAGE", "--policy", "cdpruner"), "question, --clip: expected"),
         (("show", "IMAGE", "--policy", "no:Class"), "--policy: expected .*, got 'no:Class'"),
         (("show", "IMAGE", "--policy", "os:path"), "--policy: expected"),
         (("ask", "IMAGE", "QUESTION", "--max-new-tokens", "0"), "--max-new-tokens: expected an integer >= 1"),

@@ -392,7 +392,7 @@ def test_a_tower_without_cls():
     """What needs CLS is refused by name; policies that do not, work."""
     model = model_of("llava_next, siglip")
     inputs = batch("llava_next, siglip", processor_of("llava_next, siglip"), "two sizes")
-    for policy in ("hired", "globalcom2", "fastervlm", "visionzip"):
+    for policy in ("hired", "globalcom2", "fastervlm", "visionzip", "scope"):
         with pytest.raises(ValueError, match=rf"^policy: expected one of 'hero', .* got '{policy}'"):
             hero.attach(model, policy=policy)
     for options, message in (

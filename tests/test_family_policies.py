@@ -1,6 +1,7 @@
 """Policies on the families beside LLaVA-NeXT, against ``independent_policies.py`` on InternVL; exact ties."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from independent import (
     numbers,
     quantised,
     select,
+    tiny_clip,
     tiny_tokenizer,
 )
 from independent_families import PAIR, TWO, InternVLReference, batch_of, independent_of, tiny_model
-from independent_policies import PEERS, IndependentPeers, IndependentPlus, PeerRule, counts
+from independent_policies import COVERING, PEERS, IndependentPeers, IndependentPlus, PeerRule, counts
 from PIL import Image
 from test_families import RUN_PER_CROP as IDEFICS
 from test_families import model_of
@@ -59,6 +61,9 @@ class InternVLPeers(InternVLReference, IndependentPeers):
             budgets = [thumbnail, *(allocate_floor(quantised(shares), valid, multiplier) if valid else [])]
         if rule.policy == "globalcom2" and valid:
             scores = self._half_global(layout, scores)
+        if rule.policy in COVERING:
+            own = layout, rule, first, text_embedding, scores, features, budgets, thumbnail + total, shares
+            return self._covering(crops, *own)
         kept, own = [], []
         for crop in range(layout.crops):
             place = layout.valid[crop]
@@ -103,7 +108,7 @@ def listed(results, name):
     "keep", [keep if keep == "0.3" else pytest.param(keep, marks=SLOW) for keep in KEEPS]
 )
 @pytest.mark.parametrize("case", ["two sizes", "two images in a prompt", "one crop"])
-@pytest.mark.parametrize("policy", [*PEERS, "hero+"])
+@pytest.mark.parametrize("policy", [*PEERS, "divprune", "scope", "hero+"])
 def test_policies_on_internvl(policy, case, keep):
     model, processor, options = model_of("internvl"), processor_of("internvl"), KEEPS[keep]
     given = batch_of(processor, "internvl", case)
@@ -112,15 +117,17 @@ def test_policies_on_internvl(policy, case, keep):
     else:
         ratio = options.get("keep_ratio")
         rule = PeerRule(policy, **{**options, "keep_ratio": None if ratio is None else str(ratio)})
-        reference = peers()
+        reference, rule = peers(), replace(rule, pool="image" if policy == "divprune" else "crop")
     config = config_of(options | {"policy": policy}) if policy == "hero+" else None
     config = config or hero.HeroConfig(policy=policy, **options)
     with hero.attach(model, processor, config=config) as handle, torch.no_grad():
         inputs = batch_of(processor, "internvl", case)
         reference.grids = [layout.grid for layout in handle.parts.geometry.layouts(inputs["image_sizes"])]
+        output, last = model(**inputs).logits, handle.last
+        if policy in COVERING:  # where candidates are nearly equal, both are right
+            rule = replace(rule, near=frozenset(last.index.tolist()))
         rows, results, _ = reference._rows(given, rule, None, None)
         logits = [reference._forward(row.embeds) for row in rows]
-        output, last = model(**inputs).logits, handle.last
         counts_of = [handle.count_tokens(size) for size in inputs["image_sizes"].tolist()]
     shares = torch.tensor(listed(results, "shares"))
     torch.testing.assert_close(last.shares, shares, rtol=0, atol=3e-5)
@@ -138,6 +145,12 @@ def test_every_policy(family, policy, which):
     """It runs, twice alike, or is refused by name."""
     model, processor = model_of(family), processor_of(family)
     own = {"processor": processor} if which == "patched" else {"tokenizer": processor.tokenizer}
+    if policy == "cdpruner":
+        own["relevance"] = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
+        if which == "stock":
+            with pytest.raises(ValueError, match=r"^processor: expected the model's, whose image_mean"):
+                hero.attach(model, **own, policy=policy, keep_ratio=0.3)
+            return
     if family != "internvl" and POLICIES[policy].requires_cls:
         with pytest.raises(ValueError, match=rf"^policy: expected one of 'hero', .* got '{policy}'"):
             hero.attach(model, **own, policy=policy, keep_ratio=0.3)

@@ -26,6 +26,8 @@ BATCHES = {
     "40 crops and one": [*ONE * 8, (20, 20)],
 }
 ALL = {**{policy: {"policy": policy} for policy in POLICIES}, "fused": {"attention": "fused"}}
+ALL |= {"divprune crop": {"policy": "divprune", "pool": "crop"}}
+ALL |= {"scope image": {"policy": "scope", "pool": "image"}}
 WIDTH = 96
 
 
@@ -46,6 +48,8 @@ def tower(layers: int = 4, width: int = 64, size: int = 56, **options) -> CLIPVi
 
 def encoder_of(device="cpu", *, relevance=None, vision_tower=None, **options) -> hero.HeroVisionEncoder:
     vision_tower = (vision_tower or tower()).to(device)
+    if options.get("policy") == "cdpruner":
+        relevance = hero.ClipRelevance(tiny_clip().to(device), tiny_tokenizer(), second_pass=True)
     width = vision_tower.config.hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -65,9 +69,14 @@ def pixels(encoder, sizes, device="cpu"):
     return torch.randn(crops, 3, size, size, generator=torch.Generator().manual_seed(2)).to(device)
 
 
+def words(encoder, sizes, device="cpu") -> tuple[torch.Tensor, ...]:
+    """Embeddings of a question an image, if the policy reads it."""
+    return (torch.randn(len(sizes), 16).to(device),) if encoder.needs_text else ()
+
+
 def count(encoder, sizes, device, *text) -> OperationCounter:
     """Operations of a call with the plan made; a counter that makes operations count as one saw it made."""
-    images = pixels(encoder, sizes, device)
+    images, text = pixels(encoder, sizes, device), text or words(encoder, sizes, device)
     with torch.no_grad():
         with OperationCounter():
             encoder(images, sizes, *text)
@@ -151,11 +160,11 @@ def test_relevance_does_not_synchronise(shared):
     assert encoder._shared == shared
     clip.to("meta")
     encoder.to("meta")
-    words = "what is in this picture ?"
-    two = count(encoder, ONE * 2, "meta", words)  # the text of one takes fewer copies
+    text = "what is in this picture ?"
+    two = count(encoder, ONE * 2, "meta", text)  # the text of one takes fewer copies
     assert two.waits == []
     for sizes in BATCHES.values():
-        many = count(encoder, sizes, "meta", [f"{words} {number}" for number in range(len(sizes))])
+        many = count(encoder, sizes, "meta", [f"{text} {number}" for number in range(len(sizes))])
         assert many.waits == [] and sorted(many.operations) == sorted(two.operations)
     without = count(encoder_of("meta", vision_tower=tower()), ONE, "meta")
     assert len(two.operations) > len(without.operations)
@@ -211,9 +220,9 @@ def test_the_encoder_compiles_whole(case):
     encoder = encoder_of(**ALL[case])
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
     for sizes in (*SMALL_BATCHES.values(), ONE):
-        images = pixels(encoder, sizes)
+        given = pixels(encoder, sizes), sizes, *words(encoder, sizes)
         with torch.no_grad():
-            same_selections(encoder(images, sizes), compiled(images, sizes))
+            same_selections(encoder(*given), compiled(*given))
 
 
 def same_selections(plain, same):
@@ -261,9 +270,10 @@ def test_compiled_code_serves_all_sizes(form, padded):
 
 
 @pytest.mark.slow
-def test_gradients_of_compiled_code():
+@pytest.mark.parametrize("case", ["hero", "scope", "scope image", "divprune"])
+def test_gradients_of_compiled_code(case):
     torch._dynamo.reset()
-    encoder = encoder_of(vision_tower=tower(layers=3))
+    encoder = encoder_of(vision_tower=tower(layers=3), **ALL[case])
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     for sizes in (ONE, BATCHES["ragged"]):
         images = in_batch(encoder, sizes, pixels(encoder, sizes)).requires_grad_()
@@ -421,13 +431,14 @@ def on_gpu(sizes, **options):
 def test_no_synchronisation_on_a_gpu(case):
     for sizes in (ONE, *BATCHES.values()):
         encoder, images = on_gpu(sizes, **ALL[case])
+        text = words(encoder, sizes, "cuda")
         with torch.no_grad():
-            encoder(images, sizes)  # compiles kernels
+            encoder(images, sizes, *text)  # compiles kernels
             encoder.plans.clear()
             torch.cuda.set_sync_debug_mode("error")
             try:
                 for _ in range(2):  # once planning, once planned
-                    encoder(images, sizes)
+                    encoder(images, sizes, *text)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

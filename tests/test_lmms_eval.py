@@ -235,6 +235,7 @@ def test_chat_template_is_read_from_a_file(tmp_path):
         ("policy=nowhere:Class", "policy"),
         ("policy=fastervlm,alpha=0.5", "alpha"),
         ("alpha=0.5", "relevance"),
+        ("policy=cdpruner", "relevance"),
         ("weights={1", "weights"),
         ("tile_layers=[2.5]", "tile_layers"),
         ("tile_layers=[99]", "tile_layers"),

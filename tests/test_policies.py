@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from independent import CASES, ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
-from independent_policies import PEERS, IndependentPeers, IndependentPlus, PeerRule
+from independent_policies import COVERING, PEERS, IndependentPeers, IndependentPlus, PeerRule
 from test_llava_next import assert_rows_equal, attached, batch, config_of, embeddings
 from test_llava_next import rule_of as hero_rule
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,6 +34,9 @@ KEEPS = {
     "floor 0.5": {"keep_ratio": 0.5, "allocation": "floor"},
 }
 SIZES = [(120, 90), (60, 170), (25, 200), (50, 50), (200, 25), (112, 112)]
+POOLS = [f"{policy} {pool}" for policy in COVERING for pool in ("crop", "image")]
+EVERY = [*(policy for policy in POLICIES if policy not in COVERING), *POOLS]
+WORDS = ["what is in this picture ?", "describe", "and describe the two pictures"]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +46,39 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(model):
-    return IndependentPeers(model)
+    own = IndependentPeers(model)
+    own.clip = tiny_clip()
+    return own
+
+
+def options_of(policy: str) -> dict[str, str]:
+    """Of a policy's name, with a pool or without."""
+    return dict(zip(("policy", "pool"), policy.split(), strict=False))
 
 
 def rule_of(policy: str, keep: dict) -> PeerRule:
     ratio = keep.get("keep_ratio")
-    return PeerRule(policy, **{**keep, "keep_ratio": None if ratio is None else str(ratio)})
+    return PeerRule(**{**options_of(policy), **keep, "keep_ratio": None if ratio is None else str(ratio)})
+
+
+@functools.cache
+def relevance_model() -> hero.ClipRelevance:
+    return hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
+
+
+def asked(policy: str) -> dict:
+    """What the policy needs to read the question, if it does."""
+    return {"relevance": relevance_model()} if policy.startswith("cdpruner") else {}
+
+
+def questions(count: int) -> torch.Tensor:
+    """CLIP's embeddings of as many questions."""
+    return embeddings(tiny_clip(), tiny_tokenizer(), None, torch.zeros(1, 3, 56, 56), WORDS[:count])[0]
+
+
+def select(encoder, pixels, sizes) -> hero.Selection:
+    """The selection, with a question an image if the policy reads it."""
+    return encoder(pixels, sizes, (WORDS * len(sizes))[: len(sizes)] if encoder.needs_text else None)
 
 
 @functools.cache
@@ -59,8 +89,9 @@ def expected(case: str, policy: str, keep: str, reference: IndependentPeers):
 
 
 def encode(model, config, inputs, **kwargs):
-    with hero.attach(model, config=config, **kwargs) as handle, torch.no_grad():
-        return handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+    given = {"tokenizer": tiny_tokenizer(), **asked(config.policy.name), **kwargs}
+    with hero.attach(model, config=config, **given) as handle, torch.no_grad():
+        return select(handle.encoder, inputs["pixel_values"], inputs["image_sizes"])
 
 
 # --------------------------------------------------------------------------------- against the reference
@@ -85,6 +116,82 @@ def test_selection(model, reference, policy, case, keep):
     assert selection.lengths == [len(result.index) for result in results]
     tokens = torch.cat([result.tokens for result in results])
     torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
+
+
+def check_covering(model, reference, policy: str, pairs, **options) -> int:
+    """Selections are the reference's for (case, keep); the number of those with nearly equal candidates.
+
+    The package compares cosines of rounded features. Where that may decide between two candidates, the
+    reference follows the package.
+    """
+    rounded = 0
+    for case, keep in pairs:
+        inputs = batch(tiny_processor(), case)
+        config = hero.HeroConfig(**options_of(policy), **KEEPS[keep], **options)
+        selection = encode(model, config, inputs)
+        sizes, rule = inputs["image_sizes"], dataclasses.replace(rule_of(policy, KEEPS[keep]), **options)
+        for near in (None, frozenset(selection.index.tolist())):
+            rule = dataclasses.replace(rule, near=near)
+            results = reference.images(inputs["pixel_values"], sizes, rule, questions(len(sizes)))
+            if selection.index.tolist() == [place for result in results for place in result.index]:
+                break
+            rounded += near is None
+        else:
+            raise AssertionError(f"{policy}: not the reference's patches of {case!r} at {keep}")
+        assert selection.budgets.tolist() == [budget for result in results for budget in result.budgets]
+        assert selection.lengths == [len(result.index) for result in results]
+        tokens = torch.cat([result.tokens for result in results])
+        torch.testing.assert_close(selection.tokens, tokens, rtol=1e-5, atol=1e-5)
+        if "floor" not in keep:
+            geometry = Geometry(56, 14, tuple(map(tuple, model.config.image_grid_pinpoints)))
+            counted = [hero.count_tokens(config, size, geometry=geometry) for size in sizes.tolist()]
+            assert selection.lengths == counted
+        if policy in ("cdpruner crop", "scope crop"):
+            quality = torch.tensor([score for result in results for score in result.scores]).flatten()
+            places = [place for result in results for place in result.index if place >= 0]
+            found = selection.scores.flatten()
+            torch.testing.assert_close(found[places], quality[places], rtol=1e-3, atol=1e-5)
+    return rounded
+
+
+PAIRS = [(case, keep) for case in CASES for keep in KEEPS]
+
+
+@pytest.mark.parametrize("policy", POOLS)
+def test_covering(model, reference, policy):
+    """Each case and each ratio once; all pairs of them are slow."""
+    assert check_covering(model, reference, policy, PAIRS[::5]) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POOLS)
+def test_covering_in_full(model, reference, policy):
+    assert check_covering(model, reference, policy, PAIRS) <= 9
+
+
+@pytest.mark.parametrize("alpha", [0.5, 3.0])
+def test_exponent_of_attention(model, reference, alpha):
+    pairs = [("two sizes", "0.2"), ("adjacent images", "0.5")]
+    assert not check_covering(model, reference, "scope crop", pairs, alpha=alpha)
+
+
+def test_the_nearest_neighbour_of_the_first_patch_is_valid(model, reference):
+    """An image whose padding is like the patch that is farthest from all others."""
+    inputs = tiny_processor()(images=[tiny_image(180, 30)], text=[ONE], return_tensors="pt")
+    selection = encode(model, hero.HeroConfig(keep_tokens=1, policy="divprune"), inputs)
+    rule = PeerRule("divprune", keep_tokens=1, pool="image")
+    (result,) = reference.images(inputs["pixel_values"], inputs["image_sizes"], rule)
+    assert selection.index.tolist() == result.index and selection.budgets.sum() == 1
+
+
+def test_covering_differs(reference):
+    """Each policy of each pool, SCOPE of each exponent, has a choice of its own."""
+    inputs = batch(tiny_processor(), "two sizes")
+    rules = [rule_of(policy, KEEPS["0.2"]) for policy in POOLS]
+    rules += [dataclasses.replace(rule_of("scope crop", KEEPS["0.2"]), alpha=alpha) for alpha in (0.5, 3.0)]
+    given = inputs["pixel_values"], inputs["image_sizes"]
+    kept = [[one.index for one in reference.images(*given, rule, questions(2))] for rule in rules]
+    assert all(kept.count(one) == 1 for one in kept)
 
 
 @pytest.mark.parametrize("text", ["no text", "shared weights", "second pass"])
@@ -132,30 +239,33 @@ def test_the_reference_merges_and_differs(reference, policy):
 
 
 @pytest.mark.parametrize("which", ["patched", "stock"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_everything_kept_is_the_stock_model(model, policy, which):
     inputs = batch(tiny_processor(), "adjacent images")
     with torch.no_grad():
         stock = model(**inputs).logits
         features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
-    handle, processor = attached(model, which, hero.HeroConfig(1.0, policy=policy))
+    handle, processor = attached(model, which, hero.HeroConfig(1.0, **options_of(policy)), **asked(policy))
     with handle, torch.no_grad():
         ours = batch(processor, "adjacent images")
         assert torch.equal(ours["input_ids"], inputs["input_ids"])
         torch.testing.assert_close(model(**ours).logits, stock, rtol=0, atol=1e-6)
+        if handle.encoder.needs_text:
+            return  # and there is no question here
         kept = model.model.get_image_features(ours["pixel_values"], ours["image_sizes"]).pooler_output
         for one, other in zip(kept, features, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("which", ["patched", "stock"])
-@pytest.mark.parametrize("policy", PEERS)
+@pytest.mark.parametrize("policy", [*PEERS, *COVERING])
 def test_generate(model, reference, policy, which):
-    keep = {"keep_ratio": 0.3}
-    full = batch(tiny_processor(), "two sizes")
-    wanted = reference.greedy(full, rule_of(policy, keep), 4)
-    logits = reference.logits(full, rule_of(policy, keep))
-    handle, processor = attached(model, which, hero.HeroConfig(policy=policy, **keep))
+    config = hero.HeroConfig(0.3, policy=policy)
+    rule = PeerRule(policy, "0.3", pool="image" if policy == "divprune" else "crop")  # the default
+    full, texts = batch(tiny_processor(), "two sizes"), questions(2)
+    wanted = reference.greedy(full, rule, 4, texts)
+    logits = reference.logits(full, rule, texts)
+    handle, processor = attached(model, which, config, **asked(policy))
     with handle:
         inputs = batch(processor, "two sizes")
         output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -195,7 +305,7 @@ def test_bundled_model():
 # ------------------------------------------------------------------------------ counts, batches, devices
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_counts(model, policy):
     """What is packed is what was counted, whatever the image, the ratio or the number of tokens."""
     draw = random.Random(f"counts of {policy}")
@@ -207,7 +317,7 @@ def test_counts(model, policy):
         one = {"keep_ratio": draw.randint(1, 100) / 100}
         other = {"keep_tokens": draw.randint(1, 130)}
         for keep in (one, other):
-            config = hero.HeroConfig(policy=policy, **keep)
+            config = hero.HeroConfig(**options_of(policy), **keep)
             selection = encode(model, config, inputs)
             geometry = Geometry(56, 14, tuple(map(tuple, model.config.image_grid_pinpoints)))
             counted = [hero.count_tokens(config, size, geometry=geometry) for size in sizes]
@@ -215,17 +325,20 @@ def test_counts(model, policy):
             assert len(selection.index) == sum(counted) == int((selection.index >= -1).sum())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_an_image_does_not_depend_on_its_batch(model, policy):
     processor = tiny_processor()
     images = [tiny_image(*size, seed) for seed, size in enumerate(SIZES)]
     inputs = processor(images=images, text=[ONE] * len(images), padding=True, return_tensors="pt")
-    with hero.attach(model, policy=policy, keep_ratio=0.4) as handle, torch.no_grad():
+    given = {"tokenizer": tiny_tokenizer(), **options_of(policy), **asked(policy)}
+    with hero.attach(model, keep_ratio=0.4, **given) as handle, torch.no_grad():
         pixels, sizes = inputs["pixel_values"], inputs["image_sizes"]
-        whole = handle.encoder(pixels, sizes)
+        texts = questions(3).repeat(2, 1) if handle.encoder.needs_text else None
+        whole = handle.encoder(pixels, sizes, texts)
         first = start = 0
         for image, layout in enumerate(whole.layout):
-            alone = handle.encoder(pixels[image : image + 1], sizes[image : image + 1])
+            own = slice(image, image + 1)
+            alone = handle.encoder(pixels[own], sizes[own], texts if texts is None else texts[own])
             theirs = whole.index[start : start + whole.lengths[image]]
             place = torch.where(theirs < 0, theirs, theirs - first * layout.patches)
             assert torch.equal(place, alone.index)
@@ -252,16 +365,21 @@ def test_compiled_tower(model, reference, policy):
             assert state.rows is None and state.keys is None
 
 
-@pytest.mark.parametrize("policy", PEERS)
+@pytest.mark.parametrize("policy", [*PEERS, *COVERING])
 def test_fused_attention(model, reference, policy):
+    inputs = batch(tiny_processor(), "two sizes")
     config = hero.HeroConfig(0.5, policy=policy, attention="fused")
-    selection = encode(model, config, batch(tiny_processor(), "two sizes"))
+    selection = encode(model, config, inputs)
+    if policy in COVERING:
+        wanted = encode(model, dataclasses.replace(config, attention="native"), inputs).index
+        assert torch.equal(selection.index, wanted)
+        return
     results = expected("two sizes", policy, "0.5", reference)
     assert selection.index.tolist() == [place for result in results for place in result.index]
 
 
 @pytest.mark.parametrize("layer", [[1, 3], -1, 0])
-@pytest.mark.parametrize("policy", ["hired", "visionzip"])
+@pytest.mark.parametrize("policy", ["hired", "visionzip", "scope"])
 def test_scores_come_from_the_layer_of_the_features(policy, layer):
     model = tiny_model(vision_feature_layer=layer)
     inputs = batch(tiny_processor(), "one image")
@@ -279,10 +397,10 @@ def test_scores_come_from_the_layer_of_the_features(policy, layer):
     torch.testing.assert_close(selection.tokens, result.tokens, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", PEERS)
+@pytest.mark.parametrize("policy", [*PEERS, *(pool for pool in POOLS if not asked(pool))])
 def test_no_synchronisation(model, policy):
     """Fake tensors have no values: reading one, as a host-device synchronisation would, raises."""
-    with hero.attach(model, policy=policy, keep_ratio=0.5) as handle, torch.no_grad():
+    with hero.attach(model, **options_of(policy), keep_ratio=0.5) as handle, torch.no_grad():
         encoder, inputs = handle.encoder, batch(tiny_processor(), "two sizes")
         crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
         encoded = encoder.encode(crops, plan)
@@ -296,17 +414,18 @@ def test_no_synchronisation(model, policy):
             fields = ("features", "attention", "keys")
             encoded = dataclasses.replace(encoded, **{name: faked(getattr(encoded, name)) for name in fields})
             scored = encoder.score(encoded, plan)
-            replaced = encoder.config.policy.replace(
-                encoded.features, encoded.keys, scored, faked(budgets), faked(valid)
-            )
+            own, given = encoder.config.policy, (scored, faked(budgets), faked(valid))
+            chosen = own.choose(encoded.features, scored, faked(budgets.budgets), faked(valid))
+            replaced = own.replace(encoded.features, encoded.keys, *given)
         assert scored.scores.shape == valid.shape
+        assert (chosen is not None) == policy.endswith("crop")
         assert (replaced is not None) == (policy == "visionzip")
         if replaced is not None:
             assert replaced.values.shape == (len(valid), 2, 32) and replaced.ranks.dtype == torch.int16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("policy", PEERS)
+@pytest.mark.parametrize("policy", [*PEERS, *COVERING])
 def test_half_precision(policy, dtype):
     model = tiny_model().to(dtype)
     inputs = batch(tiny_processor(), "two sizes").to(dtype)
@@ -338,6 +457,46 @@ def test_merged_tokens_carry_gradients(model):
         encoder.remove()
 
 
+@pytest.mark.parametrize("policy", POOLS)
+def test_the_choice_does_not_block_gradients(model, policy):
+    """They reach the kept patches, each once, and no others."""
+    config = hero.HeroConfig(0.4, **options_of(policy))
+    encoder = hero.HeroVisionEncoder(model.model.vision_tower, config=config, **asked(policy))
+    try:
+        inputs = batch(tiny_processor(), "one image")
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, plan)
+        features = encoded.features.detach().requires_grad_()
+        encoded = dataclasses.replace(encoded, features=features)
+        scored = encoder.score(encoded, plan, questions(1) if encoder.needs_text else None)
+        gathered = encoder.select(encoded, scored, encoder.budget(scored, plan), plan)
+        gathered.tokens.sum().backward()
+        places = gathered.index[gathered.index >= 0].long()
+        kept = torch.zeros(plan.valid.numel()).index_fill_(0, places, 1.0)
+        assert torch.equal(features.grad, kept.view_as(plan.valid)[..., None].expand_as(features))
+        assert kept.sum() == plan.pools.tokens.sum()
+    finally:
+        encoder.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["scope crop", "divprune image"])
+def test_gradients_of_a_compiled_tower(policy):
+    """The tower compiled, pixels to tokens: as without."""
+    inputs, found = batch(tiny_processor(), "two sizes"), []
+    for compiled in (False, True):
+        own = tiny_model()
+        with hero.attach(own, **options_of(policy), keep_ratio=0.4) as handle:
+            if compiled:
+                own.model.vision_tower.compile(fullgraph=True, backend="aot_eager")
+            pixels = inputs["pixel_values"].clone().requires_grad_()
+            selection = handle.encoder(pixels, inputs["image_sizes"])
+            selection.tokens.square().sum().backward()
+            found.append((selection.index, pixels.grad))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].any()
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
 # ------------------------------------------------------------------------- no more than a policy needs
 
 READ = {  # layers, and attention rows that are finalised
@@ -349,6 +508,9 @@ READ = {  # layers, and attention rows that are finalised
     "fastervlm": ((4,), 1),
     "visionzip": ((4,), 1),
     "globalcom2": ((4,), 1),
+    "divprune": ((), 0),
+    "cdpruner": ((), 0),
+    "scope": ((4,), 1),
 }
 
 
@@ -356,7 +518,8 @@ READ = {  # layers, and attention rows that are finalised
 def test_a_policy_reads_no_more_than_it_needs(model, monkeypatch, policy):
     layers, rows = READ[policy]
     calls = []
-    for name in ("cls_attention", "finalize_scores", "tile_budgets", "segmented_topk_gather"):
+    names = "cls_attention", "finalize_scores", "tile_budgets", "segmented_topk_gather"
+    for name in (*names, "segmented_diverse_topk"):
         operation = getattr(hk, name)
 
         def counted(*args, name=name, operation=operation, **kwargs):
@@ -364,13 +527,19 @@ def test_a_policy_reads_no_more_than_it_needs(model, monkeypatch, policy):
             return operation(*args, **kwargs)
 
         monkeypatch.setattr(hk, name, counted)
-    own = {} if policy in (*PEERS, "random") else {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
+    others = (*PEERS, *COVERING, "random")
+    own = {} if policy in others else {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
     config = hero.HeroConfig(0.3, policy=policy, **own)
-    with hero.attach(model, config=config) as handle, torch.no_grad():
-        assert handle.encoder._scored_layers == layers
-        assert (handle.encoder.needs_cls, handle.encoder.needs_text) == (policy == "hero", False)
+    given = {"tokenizer": tiny_tokenizer(), **asked(policy)}
+    with hero.attach(model, config=config, **given) as handle, torch.no_grad():
+        encoder, needs = handle.encoder, handle.encoder._needs
+        assert encoder._scored_layers == layers
+        assert (encoder.needs_cls, encoder.needs_text) == (policy == "hero", policy == "cdpruner")
+        assert (needs.relevance, needs.keys) == (False, policy == "visionzip")
         inputs = batch(tiny_processor(), "two sizes")
-        handle.encoder(inputs["pixel_values"], inputs["image_sizes"])
+        select(encoder, inputs["pixel_values"], inputs["image_sizes"])
+    assert calls.count("segmented_diverse_topk") == (policy in COVERING)
+    calls = [call for call in calls if call in names]
     assert calls == ["cls_attention"] * len(layers) + ["finalize_scores"] * rows + [
         "tile_budgets",
         "segmented_topk_gather",
@@ -381,8 +550,8 @@ def test_a_policy_reads_no_more_than_it_needs(model, monkeypatch, policy):
 def test_a_relevance_model_is_asked_by_those_that_read(model, policy):
     relevance = hero.ClipRelevance(tiny_clip(), tiny_tokenizer(), second_pass=True)
     with hero.attach(model, tiny_processor(), policy=policy, relevance=relevance) as handle:
-        assert handle.encoder.needs_text == (policy in ("hero", "hero+"))
-    if policy != "hero":
+        assert handle.encoder.needs_text == (policy in ("hero", "hero+", "cdpruner"))
+    if policy not in ("hero", "scope"):
         with pytest.raises(TypeError, match=r"^alpha: expected "):
             hero.attach(model, policy=policy, alpha=0.5)
 
@@ -402,14 +571,54 @@ def test_unsupported_encoders_are_named(model, monkeypatch, policy):
     if policy in ("hired", "globalcom2"):
         refused(config, geometry=geometry)
     else:
-        hero.HeroVisionEncoder(tower, config=config, geometry=geometry).remove()
+        hero.HeroVisionEncoder(tower, config=config, geometry=geometry, **asked(policy)).remove()
     monkeypatch.setitem(vars(encoders.tower_for(tower)), "has_cls", False)
-    if policy in PEERS:
+    if policy in (*PEERS, "scope"):
         refused(config)
     else:
-        hero.HeroVisionEncoder(tower, config=config).remove()
+        hero.HeroVisionEncoder(tower, config=config, **asked(policy)).remove()
     monkeypatch.undo()
-    hero.HeroVisionEncoder(tower, config=config).remove()  # a refusal leaves nothing behind
+    hero.HeroVisionEncoder(tower, config=config, **asked(policy)).remove()  # a refusal leaves nothing behind
+
+
+def test_bad_input_of_those_that_cover(model):
+    tower = model.model.vision_tower
+    for policy in COVERING:
+        for pool, kind in (("tile", ValueError), (None, TypeError)):
+            with pytest.raises(kind, match=r"^pool: expected one of 'crop', 'image', got "):
+                make_policy(policy, {"pool": pool})
+    for alpha, kind in ((0, ValueError), (math.inf, ValueError), ("1", TypeError)):
+        with pytest.raises(kind, match=r"^alpha: expected a finite number > 0, got "):
+            make_policy("scope", {"alpha": alpha})
+    with pytest.raises(ValueError, match=r"^relevance: expected a hero.ClipRelevance for policy 'cdpruner'"):
+        hero.HeroVisionEncoder(tower, config=hero.HeroConfig(policy="cdpruner"))
+    encoder = hero.HeroVisionEncoder(tower, config=hero.HeroConfig(policy="cdpruner"), **asked("cdpruner"))
+    with pytest.raises(ValueError, match=r"^text: expected a question for each of 1 images, got none"):
+        encoder(torch.zeros(1, 5, 3, 56, 56), [(112, 112)])
+    encoder.remove()
+
+
+@pytest.mark.parametrize("policy", COVERING)
+def test_one_pool_of_too_many_patches(model, policy):
+    """257 crops of 16 patches: refused by name before the tower runs. In crops there is no such limit."""
+    tower = model.model.vision_tower
+    for pool, tiles in (("image", 255), ("image", 256), ("crop", 256)):
+        config = hero.HeroConfig(0.3, policy=policy, pool=pool)
+        geometry = Geometry(56, 14, ((tiles * 56, 56),))
+        encoder = hero.HeroVisionEncoder(tower, config=config, geometry=geometry, **asked(policy))
+        size = [(56 * tiles, 56)]
+        try:
+            if (pool, tiles) == ("image", 256):
+                with pytest.raises(
+                    ValueError, match=r"^pool: expected 'crop' for .* 4096 .*, got 'image' for 4112"
+                ):
+                    encoder.plan(size, torch.device("cpu"))
+            elif tiles == 255:
+                assert encoder.plan(size, torch.device("cpu")).pools.max_crops == 256
+            else:
+                config.policy.constants(encoder.geometry.layouts(size))
+        finally:
+            encoder.remove()
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -495,6 +704,25 @@ def test_tile_softmax(more):
             first += layout.crops
 
 
+def test_scaled():
+    """Over the valid patches of each image; within the range also at padding; 1 where all are equal."""
+    draw = random.Random(7)
+    for _ in range(30):
+        layouts = draw_layouts(draw)
+        places = signals.places_of(layouts)
+        values = torch.randn(len(places.images), layouts[0].patches)
+        values[places.images == 1] = 0.5
+        valid = torch.rand(values.shape) < 0.7
+        valid[:, 0] = True
+        found = signals.scaled(values, valid, places)
+        assert found.min() >= 0.0 and found.max() <= 1.0
+        for image in range(len(layouts)):
+            own, seen = places.images == image, values[places.images == image][valid[places.images == image]]
+            span = seen.max() - seen.min()
+            wanted = (seen - seen.min()) / span if span else torch.ones_like(seen)
+            torch.testing.assert_close(found[own][valid[own]], wanted)
+
+
 SEEN_IN_THE_THUMBNAIL = (
     (signals.region_sums, signals.regions_of),
     (signals.resized_thumbnails, signals.resize_of),
@@ -523,16 +751,17 @@ def test_regions_follow_the_thumbnail():
     assert signals.tile_softmax(torch.zeros(1), places, 1.0).isfinite().all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", EVERY)
 def test_thumbnail_alone(model, policy):
     """A model that sees a thumbnail only: no tile to share anything with."""
+    config, geometry = hero.HeroConfig(0.5, **options_of(policy)), Geometry(56, 14, ())
     encoder = hero.HeroVisionEncoder(
-        model.model.vision_tower, config=hero.HeroConfig(0.5, policy=policy), geometry=Geometry(56, 14, ())
+        model.model.vision_tower, config=config, geometry=geometry, **asked(policy)
     )
     try:
         pixels = batch(tiny_processor(), "one image")["pixel_values"][0, :1]
         with torch.no_grad():
-            selection = encoder(pixels, [(120, 90)])
+            selection = select(encoder, pixels, [(120, 90)])
         assert selection.lengths == [8] and selection.budgets.tolist() == [8]
     finally:
         encoder.remove()

@@ -8,7 +8,9 @@ import random
 import pytest
 import torch
 import transformers
-from independent import CACHE, CHAT_TEMPLATE, floor_ratio
+from independent import CACHE, CHAT_TEMPLATE, floor_ratio, tiny_clip
+from independent import tiny_tokenizer as clip_tokenizer
+from independent_policies import Greedy
 from independent_qwen import (
     FAMILIES,
     IMAGE,
@@ -346,9 +348,46 @@ def test_policies(family):
                 assert handle.last.lengths == [len(image.kept) for image in images]
                 found.append(kept_tokens(handle.last))
     assert found[0] == found[1] != [image.kept for image in images]
-    for policy in ("hired", "globalcom2", "fastervlm", "visionzip"):
+    for policy in ("hired", "globalcom2", "fastervlm", "visionzip", "scope"):
         with pytest.raises(ValueError, match=rf"^policy: .*{policy}"):
             hero.attach(model, policy=policy)
+
+
+@pytest.mark.parametrize("pool", ["crop", "image"])
+@pytest.mark.parametrize("policy", ["divprune", "cdpruner"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_covering(family, policy, pool):
+    """Blocks keep their part in proportion, a whole image as many; which tokens follows from the features."""
+    model, inputs, clip = model_of(family), stock_batch(family, "small and large"), tiny_clip()
+    own, text = {}, None
+    if policy == "cdpruner":
+        own["relevance"] = hero.ClipRelevance(clip, clip_tokenizer(), second_pass=True)
+        text = ["what is in this picture ?", "describe"]
+    keep = {"policy": policy, "pool": pool, "keep_ratio": 0.3, "block": 4}
+    with hero.attach(model, tiny_processor(family), **keep, **own) as handle, torch.no_grad():
+        encoder, given = handle.encoder, (inputs["pixel_values"], inputs["image_grid_thw"])
+        patches, plan = encoder.prepare(*given)
+        encoded = encoder.encode(patches, plan)
+        scored = encoder.score(encoded, plan, text)
+        selection, config = encoder(*given, text), handle.config
+    kept, first = selection.keep_mask(), 0
+    for layout in plan.layouts:
+        blocks = range(first, first + layout.crops)
+        first += layout.crops
+        wanted = layout.block_budgets(config)
+        assert sum(wanted) == max(1, int(0.3 * layout.full_tokens)) == int(kept[blocks].sum())
+        assert pool == "image" or kept[blocks].sum(1).tolist() == wanted == selection.budgets[blocks].tolist()
+        places = [(block, token) for block in blocks for token in plan.valid[block].nonzero()[:, 0].tolist()]
+        quality = [1.0 if scored.quality is None else float(scored.quality[place]) for place in places]
+        if policy == "cdpruner" and len(places) > 1:
+            assert (min(quality), max(quality)) == (0.0, 1.0)
+        pools = [blocks] if pool == "image" else [[block] for block in blocks]
+        for own_blocks in pools:
+            own_places = [number for number, (block, _) in enumerate(places) if block in own_blocks]
+            vectors = [encoded.features[places[number]].tolist() for number in own_places]
+            near = [bool(kept[places[number]]) for number in own_places]
+            greedy = Greedy(policy, vectors, [quality[number] for number in own_places])
+            assert sorted(greedy.choose(sum(near), near)) == [n for n, one in enumerate(near) if one]
 
 
 @pytest.mark.parametrize(
@@ -361,7 +400,8 @@ def test_policies(family):
         ("qwen3_5", (3, 5), 2, 4),
     ],
 )
-def test_uniform_is_in_proportion(family, grid, side, count):
+@pytest.mark.parametrize("policy", [{"policy": "uniform"}, {"policy": "divprune", "pool": "crop"}])
+def test_equal_shares_are_in_proportion(family, grid, side, count, policy):
     """By whole numbers: largest remainder, ties to the lower block."""
     sizes = [len(block) for block in blocks_of(*grid, side)]
     wanted = [size * count // sum(sizes) for size in sizes]
@@ -369,7 +409,7 @@ def test_uniform_is_in_proportion(family, grid, side, count):
     for block in order[: count - sum(wanted)]:
         wanted[block] += 1
     inputs = prompt_of(tiny_processor(family), TWO, picture(family, grid))
-    with hero.attach(model_of(family), policy="uniform", block=side, keep_tokens=count) as handle:
+    with hero.attach(model_of(family), **policy, block=side, keep_tokens=count) as handle:
         model_of(family)(**inputs)
         assert handle.last.budgets.tolist() == wanted
 

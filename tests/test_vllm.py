@@ -422,6 +422,7 @@ def test_registration():
         ({"policy": "best"}, "policy"),
         ({"policy": "fastervlm", "alpha": 0.5}, "alpha"),
         ({"alpha": 0.5}, "relevance"),
+        ({"policy": "cdpruner"}, "relevance"),
         ({"relevance": "openai/clip-vit-large-patch14-336"}, "relevance"),
         ({"second_pass": True}, "second_pass"),
         ({"allocation": "floor"}, "allocation"),

@@ -11,19 +11,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._checks import error
-from .base import PATCHES, LayerPolicy, Needs, Observed, Policy, Replacement, Rows, Scored
+from .base import PATCHES, LayerPolicy, Needs, Observed, Policy, Pools, Replacement, Rows, Scored
+from .cdpruner import CDPruner
+from .coverage import CoveragePolicy
+from .divprune import DivPrune
 from .fastervlm import FasterVLM
 from .globalcom2 import GlobalCom2
 from .hero import Hero, SignalWeights
 from .hero_plus import HeroPlus
 from .hired import HiRED
 from .random import Random
+from .scope import Scope
 from .uniform import Uniform
 from .visionzip import VisionZip
 
 __all__ = [
     "PATCHES",
     "POLICIES",
+    "CDPruner",
+    "CoveragePolicy",
+    "DivPrune",
     "FasterVLM",
     "GlobalCom2",
     "Hero",
@@ -33,9 +40,11 @@ __all__ = [
     "Needs",
     "Observed",
     "Policy",
+    "Pools",
     "Random",
     "Replacement",
     "Rows",
+    "Scope",
     "Scored",
     "SignalWeights",
     "Uniform",
@@ -44,7 +53,19 @@ __all__ = [
     "supported_rows",
 ]
 
-_BUILT_IN = (Hero, HeroPlus, HiRED, FasterVLM, VisionZip, GlobalCom2, Uniform, Random)
+_BUILT_IN = (
+    Hero,
+    HeroPlus,
+    HiRED,
+    FasterVLM,
+    VisionZip,
+    GlobalCom2,
+    DivPrune,
+    CDPruner,
+    Scope,
+    Uniform,
+    Random,
+)
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _BUILT_IN}
 """The policies of this package by name."""
 

@@ -1,9 +1,9 @@
 """The interface of a policy, which decides how many tokens each crop keeps and which.
 
 A policy names the attention rows and other tensors it reads (:meth:`Policy.rows`, :meth:`Policy.needs`) and
-computes patch scores and tile signals from them (:meth:`Policy.score`). It may also replace features of kept
-patches (:meth:`Policy.replace`). How an image's tokens are divided between thumbnail and tiles is plain
-arithmetic (:meth:`Policy.divide`).
+computes patch scores and tile signals from them (:meth:`Policy.score`). It may choose patches otherwise than
+by their scores (:meth:`Policy.choose`), and replace features of kept patches (:meth:`Policy.replace`). How an
+image's tokens are divided between thumbnail and tiles is plain arithmetic (:meth:`Policy.divide`).
 
 Modules of policies import torch inside methods only, so that :func:`hero.count_tokens` works without it.
 """
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
     from hero_kernels import Finalized, TileBudgets, TileSignal
 
-__all__ = ["PATCHES", "LayerPolicy", "Needs", "Observed", "Policy", "Replacement", "Rows", "Scored"]
+__all__ = [
+    "PATCHES",
+    "LayerPolicy",
+    "Needs",
+    "Observed",
+    "Policy",
+    "Pools",
+    "Replacement",
+    "Rows",
+    "Scored",
+]
 
 PATCHES = "patches"  # the attention rows that most policies score patches by
 
@@ -67,17 +77,33 @@ class Needs(NamedTuple):
     second_softmax: bool = False
 
 
+class Pools(NamedTuple):
+    """All patches of an image as one pool, for policies that choose from it.
+
+    Attributes:
+        cu_crops: ``[B + 1]`` int32, the crop with which each image begins.
+        tokens: ``[B]`` int32, patches to keep of each image.
+        max_crops: the most crops of an image.
+    """
+
+    cu_crops: Tensor
+    tokens: Tensor
+    max_crops: int
+
+
 @dataclass(frozen=True)
 class Observed:
     """What a policy may read; T crops of P patches.
 
     Attributes:
+        features: ``[T, P, C]``, the features that the model uses, before the projector.
         attention: the policy's attention rows by name, finalised (:class:`hero_kernels.Finalized`: scores
             ``[T, P]`` fp32, entropy ``[T]`` fp32).
         valid: ``[T, P]`` bool, patches that are not padding.
         cls: ``[T, C]``, the CLS feature of the encoder's last layer, if the policy needs it.
         layouts: the :class:`hero.layout.ImageLayout` of each image.
         places: the :class:`hero.signals.Places` of the crops.
+        pools: the images as pools of patches.
         constants: what :meth:`Policy.constants` returned, on the device.
         block_budgets: ``[T]`` int32, budgets in proportion to the size of blocks, where these are the tiles.
         relevance: returns the cosine ``[T]`` of each tile and the question; ``None`` without a relevance
@@ -85,11 +111,13 @@ class Observed:
         patch_relevance: returns the cosine ``[T, P]`` of each patch and the question; likewise.
     """
 
+    features: Tensor
     attention: Mapping[str, Finalized]
     valid: Tensor
     cls: Tensor | None
     layouts: Sequence[Any]
     places: Any
+    pools: Pools
     constants: Mapping[str, Any] = field(default_factory=dict)
     relevance: Callable[[], Tensor] | None = None
     patch_relevance: Callable[[], Tensor] | None = None
@@ -104,11 +132,13 @@ class Scored:
         scores: ``[T, P]`` fp32, patch scores.
         signals: the signals that divide each image's tile tokens among its tiles.
         budgets: ``[T]`` int32, the tokens of each crop; ``None`` if the signals decide.
+        quality: ``[T, P]`` fp32, by what :meth:`Policy.choose` weighs patches.
     """
 
     scores: Tensor
     signals: tuple[TileSignal, ...]
     budgets: Tensor | None = None
+    quality: Tensor | None = None
 
 
 class Replacement(NamedTuple):
@@ -191,6 +221,18 @@ class Policy(ABC):
     @abstractmethod
     def score(self, observed: Observed) -> Scored:
         """Patch scores and tile signals."""
+
+    def choose(self, features: Tensor, scored: Scored, budgets: Tensor, valid: Tensor) -> Tensor | None:
+        """The patches to keep, ``[T, P]`` bool; ``None`` keeps those that score highest.
+
+        Args:
+            features: ``[T, P, C]``.
+            scored: what :meth:`score` returned.
+            budgets: ``[T]`` int32, patches to keep of each crop; more than are valid mean all of these.
+                Reading their values would synchronise with the device.
+            valid: ``[T, P]`` bool.
+        """
+        return None
 
     def replace(
         self, features: Tensor, keys: Tensor | None, scored: Scored, budgets: TileBudgets, valid: Tensor
