@@ -283,9 +283,8 @@ class HeroVisionEncoder(nn.Module):
         images, clip = plan.seen.places.images, cast(Any, self.relevance)
 
         def pixels() -> Tensor:
-            pixels = encoded.pixel_values
-            if self.kind.is_packed:
-                pixels = packed.pixels_of_blocks(self, pixels, plan)
+            given = encoded.pixel_values
+            pixels = packed.pixels_of_blocks(self, given, plan) if self.kind.is_packed else given
             return pixels if self._to_clip is None else renormalized(pixels, *self._to_clip)
 
         def relevance() -> Tensor:

@@ -265,7 +265,7 @@ class IndependentPeers(Independent):
 
     def _once(self, name: str, pixels: torch.Tensor, function: Callable) -> Any:
         """``function(pixels)``, run once for the same crop."""
-        key = name, pixels.numpy().tobytes()
+        key = name, pixels.float().cpu().numpy().tobytes()
         if key not in self._known:
             self._known[key] = function(pixels)
         return self._known[key]

@@ -154,13 +154,16 @@ def test_images_without_thumbnail_use_entropy():
     layout = ImageLayout((112, 56), (2, 1), 4, (0, 8), (0, 4), thumbnail="none", newlines=False)
     patches = hk.finalize_scores(torch.rand(2, 1, 16), rank=True)
     policy = policies.Hero()
+    plan = make_plan((layout,), hero.HeroConfig(0.5), policy.rows(6, 4), torch.device("cpu"))
     observed = policies.Observed(
+        features=torch.randn(2, 16, 8),
         attention={"patches": patches},
         valid=torch.ones(2, 16, dtype=torch.bool),
         cls=torch.randn(2, 8),
         layouts=(layout,),
-        places=signals.places_of([layout]),
-        constants=policy.constants([layout]),
+        places=plan.places,
+        pools=plan.pools,
+        constants=plan.constants,
     )
     density, concentration = policy.score(observed).signals
     assert (density.weight, concentration.weight) == (pytest.approx(0.2), pytest.approx(0.8))
