@@ -416,7 +416,7 @@ def _label_reading(
             labels[end, 2] = thing.digits[0]
     for told, place in enumerate(question.places, len(asked) - 1):
         thing = question.things[0]
-        labels[told] = COLOURS.index(thing.colour), place, thing.digits[place], NOTHING, NOTHING
+        labels[told, :3] = COLOURS.index(thing.colour), place, thing.digits[place]
 
 
 class Readers(nn.Module):
