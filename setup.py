@@ -31,7 +31,7 @@ TEST = [*BENCH, "pytest-xdist", "hypothesis", "packaging", "accelerate", "peft"]
 DEV = [*TEST, "torchao", "ruff", "mypy", "build"]  # torchao: quantised models, with the newest torch alone
 # hero_llava_next subclasses lmms-eval's llava_hf, which imports decord.
 LMMS = ["lmms-eval[video-legacy]>=0.7.3"]
-VLLM = ["vllm>=0.32"]
+VLLM = ["vllm>=0.31"]  # older ones need transformers before 5.17
 # Batch inference on several workers; Ray Data brings pyarrow, which reads Parquet.
 RAY = ["ray[data]>=2.60,<3"]
 

@@ -13,7 +13,7 @@ from .base import Adapter, Patch, parameter
 from .llava import kept_features, parts_of
 from .llava_next import pinpoints_of
 
-__all__ = ["ADAPTER", "resized_beyond"]
+__all__ = ["ADAPTER"]
 
 
 def get_image_features(
@@ -56,7 +56,7 @@ class LlavaOnevisionAdapter(Adapter):
     def parts(self, model):
         newline = functools.partial(parameter, model.model, "image_newline")
         parts = parts_of(model, pinpoints_of(model.config), newline)
-        most = resized_beyond(model.config)
+        most = int(model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
         return dataclasses.replace(parts, geometry=dataclasses.replace(parts.geometry, resized_beyond=most))
 
     def layouts(self, inputs, parts, config, shown):
@@ -86,11 +86,6 @@ class LlavaOnevisionAdapter(Adapter):
 
     def processed(self, processor, geometry, outputs, images):
         return _layouts(geometry, outputs["image_sizes"], outputs["batch_num_images"])
-
-
-def resized_beyond(config) -> int:
-    """The field of :class:`hero.Geometry`, from a model's configuration."""
-    return int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
 
 
 ADAPTER = LlavaOnevisionAdapter()

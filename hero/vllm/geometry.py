@@ -10,7 +10,6 @@ from .._checks import error
 from ..layout import Geometry, ImageLayout
 from ..models import internvl
 from ..models.llava_next import pinpoints_of
-from ..models.llava_onevision import resized_beyond
 from ..models.towers import square
 from ..tiling import NearestAspect, Pinpoints, Whole
 
@@ -24,7 +23,7 @@ def known(hf_config: Any) -> Any:
         ValueError: InternVL's own format with a field that transformers' model has not.
     """
     if hf_config.model_type == "internvl_chat":
-        from .internvl_chat import converted
+        from .chat_format import converted
 
         return converted(hf_config)
     return hf_config
@@ -49,7 +48,9 @@ def geometry_of(model_config: Any, options: Mapping[str, Any] | None = None) -> 
         return Geometry(crop_size, patch_size, Whole(), newlines=False)
     if hf_config.model_type == "internvl":
         return _internvl(model_config, hf_config, crop_size, patch_size, options or {})
-    most = resized_beyond(hf_config) if hf_config.model_type == "llava_onevision" else None
+    most = None
+    if hf_config.model_type == "llava_onevision":
+        most = int(hf_config.vision_aspect_ratio.removeprefix("anyres_max_"))
     return Geometry(crop_size, patch_size, pinpoints_of(hf_config), resized_beyond=most)
 
 
@@ -62,7 +63,7 @@ def _internvl(
     merged = model_config.multimodal_config.merge_mm_processor_kwargs(options)
     merged = {**merged, **(merged.get("images_kwargs") or {})}
     if model_config.hf_config.model_type == "internvl_chat":
-        from .internvl_chat import image_processor_of
+        from .chat_format import image_processor_of
 
         images, merged = image_processor_of(model_config.hf_config, merged), {}
     else:
