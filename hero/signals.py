@@ -27,11 +27,13 @@ __all__ = [
     "mean_features",
     "parts_of",
     "places_of",
+    "rarity",
     "region_sums",
     "regions_of",
     "resize_of",
     "resized_thumbnails",
     "scaled",
+    "thumbnails_of",
     "saliency",
     "tile_softmax",
 ]
@@ -135,6 +137,41 @@ def mean_features(features: Tensor, valid: Tensor) -> Tensor:
     """
     weights = valid[..., None].to(features)
     return (features.detach() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+
+
+def thumbnails_of(layouts: Sequence[ImageLayout]) -> Tensor:
+    """``[T]`` int32, 1 for thumbnails."""
+    return torch.tensor(
+        [flag for one in layouts for flag in one.per_crop(1, [0] * one.tiles)], dtype=torch.int32
+    )
+
+
+def rarity(features: Tensor, valid: Tensor, places: Places, is_thumbnail: Tensor) -> Tensor:
+    """How unlike each patch is to the others: 1 less the mean cosine of its feature with those of its image.
+
+    ``q_j = 1 − mean_i cos(x_j, x_i)`` over the valid patches i of the image's tiles, j included; for patches
+    of a thumbnail over those of the thumbnail.
+
+    Args:
+        features: ``[T, P, C]``.
+        valid: ``[T, P]`` bool.
+        places: of the images.
+        is_thumbnail: of the crops (:func:`thumbnails_of`).
+
+    Returns:
+        ``[T, P]`` fp32 in [0, 2]; those of padding have no meaning.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    sums, counts = (unit * valid[..., None]).sum(1), valid.sum(1)
+
+    def of_tiles(values: Tensor) -> Tensor:
+        # In fp64, so that the zeros of smaller images of the batch do not change the fp32 result.
+        return torch.einsum("tk,tk...->t...", places.is_tile, values.double()[places.tiles]).float()
+
+    own = is_thumbnail > 0
+    sums = torch.where(own[:, None], sums, of_tiles(sums))
+    counts = torch.where(own, counts, of_tiles(counts))
+    return (1 - (unit * (sums / counts.clamp_min(1)[:, None])[:, None]).sum(-1)).clamp_min(0)
 
 
 def concentration(entropy: Tensor, valid: Tensor) -> Tensor:

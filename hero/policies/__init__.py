@@ -156,7 +156,7 @@ def supported_rows(
     if not isinstance(rows, Mapping) or not all(isinstance(one, Rows) for one in rows.values()):
         raise error(TypeError, name, "rows() to return a dictionary of Rows", rows)
     if scoring is not None:  # these have no thumbnails
-        rows = {key: one._replace(thumbnail={}) for key, one in rows.items()}
+        rows = {key: one._replace(thumbnail={}) for key, one in rows.items() if one.tiles}
     layers = {layer for one in rows.values() for layer in one.layers}
     if not layers <= set(range(depth)):
         raise error(ValueError, name, f"rows() to name layers in [0, {depth})", sorted(layers))

@@ -133,12 +133,14 @@ class Scored:
         signals: the signals that divide each image's tile tokens among its tiles.
         budgets: ``[T]`` int32, the tokens of each crop; ``None`` if the signals decide.
         quality: ``[T, P]`` fp32, by what :meth:`Policy.choose` weighs patches.
+        first: ``[T]`` int32, 1 for crops of which it takes half by ``scores``.
     """
 
     scores: Tensor
     signals: tuple[TileSignal, ...]
     budgets: Tensor | None = None
     quality: Tensor | None = None
+    first: Tensor | None = None
 
 
 class Replacement(NamedTuple):

@@ -1,36 +1,42 @@
-"""hero+: HERO with half of the tokens for the thumbnail, and concentration instead of saliency. Ours.
+"""hero+: rare patches that differ, tile budgets by how much of the image is rare there. Ours.
 
-    total      = ⌊R·(K+1)·P⌋, or keep_tokens;  thumbnail min(⌊total/2⌋, P), tiles the rest, as in HiRED
-    c_i        = 1 − H(p_i) / ln(valid_i)     concentration of the tile's patch scores (docs/method.md, 2)
-    r_i        = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip)
-    share_i    ∝ c_i · (r_i + β/K)            c_i alone without a relevance model
+    total      = ⌊R·(K+1)·P⌋, or keep_tokens;  thumbnail a fifth, at most P, tiles the rest
+    q_j        = 1 − mean_i cos(x_j, x_i) over the valid patches i of the image's tiles; the thumbnail's over
+                 its own;  x are the features before the projector
+    r_i        = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip) + β/K;  1 without a
+                 relevance model
+    share_i    = 0.8 · r_i·Σ_j q_j⁶ + 0.2 · r_i, each part divided by its sum over the image's tiles
+    tiles      greedy maximum of det(diag(q) · S · diag(q)) over the chosen, S_ij = cos(x_i, x_j)
+    thumbnail  half by CLS attention of the last layer, the rest as tiles
 
-Only the whole picture tells some things, such as a count, so the thumbnail gets more tokens. The CLS token of
-a tile with objects attends to few patches, that of an empty tile to all alike. The question then chooses
-among the tiles with objects; if it prefers none, each keeps the share of its objects. Patch scores are
-HERO's. docs/quality.md has the measurements.
+What is like most of the image is background, and few patches stand for it. Tiles need no attention. The
+thumbnail shows the whole picture: there attention finds what is common. The question only softens the shares:
+one that misleads leaves each tile with rare patches its part. docs/quality.md has the measurements, and what
+was rejected.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._checks import check_positive
-from .base import PATCHES, LayerPolicy, Needs, Scored, half_to_thumbnail
+from .._checks import check_positive, count
+from .base import PATCHES, Needs, Policy, Rows, Scored
 
 __all__ = ["BETA", "HeroPlus"]
 
-BETA = 2.0  # the share that tiles get whatever the question; a wrong one then costs as much as equal budgets
+BETA = 2.0  # what tiles get whatever the question
+RARE = 0.8  # the rest of a tile's share does not depend on its patches
+POWER = 6  # so that a tile's sum counts its rare patches
+THUMBNAIL = 5  # one token in so many
 
 
 @dataclass(frozen=True)
-class HeroPlus(LayerPolicy):
-    """hero+ (ours): half to the thumbnail; tile budgets by concentration and relevance; patches as HERO.
+class HeroPlus(Policy):
+    """hero+ (ours): patches that are rare in the image and differ, with or without the question.
 
     Example: ``hero.attach(model, processor, policy="hero+", relevance=relevance)``.
 
     Args:
-        tile_layers, thumbnail_layers, second_softmax: as in :class:`LayerPolicy`.
         temperature_clip: softmax temperature of relevance, a cosine.
 
     Raises:
@@ -38,30 +44,52 @@ class HeroPlus(LayerPolicy):
     """
 
     name = "hero+"
-    summary = "half to the thumbnail; tile budgets by concentration and relevance; patches as hero (ours)"
+    summary = "patches that are rare in the image and differ; tile budgets by rarity and relevance (ours)"
 
     temperature_clip: float = 0.05
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(
-            self, "temperature_clip", check_positive("temperature_clip", self.temperature_clip)
-        )
+        temperature = check_positive("temperature_clip", self.temperature_clip)
+        object.__setattr__(self, "temperature_clip", temperature)
 
     def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
-        return half_to_thumbnail(keep_ratio, keep_tokens, thumbnail, tiles)
+        total = count(keep_ratio, keep_tokens, thumbnail + tiles)
+        first = min(max(total // THUMBNAIL, total - tiles), thumbnail)
+        return first, total - first
+
+    def rows(self, depth, feature_layer):
+        return {PATCHES: Rows.mean([depth - 1], [])}
 
     def needs(self, with_relevance):
-        return Needs(relevance=with_relevance, second_softmax=self.second_softmax)
+        return Needs(relevance=with_relevance)
+
+    def constants(self, layouts):
+        from .. import signals
+
+        return {"is_thumbnail": signals.thumbnails_of(layouts)}
 
     def score(self, observed):
         from hero_kernels import TileSignal
 
         from .. import signals
 
-        patches = observed.attention[PATCHES]
-        share = signals.concentration(patches.entropy, observed.valid)
+        valid, places = observed.valid, observed.places
+        is_thumbnail = observed.constants["is_thumbnail"]
+        rarity = signals.rarity(observed.features, valid, places, is_thumbnail)
+        equal = signals.equal_shares(valid, observed.layouts).values
+        relevance = 1.0
         if observed.relevance is not None:
-            cosine = observed.relevance() / self.temperature_clip
-            share = share * signals.tile_softmax(cosine, observed.places, BETA)
-        return Scored(patches.scores, (TileSignal(share, 1.0),))
+            relevance = signals.tile_softmax(observed.relevance() / self.temperature_clip, places, BETA)
+        rare = (rarity**POWER * valid).sum(1)
+        shares = TileSignal(rare * relevance, RARE), TileSignal(equal * relevance, 1 - RARE)
+        attention = observed.attention[PATCHES].scores if PATCHES in observed.attention else rarity
+        return Scored(attention, shares, quality=rarity, first=is_thumbnail)
+
+    def choose(self, features, scored, budgets, valid):
+        import torch
+
+        import hero_kernels as hk
+
+        ranks = hk.segmented_diverse_topk(features, budgets, rule="dpp", quality=scored.quality, valid=valid)
+        first = hk.segmented_topk(scored.scores, budgets // 2 * scored.first, valid)
+        return hk.segmented_topk(torch.where(first, 1.0, -ranks.float()), budgets, valid)
