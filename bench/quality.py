@@ -107,10 +107,11 @@ class Runner:
         return asked(self.split, index, self.kinds)
 
     def other_text(self, index: int) -> str:
-        """The next question, of any kind, that is not the same."""
+        """The next question that is another one and names no colour of this one."""
         own = self.draw(index).text
-        later = (asked(self.split, number).text for number in itertools.count(index + 1))
-        return next(text for text in later if text != own)
+        colours = set(own.split()) & set(scenes.COLOURS)
+        later = (self.draw(number).text for number in itertools.count(index + 1))
+        return next(text for text in later if text != own and not colours & set(text.split()))
 
     def inputs(self, questions: Sequence[Asked]) -> dict[str, Tensor]:
         """The stock processor's output, padded on the left. Prompts hold the answer but for its last word."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 RESAMPLES = 10_000
+BASES = ("full", "hero+", "hero+-no-text")
 
 
 def estimate(values: np.ndarray) -> dict[str, object]:
@@ -57,7 +58,7 @@ def answers_of(record: Mapping) -> dict[tuple[str, str], np.ndarray]:
 
 
 def summarise(record: Mapping) -> dict[str, object]:
-    """Accuracy of each group, variant and keep ratio, and paired differences to ``full`` and ``hero``."""
+    """Accuracy of each group, variant and keep ratio, and paired differences to ``BASES``."""
     right, summary = answers_of(record), {}
     for group, members in groups_of(record).items():
         if not members.any():
@@ -65,7 +66,8 @@ def summarise(record: Mapping) -> dict[str, object]:
         cells: dict[str, dict[str, object]] = {}
         for (name, ratio), values in right.items():
             cell = {"accuracy": estimate(values[members])}
-            for base, key in (("full", ("full", "1")), ("hero", ("hero", ratio))):
+            for base in BASES:
+                key = base, "1" if base == "full" else ratio
                 if key in right and name not in ("full", base):
                     cell[f"to_{base}"] = difference(values[members], right[key][members])
             cells.setdefault(name, {})[ratio] = cell

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from matplotlib.figure import Figure
 
 from .page import replace, source, svg, table
+from .quality_statistics import BASES
 
 FIRST = "number"  # the kind that comes first and is drawn
 TITLES = {FIRST: "Three-digit numbers", "all": "All kinds"}
@@ -79,11 +80,14 @@ def quality(record: Mapping) -> list[str]:
     lines += ["", "Accuracy in %, then the paired difference to all tokens in points (95 % interval)."]
     groups = [group for group in (FIRST, "all") if group in record["summary"]]
     lines += accuracies(record, groups)
-    rows = []
-    for name in (name for name, one in variants.items() if "0.2" in one["keep"]):
-        gaps = [record["summary"][group]["variants"][name]["0.2"].get("to_hero") for group in groups]
-        rows += [[label(name), *map(points, gaps)]] if all(gaps) else []
-    lines += ["", "**Difference to hero at R = 0.2**, in points, paired", "", *table(["", *groups], rows)]
+    for base in BASES[1:]:
+        rows = []
+        for name in (name for name in variants if name != "full"):
+            cells = record["summary"]["all"]["variants"][name]
+            gaps = [cells.get(keep, {}).get(f"to_{base}") for keep in ("0.2", "0.1")]
+            rows += [[label(name), *map(points, gaps)]] if all(gaps) else []
+        title = f"**Difference to {label(base)}**, all kinds, in points, paired"
+        lines += ["", title, "", *table(["", "R = 0.2", "R = 0.1"], rows)]
     kinds = [group for group in record["summary"] if group != "all"]
     for keep in ("0.2", "0.1"):
         rows = []

@@ -323,7 +323,7 @@ class HeroVisionEncoder(nn.Module):
     def select(self, encoded: Encoded, scored: Scored, budgets: hk.TileBudgets, plan: Plan) -> hk.Gathered:
         """The kept features, packed in the order of the stock sequence; newline rows are still zero."""
         policy = self.config.policy
-        chosen = policy.choose(encoded.features.detach(), scored, budgets.budgets, plan.valid)
+        chosen = policy.choose(encoded.features.detach(), scored, budgets, plan.valid)
         replaced = policy.replace(encoded.features, encoded.keys, scored, budgets, plan.valid)
         gathered = hk.segmented_topk_gather(
             encoded.features,

@@ -23,6 +23,7 @@ __all__ = [
     "Resize",
     "concentration",
     "density_of",
+    "equal_parts",
     "equal_shares",
     "mean_features",
     "parts_of",
@@ -33,7 +34,6 @@ __all__ = [
     "resize_of",
     "resized_thumbnails",
     "scaled",
-    "thumbnails_of",
     "saliency",
     "tile_softmax",
 ]
@@ -99,6 +99,15 @@ def equal_shares(valid: Tensor, layouts: Sequence[ImageLayout] = ()) -> TileSign
     return TileSignal(torch.ones(len(valid), device=valid.device), 1.0)
 
 
+def equal_parts(layouts: Sequence[ImageLayout]) -> Tensor:
+    """``[T]`` fp32: 1/K for each of an image's K tiles, a block's part of its tokens; 0 for thumbnails."""
+    parts: list[float] = []
+    for one in layouts:
+        counts = one.valid_counts if one.is_whole else (1,) * one.tiles
+        parts += one.per_crop(0.0, [count / sum(counts) for count in counts])
+    return torch.tensor(parts)
+
+
 def parts_of(layouts: Sequence[ImageLayout]) -> Tensor:
     """``[B, T]`` fp64: the part of an image's tokens that each of its blocks has; 0 for those of others."""
     rows = [torch.tensor([layout.valid_counts]).double() / layout.full_tokens for layout in layouts]
@@ -139,14 +148,7 @@ def mean_features(features: Tensor, valid: Tensor) -> Tensor:
     return (features.detach() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
 
 
-def thumbnails_of(layouts: Sequence[ImageLayout]) -> Tensor:
-    """``[T]`` int32, 1 for thumbnails."""
-    return torch.tensor(
-        [flag for one in layouts for flag in one.per_crop(1, [0] * one.tiles)], dtype=torch.int32
-    )
-
-
-def rarity(features: Tensor, valid: Tensor, places: Places, is_thumbnail: Tensor) -> Tensor:
+def rarity(features: Tensor, valid: Tensor, places: Places, parts: Tensor) -> Tensor:
     """How unlike each patch is to the others: 1 less the mean cosine of its feature with those of its image.
 
     ``q_j = 1 − mean_i cos(x_j, x_i)`` over the valid patches i of the image's tiles, j included; for patches
@@ -156,7 +158,7 @@ def rarity(features: Tensor, valid: Tensor, places: Places, is_thumbnail: Tensor
         features: ``[T, P, C]``.
         valid: ``[T, P]`` bool.
         places: of the images.
-        is_thumbnail: of the crops (:func:`thumbnails_of`).
+        parts: of the crops (:func:`equal_parts`).
 
     Returns:
         ``[T, P]`` fp32 in [0, 2]; those of padding have no meaning.
@@ -168,7 +170,7 @@ def rarity(features: Tensor, valid: Tensor, places: Places, is_thumbnail: Tensor
         # In fp64, so that the zeros of smaller images of the batch do not change the fp32 result.
         return torch.einsum("tk,tk...->t...", places.is_tile, values.double()[places.tiles]).float()
 
-    own = is_thumbnail > 0
+    own = parts == 0
     sums = torch.where(own[:, None], sums, of_tiles(sums))
     counts = torch.where(own, counts, of_tiles(counts))
     return (1 - (unit * (sums / counts.clamp_min(1)[:, None])[:, None]).sum(-1)).clamp_min(0)

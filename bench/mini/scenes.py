@@ -75,7 +75,7 @@ WORDS = (
 SPLITS = ("train", "test")
 MAX_GRID = 6  # 6 tiles = 288 px, the most that the photographs, 300 px on their short side, can fill
 
-DEMO_SEED = 14
+DEMO_SEED = 11
 """Seed from which the bundled demo was built."""
 
 _OBJECT_SIZES = (17, 18, 19, 20)  # px

@@ -132,15 +132,13 @@ class Scored:
         scores: ``[T, P]`` fp32, patch scores.
         signals: the signals that divide each image's tile tokens among its tiles.
         budgets: ``[T]`` int32, the tokens of each crop; ``None`` if the signals decide.
-        quality: ``[T, P]`` fp32, by what :meth:`Policy.choose` weighs patches.
-        first: ``[T]`` int32, 1 for crops of which it takes half by ``scores``.
+        own: what :meth:`Policy.choose` reads besides, as the policy likes.
     """
 
     scores: Tensor
     signals: tuple[TileSignal, ...]
     budgets: Tensor | None = None
-    quality: Tensor | None = None
-    first: Tensor | None = None
+    own: Any = None
 
 
 class Replacement(NamedTuple):
@@ -224,14 +222,14 @@ class Policy(ABC):
     def score(self, observed: Observed) -> Scored:
         """Patch scores and tile signals."""
 
-    def choose(self, features: Tensor, scored: Scored, budgets: Tensor, valid: Tensor) -> Tensor | None:
+    def choose(self, features: Tensor, scored: Scored, budgets: TileBudgets, valid: Tensor) -> Tensor | None:
         """The patches to keep, ``[T, P]`` bool; ``None`` keeps those that score highest.
 
         Args:
             features: ``[T, P, C]``.
             scored: what :meth:`score` returned.
-            budgets: ``[T]`` int32, patches to keep of each crop; more than are valid mean all of these.
-                Reading their values would synchronise with the device.
+            budgets: patches to keep of each crop; more than are valid mean all of these. Reading their values
+                would synchronise with the device.
             valid: ``[T, P]`` bool.
         """
         return None

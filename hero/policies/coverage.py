@@ -70,7 +70,7 @@ class CoveragePolicy(Policy):
             max_crops=pools.max_crops,
         )
         kept = ranks < torch.iinfo(ranks.dtype).max
-        return Scored(kept.float(), (equal,), kept.sum(1, dtype=torch.int32), quality)
+        return Scored(kept.float(), (equal,), kept.sum(1, dtype=torch.int32))
 
     def choose(self, features, scored, budgets, valid):
         import torch
@@ -80,6 +80,6 @@ class CoveragePolicy(Policy):
         if self.pool == "image":
             return None  # scores are 1 where a patch is kept, and budgets count these
         ranks = hk.segmented_diverse_topk(
-            features, budgets, rule=self.rule, quality=scored.quality, valid=valid
+            features, budgets.budgets, rule=self.rule, quality=scored.own, valid=valid
         )
         return ranks < torch.iinfo(ranks.dtype).max

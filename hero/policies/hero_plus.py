@@ -5,14 +5,15 @@
                  its own;  x are the features before the projector
     r_i        = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip) + β/K;  1 without a
                  relevance model
-    share_i    = 0.8 · r_i·Σ_j q_j⁶ + 0.2 · r_i, each part divided by its sum over the image's tiles
-    tiles      greedy maximum of det(diag(q) · S · diag(q)) over the chosen, S_ij = cos(x_i, x_j)
-    thumbnail  half by CLS attention of the last layer, the rest as tiles
+    share_i    = 0.8 · r_i·Σ_j q_j⁴ + 0.2 · r_i, each part divided by its sum over the image's tiles
+    first      of a tile of at most the equal share the patch of the lowest q, of others one in ten;
+               of the thumbnail half by CLS attention of the last layer
+    then       greedy maximum of det(diag(q) · S · diag(q)) over the chosen, S_ij = cos(x_i, x_j)
 
-What is like most of the image is background, and few patches stand for it. Tiles need no attention. The
-thumbnail shows the whole picture: there attention finds what is common. The question only softens the shares:
-one that misleads leaves each tile with rare patches its part. docs/quality.md has the measurements, and what
-was rejected.
+What is like most of the image is background: few patches stand for it, those of the lowest q. Tiles need no
+attention. The thumbnail shows the whole picture: there attention finds what is common. The question only
+softens the shares: one that misleads leaves each tile with rare patches its part. docs/quality.md has the
+measurements, and what was rejected.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ __all__ = ["BETA", "HeroPlus"]
 
 BETA = 2.0  # what tiles get whatever the question
 RARE = 0.8  # the rest of a tile's share does not depend on its patches
-POWER = 6  # so that a tile's sum counts its rare patches
-THUMBNAIL = 5  # one token in so many
+POWER = 4  # so that a tile's sum counts its rare patches
+COMMON = 10  # of a tile with more than the equal share one token in so many is common
+THUMBNAIL = 5  # of all tokens one in so many
 
 
 @dataclass(frozen=True)
@@ -66,30 +68,38 @@ class HeroPlus(Policy):
     def constants(self, layouts):
         from .. import signals
 
-        return {"is_thumbnail": signals.thumbnails_of(layouts)}
+        return {"parts": signals.equal_parts(layouts)}
 
     def score(self, observed):
+        import torch
+
         from hero_kernels import TileSignal
 
         from .. import signals
 
-        valid, places = observed.valid, observed.places
-        is_thumbnail = observed.constants["is_thumbnail"]
-        rarity = signals.rarity(observed.features, valid, places, is_thumbnail)
-        equal = signals.equal_shares(valid, observed.layouts).values
+        valid, places, parts = observed.valid, observed.places, observed.constants["parts"]
+        rarity = signals.rarity(observed.features, valid, places, parts)
         relevance = 1.0
         if observed.relevance is not None:
             relevance = signals.tile_softmax(observed.relevance() / self.temperature_clip, places, BETA)
         rare = (rarity**POWER * valid).sum(1)
-        shares = TileSignal(rare * relevance, RARE), TileSignal(equal * relevance, 1 - RARE)
-        attention = observed.attention[PATCHES].scores if PATCHES in observed.attention else rarity
-        return Scored(attention, shares, quality=rarity, first=is_thumbnail)
+        shares = TileSignal(rare * relevance, RARE), TileSignal(parts * relevance, 1 - RARE)
+        first = -rarity
+        if PATCHES in observed.attention:
+            is_thumbnail = (parts == 0)[:, None]
+            first = torch.where(is_thumbnail, observed.attention[PATCHES].scores, first)
+        return Scored(rarity, shares, own=(first, parts))
 
     def choose(self, features, scored, budgets, valid):
         import torch
 
         import hero_kernels as hk
 
-        ranks = hk.segmented_diverse_topk(features, budgets, rule="dpp", quality=scored.quality, valid=valid)
-        first = hk.segmented_topk(scored.scores, budgets // 2 * scored.first, valid)
-        return hk.segmented_topk(torch.where(first, 1.0, -ranks.float()), budgets, valid)
+        first, parts = scored.own
+        counts = torch.where(budgets.shares <= parts, 1, budgets.budgets // COMMON)
+        counts = torch.where(parts == 0, budgets.budgets // 2, counts).minimum(budgets.budgets)
+        taken = hk.segmented_topk(first, counts, valid)
+        ranks = hk.segmented_diverse_topk(
+            features, budgets.budgets, rule="dpp", quality=scored.scores, valid=valid
+        )
+        return hk.segmented_topk(torch.where(taken, 1.0, -ranks.float()), budgets.budgets, valid)
