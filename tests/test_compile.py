@@ -34,9 +34,10 @@ FAST = {
     "sm_90": {"clip bf16": EVERY_KERNEL, "siglip bf16": ("received, segments",)},
     "gfx942": {"clip bf16": ("rows",)},
 }
+CHAINS = ("max_min, segments", "coverage, segments", "dpp, segments")
 SLOW = {
     "sm_90": {
-        "siglip bf16": ("received", "received, lse", "gather tiles, mask", "dpp, segments"),
+        "siglip bf16": ("received", "received, lse", "gather tiles, mask", *CHAINS),
         "clip fp32": ("fused",),
     }
 }  # beside USUAL
@@ -74,6 +75,10 @@ def elements(launch):
         return rows, 0, given["features"]
     if launch.name == "similarities_kernel":
         return 2 * given["BLOCK"] * given["BLOCK_D"], 0, given["rounded"]
+    if launch.name in ("max_min_kernel", "coverage_kernel"):
+        return given["N_PAD"], 0, given["similarities"]
+    if launch.name == "dpp_kernel":
+        return given["N_PAD"], given["N_PAD"], given["covariance"]
     if launch.name == "gather_rows_kernel":
         rows = given["ROWS"] * given["COLUMNS"] * given["CHUNKS"]
         return rows, rows, given["features"]

@@ -25,7 +25,7 @@ from .base import PATCHES, Needs, Policy, Rows, Scored
 
 __all__ = ["BETA", "HeroPlus"]
 
-BETA = 2.0  # what tiles get whatever the question
+BETA = 8.0  # what tiles get whatever the question
 RARE = 0.8  # the rest of a tile's share does not depend on its patches
 POWER = 4  # so that a tile's sum counts its rare patches
 COMMON = 10  # of a tile with more than the equal share one token in so many is common

@@ -54,15 +54,7 @@ CHUNK = 64  # features of which rounded vectors hold a multiple
 
 @triton.jit
 def round_features_kernel(
-    features,
-    rounded,
-    strides,
-    rows,
-    patches,
-    width,
-    padded,
-    ROWS: tl.constexpr,
-    D_PAD: tl.constexpr,
+    features, rounded, strides, rows, patches, width, padded, ROWS: tl.constexpr, D_PAD: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
@@ -94,6 +86,12 @@ def valid_candidates(valid, first, i, count):
         return i < count
     else:
         return (i < count) & (tl.load(valid + first + i, mask=i < count, other=0) != 0)
+
+
+@triton.jit
+def columns_of(count):
+    """Columns of the workspace that hold something. Compilers know that 16 divides it: accesses are wide."""
+    return tl.cdiv(count, 16) * 16
 
 
 @triton.jit
@@ -134,7 +132,7 @@ def similarities_kernel(
                 x, y = x.to(tl.float32), y.to(tl.float32)
             products = tl.dot(x, y, products)
         place = similarities + (s * most + i[:, None]) * pitch + j[None, :]
-        inside = (i < count)[:, None] & (j < count)[None, :]
+        inside = (i < count)[:, None] & (j < columns_of(count))[None, :]
         if RULE == "dpp":
             tl.store(place, products * EXACT, mask=inside)
         else:
@@ -146,7 +144,7 @@ def similarities_kernel(
             else:
                 start = tl.sum(tl.where(ok, tl.maximum(similarity, 0), 0), 1)
             slot = (s * tl.num_programs(1) + tl.program_id(1)) * pitch
-            tl.store(starts + slot + i, start, mask=i < count)
+            tl.store(starts + slot + i, start, mask=i < columns_of(count))
 
 
 @triton.jit
@@ -191,20 +189,21 @@ def max_min_kernel(
     s = tl.program_id(0).to(tl.int64)
     first, count = segment_of(cu_crops, s, crops, patches, most)
     i = tl.arange(0, N_PAD)
+    inside = i < columns_of(count)
     left = valid_candidates(valid, first, i, count)
     steps = steps_of(budgets, s, left)
     similarities += s * most * pitch + i
     starts += s * slots * pitch + i
     nearest = tl.full([N_PAD], -NOT_CHOSEN - 1, tl.int32)
     for b in range(0, tl.cdiv(count, BLOCK)):
-        start = tl.load(starts + b * pitch, mask=i < count, other=0)
+        start = tl.load(starts + b * pitch, mask=inside, other=0)
         nearest = tl.maximum(nearest, start)
     rank = tl.full([N_PAD], NOT_CHOSEN, tl.int32)
     for step in range(0, steps):
         # A distance in 16 bits and an index in 12: the reduction of an int32.
         key = ((NOT_CHOSEN - nearest) << INDEX_BITS) | (LAST - i)
         chosen = LAST - (tl.max(tl.where(left, key, -1), 0) & LAST)
-        row = tl.load(similarities + chosen.to(tl.int64) * pitch, mask=i < count, other=0).to(tl.int32)
+        row = tl.load(similarities + chosen.to(tl.int64) * pitch, mask=inside, other=0).to(tl.int32)
         nearest = tl.where(step == 0, row, tl.maximum(nearest, row))
         rank = tl.where(i == chosen, step, rank)
         left = left & (i != chosen)
@@ -235,6 +234,7 @@ def coverage_kernel(
     s = tl.program_id(0).to(tl.int64)
     first, count = segment_of(cu_crops, s, crops, patches, most)
     i = tl.arange(0, N_PAD)
+    inside = i < columns_of(count)
     left = valid_candidates(valid, first, i, count)
     steps = steps_of(budgets, s, left)
     weight = weights_of(quality, first, i, count)
@@ -243,13 +243,13 @@ def coverage_kernel(
     risen += s * pitch
     gain = tl.zeros([N_PAD], tl.int32)
     for b in range(0, tl.cdiv(count, BLOCK)):
-        gain += tl.load(starts + b * pitch, mask=i < count, other=0)
+        gain += tl.load(starts + b * pitch, mask=inside, other=0)
     covered = tl.where(left, 0, NOT_CHOSEN)
     rank = tl.full([N_PAD], NOT_CHOSEN, tl.int32)
     for step in range(0, steps):
         chosen = best_of(gain.to(tl.float32) * weight, i, left)
         row = similarities + chosen.to(tl.int64) * pitch
-        new = tl.load(row + i, mask=i < count, other=0).to(tl.int32)
+        new = tl.load(row + i, mask=inside, other=0).to(tl.int32)
         rises = new > covered
         place = tl.cumsum(rises.to(tl.int32), 0)
         number = tl.sum(rises.to(tl.int32), 0)
@@ -262,8 +262,8 @@ def coverage_kernel(
             j = entries >> 32
             now = ((entries >> 16) & 0xFFFF).to(tl.int32)[:, None]
             before = (entries & 0xFFFF).to(tl.int32)[:, None]
-            inside = (r < number)[:, None] & (i < count)[None, :]
-            rows = tl.load(similarities + j[:, None] * pitch + i[None, :], mask=inside, other=0).to(tl.int32)
+            those = (r < number)[:, None] & inside[None, :]
+            rows = tl.load(similarities + j[:, None] * pitch + i[None, :], mask=those, other=0).to(tl.int32)
             gain -= tl.sum(tl.minimum(tl.maximum(rows, before), now) - before, 0)
         tl.debug_barrier()
         covered = tl.maximum(covered, new)
@@ -301,6 +301,7 @@ def dpp_kernel(
     s = tl.program_id(0).to(tl.int64)
     first, count = segment_of(cu_crops, s, crops, patches, most)
     i = tl.arange(0, N_PAD)
+    inside = i < columns_of(count)
     left = valid_candidates(valid, first, i, count)
     begin, end = panel_of(steps_of(budgets, s, left), panel, PANELS)
     weight = weights_of(quality, first, i, count)
@@ -315,16 +316,16 @@ def dpp_kernel(
     for step in range(begin, end):
         chosen = best_of(tl.maximum(variance, FLOOR) * weight * weight, i, left)
         row = covariance + chosen.to(tl.int64) * pitch
-        e = tl.load(row + i, mask=i < count, other=0.0)
+        e = tl.load(row + i, mask=inside, other=0.0)
         for earlier in tl.range(begin, step, loop_unroll_factor=UNROLL):
             other = covariance + tl.load(order + earlier).to(tl.int64) * pitch
-            e -= tl.load(other + chosen) * tl.load(other + i, mask=i < count, other=0.0)
+            e -= tl.load(other + chosen) * tl.load(other + i, mask=inside, other=0.0)
         own = tl.sum(tl.where(i == chosen, variance, 0.0), 0)
         root = tl.sqrt_rn(tl.maximum(own, FLOOR))
         e = tl.where(own > FLOOR, tl.div_rn(e, root + tl.zeros_like(e)), 0.0)
         variance -= e * e
         tl.debug_barrier()
-        tl.store(row + i, e, mask=i < count)
+        tl.store(row + i, e, mask=inside)
         tl.store(order + step, chosen)
         rank = tl.where(i == chosen, step, rank)
         left = left & (i != chosen)
@@ -362,12 +363,12 @@ def dpp_update_kernel(
         order += s * pitch
         left = tl.load(ranks + first + i, mask=i < count, other=0) == NOT_CHOSEN
         place = covariance + i[:, None].to(tl.int64) * pitch + j[None, :]
-        inside = left[:, None] & (j < count)[None, :]
+        inside = left[:, None] & (j < columns_of(count))[None, :]
         rest = tl.load(place, mask=inside, other=0.0)
         for step in tl.range(begin, end, loop_unroll_factor=UNROLL):
             row = covariance + tl.load(order + step).to(tl.int64) * pitch
-            e_i = tl.load(row + i, mask=i < count, other=0.0)
-            e_j = tl.load(row + j, mask=j < count, other=0.0)
+            e_i = tl.load(row + i, mask=i < columns_of(count), other=0.0)
+            e_j = tl.load(row + j, mask=j < columns_of(count), other=0.0)
             rest -= e_i[:, None] * e_j[None, :]
         tl.store(place, rest, mask=inside)
 
