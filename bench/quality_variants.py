@@ -119,7 +119,16 @@ def variants_of(
             text = handle.encoder.needs_text
         variants.append(Variant(name, options, "own" if text else "none"))
         if text:
-            if options.get("alpha") is None and options.get("weights") is None:
+            if _does_without_text(options):
                 variants.append(Variant(f"{name}-no-text", options))
             variants.append(Variant(f"{name}-other-question", options, "other"))
     return tuple(variants)
+
+
+def _does_without_text(options: Mapping[str, object]) -> bool:
+    """Whether a policy with these options chooses without a question."""
+    try:
+        hero.HeroConfig(**options).policy.needs(False)
+    except ValueError:
+        return False
+    return options.get("alpha") is None
