@@ -20,7 +20,6 @@ from independent import (
     Layout,
     allocate_exact,
     allocate_floor,
-    concentration,
     cosine,
     normalised,
     numbers,
@@ -140,21 +139,74 @@ class Greedy:
         return []
 
 
-class IndependentPlus(Independent):
-    """The reference of HERO with the counts of HiRED and the shares of hero+."""
+def hero_plus(
+    features: Sequence[torch.Tensor],
+    valid: Sequence[Sequence[int]],
+    attention: Sequence[float] | None,
+    total: int,
+    cosines: Sequence[float] | None,
+    temperature: float,
+    near: Sequence[set[int]] | None = None,
+) -> tuple[list[float], list[int], list[set[int]]]:
+    """hero+ of one image, from the features of its crops.
 
-    def plan(self, rule, valid) -> tuple[int, int, int]:
-        ratio = None if rule.keep_ratio is None else str(rule.keep_ratio)
-        return counts(PeerRule("hired", ratio, rule.keep_tokens, rule.allocation), self.patches, valid)
+    Args:
+        features: ``[P, C]`` of each crop: the thumbnail, if there is one, then the tiles.
+        valid: The patches of each crop that are not padding.
+        attention: Scores of the thumbnail's patches; none without a thumbnail.
+        total: Patches to keep of the whole image.
+        cosines: Of each tile and the question, if it counts.
+        near: What was kept of each crop, for choices between candidates that are nearly equal.
 
-    def tile_shares(self, rule, layout, scores, cls, text_embedding, image_embeddings) -> list[float]:
-        tiles = range(1, layout.crops)
-        parts = [concentration(scores[tile], layout.valid[tile]) for tile in tiles]
-        if text_embedding is not None:
-            cosines = [cosine(image_embeddings[tile], text_embedding) for tile in tiles]
-            chances = softmax([value / rule.temperature_clip for value in cosines])
-            parts = [part * (chance + 2.0 / len(tiles)) for part, chance in zip(parts, chances, strict=True)]
-        return normalised(parts)
+    Returns:
+        Shares and budgets of all crops, and the patches kept.
+    """
+    first_tile = 0 if attention is None else 1
+    tiles = range(first_tile, len(features))
+    units = [torch.nn.functional.normalize(one.double(), dim=1) for one in features]
+
+    def rarity(crops: Sequence[int]) -> dict[int, list[float]]:
+        everything = torch.cat([units[crop][list(valid[crop])] for crop in crops])
+        return {crop: (1.0 - (units[crop] @ everything.T).mean(1)).tolist() for crop in crops}
+
+    rare = rarity(tiles) if len(tiles) else {}
+    rare |= {} if attention is None else rarity([0])
+    alike = [1.0 if attention is not None else float(len(valid[tile])) for tile in tiles]
+    parts, weights = normalised(alike), [1.0] * len(tiles)
+    if cosines is not None:
+        chances = softmax([value / temperature for value in cosines])
+        weights = [chance + 8.0 / len(tiles) for chance in chances]
+    sums = [math.fsum(rare[tile][patch] ** 4 for patch in valid[tile]) for tile in tiles]
+    one = normalised([value * weight for value, weight in zip(sums, weights, strict=True)])
+    other = normalised([value * weight for value, weight in zip(parts, weights, strict=True)])
+    shares = [0.8 * first + 0.2 * second for first, second in zip(one, other, strict=True)]
+
+    room = sum(len(valid[tile]) for tile in tiles)
+    own = 0
+    if attention is not None:
+        patches = len(features[0])
+        own = min(max(total // 5, total - patches * len(tiles)), patches)
+    given = min(total - own, room)
+    budgets = allocate_exact(quantised(shares), [len(valid[tile]) for tile in tiles], given)
+    budgets = [own] * first_tile + budgets
+    shares = [0.0] * first_tile + shares
+
+    kept = []
+    for crop, budget in enumerate(budgets):
+        places = list(valid[crop])
+        if crop < first_tile:
+            first = select(attention, places, budget // 2)
+        else:
+            poor = shares[crop] <= parts[crop - first_tile]
+            common = [-value for value in rare[crop]]
+            first = select(common, places, min(1 if poor else budget // 10, budget))
+        vectors, quality = units[crop][places].tolist(), [rare[crop][patch] for patch in places]
+        near_by = None if near is None else [patch in near[crop] for patch in places]
+        greedy = Greedy("cdpruner", vectors, quality)
+        chain = greedy.choose(budget, near_by) or greedy.choose(budget)
+        rest = [places[place] for place in chain if places[place] not in first]
+        kept.append({*first, *rest[: budget - len(first)]})
+    return shares, budgets, kept
 
 
 class IndependentPeers(Independent):

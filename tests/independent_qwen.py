@@ -244,8 +244,6 @@ class QwenReference:
         if rule.policy in ("uniform", "random"):
             return normalised([float(len(block)) for block in blocks])
         spread = normalised([concentration(scores, block) for block in blocks])
-        if rule.policy == "hero+":
-            return spread
         assert rule.policy == "hero"
         density = normalised([len(block) / rule.block**2 for block in blocks])
         vectors = features.double()
@@ -724,7 +722,7 @@ def _check(family: str, case: str, side: str) -> None:
     for rule in (
         Rule(keep_ratio=0.07),
         Rule(keep_ratio=0.5, block=3),
-        Rule(keep_tokens=9, block=4, policy="hero+"),
+        Rule(keep_tokens=9, block=4, policy="uniform"),
         Rule(keep_ratio=0.3, block=3, policy="uniform"),
         Rule(keep_ratio=0.3, block=3, entropy=1.0),
     ):

@@ -17,7 +17,7 @@ from independent import (
     tiny_tokenizer,
 )
 from independent_families import PAIR, TWO, InternVLReference, batch_of, independent_of, tiny_model
-from independent_policies import COVERING, PEERS, IndependentPeers, IndependentPlus, PeerRule, counts
+from independent_policies import COVERING, PEERS, IndependentPeers, PeerRule, counts
 from PIL import Image
 from test_families import RUN_PER_CROP as IDEFICS
 from test_families import model_of
@@ -87,10 +87,6 @@ class InternVLPeers(InternVLReference, IndependentPeers):
         return [numbers(keys[self.patches_of(token)].mean(0)) for token in range(self.patches)]
 
 
-class InternVLPlus(InternVLReference, IndependentPlus):
-    pass
-
-
 @functools.cache
 def peers():
     return InternVLPeers(model_of("internvl"))
@@ -108,18 +104,14 @@ def listed(results, name):
     "keep", [keep if keep == "0.3" else pytest.param(keep, marks=SLOW) for keep in KEEPS]
 )
 @pytest.mark.parametrize("case", ["two sizes", "two images in a prompt", "one crop"])
-@pytest.mark.parametrize("policy", [*PEERS, "divprune", "scope", "hero+"])
+@pytest.mark.parametrize("policy", [*PEERS, "divprune", "scope"])
 def test_policies_on_internvl(policy, case, keep):
     model, processor, options = model_of("internvl"), processor_of("internvl"), KEEPS[keep]
     given = batch_of(processor, "internvl", case)
-    if policy == "hero+":
-        rule, reference = rule_of({**options, "tile_layers": (1, 2)}), InternVLPlus(model)
-    else:
-        ratio = options.get("keep_ratio")
-        rule = PeerRule(policy, **{**options, "keep_ratio": None if ratio is None else str(ratio)})
-        reference, rule = peers(), replace(rule, pool="image" if policy == "divprune" else "crop")
-    config = config_of(options | {"policy": policy}) if policy == "hero+" else None
-    config = config or hero.HeroConfig(policy=policy, **options)
+    ratio = options.get("keep_ratio")
+    rule = PeerRule(policy, **{**options, "keep_ratio": None if ratio is None else str(ratio)})
+    reference, rule = peers(), replace(rule, pool="image" if policy == "divprune" else "crop")
+    config = hero.HeroConfig(policy=policy, **options)
     with hero.attach(model, processor, config=config) as handle, torch.no_grad():
         inputs = batch_of(processor, "internvl", case)
         reference.grids = [layout.grid for layout in handle.parts.geometry.layouts(inputs["image_sizes"])]

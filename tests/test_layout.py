@@ -88,7 +88,8 @@ def expected_count(config: HeroConfig, ratio: Fraction | None, patches: int, til
     share = ratio.numerator, ratio.denominator
     if config.policy.name in ("hired", "hero+"):
         total = share[0] * (tiles + 1) * patches // share[1]
-        thumbnail = min(total // 2, patches)
+        part = total // 2 if config.policy.name == "hired" else max(total // 5, total - tiles * patches)
+        thumbnail = min(part, patches)
         return thumbnail + min(total - thumbnail, valid) + rows
     return share[0] * patches // share[1] + min(share[0] * tiles * patches // share[1], valid) + rows
 
@@ -284,18 +285,21 @@ def test_count_is_split_evenly_and_overflows_either_way():
 
 
 @pytest.mark.parametrize(
-    ("keep", "size", "budget"),
+    ("policy", "keep", "size", "budget"),
     [
-        ({"keep_ratio": 0.2}, (672, 672), (288, 288)),  # half of 576 each
-        ({"keep_ratio": 0.5}, (672, 672), (576, 864)),  # half of 1440 is more than the thumbnail has
-        ({"keep_ratio": 0.9}, (100, 5000), (576, 144)),  # all that is no padding
-        ({"keep_ratio": 1.0}, (672, 672), (576, 2304)),
-        ({"keep_tokens": 101}, (672, 672), (50, 51)),
-        ({"keep_tokens": 400}, (100, 5000), (256, 144)),  # the thumbnail takes what the tiles cannot
+        ("hero+", {"keep_ratio": 0.2}, (672, 672), (115, 461)),  # a fifth of 576
+        ("hero+", {"keep_ratio": 1.0}, (672, 672), (576, 2304)),
+        ("hero+", {"keep_ratio": 0.9}, (336, 672), (403, 1152)),  # what the tiles cannot take
+        ("hero+", {"keep_tokens": 101}, (672, 672), (20, 81)),
+        ("hired", {"keep_ratio": 0.2}, (672, 672), (288, 288)),  # half of 576 each
+        ("hired", {"keep_ratio": 0.5}, (672, 672), (576, 864)),  # half of 1440 is more than the thumbnail has
+        ("hired", {"keep_ratio": 0.9}, (100, 5000), (576, 144)),  # all that is no padding
+        ("hired", {"keep_ratio": 1.0}, (672, 672), (576, 2304)),
+        ("hired", {"keep_tokens": 101}, (672, 672), (50, 51)),
+        ("hired", {"keep_tokens": 400}, (100, 5000), (256, 144)),  # the thumbnail takes what the tiles cannot
     ],
 )
-@pytest.mark.parametrize("policy", ["hired", "hero+"])
-def test_half_to_the_thumbnail(policy, keep, size, budget):
+def test_parts_of_the_thumbnail(policy, keep, size, budget):
     config = HeroConfig(policy=policy, **keep)
     layout = LLAVA_NEXT.layout(size)
     assert layout.budget(config) == budget

@@ -6,15 +6,15 @@ import math
 import random
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from independent import CASES, ONE, tiny_clip, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
-from independent_policies import COVERING, PEERS, IndependentPeers, IndependentPlus, PeerRule
-from test_llava_next import assert_rows_equal, attached, batch, config_of, embeddings
-from test_llava_next import rule_of as hero_rule
+from independent_policies import COVERING, PEERS, IndependentPeers, PeerRule, hero_plus
+from test_llava_next import assert_rows_equal, attached, batch, embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
@@ -194,35 +194,77 @@ def test_covering_differs(reference):
     assert all(kept.count(one) == 1 for one in kept)
 
 
+def check_hero_plus(encoder, inputs, words, cosines, temperature) -> int:
+    """The encoder keeps what the formulas say of its own features; how many images had near ties.
+
+    Args:
+        cosines: of all crops with the questions, or None.
+    """
+    with torch.no_grad():
+        selection = encoder(inputs["pixel_values"], inputs["image_sizes"], words)
+        crops, plan = encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+        encoded = encoder.encode(crops, plan)
+    keep, first, ties, patches = selection.keep_mask(), 0, 0, plan.valid.shape[1]
+    for layout in selection.layout:
+        own = slice(first, first + layout.crops)
+        valid = [mask.nonzero()[:, 0].tolist() for mask in plan.valid[own]]
+        attention = encoded.attention["patches"].scores[first].tolist()
+        total = int(Fraction(str(encoder.config.keep_ratio)) * layout.crops * patches)
+        told = None if cosines is None else cosines[own][1:].tolist()
+        kept = [set(mask.nonzero()[:, 0].tolist()) for mask in keep[own]]
+        for near in (None, kept):
+            given = valid, attention, total, told, temperature, near
+            shares, budgets, expected = hero_plus(list(encoded.features[own]), *given)
+            if expected == kept:
+                break
+            ties += near is None
+        torch.testing.assert_close(selection.shares[own], torch.tensor(shares), rtol=0, atol=1e-6)
+        assert selection.budgets[own].tolist() == budgets
+        assert kept == expected
+        first += layout.crops
+    return ties
+
+
 @pytest.mark.parametrize("text", ["no text", "shared weights", "second pass"])
 @pytest.mark.parametrize("case", CASES)
 def test_hero_plus(model, case, text):
-    """Its shares and counts are the reference's, with the question and without; patch scores are HERO's."""
-    options, relevance, words, found = {"keep_ratio": 0.3, "temperature_clip": 0.1}, None, None, (None, None)
+    """With the question and without, with padding and without tiles."""
+    relevance = words = cosines = None
     inputs = batch(tiny_processor(), case)
-    sizes = inputs["image_sizes"]
     if text != "no text":
         clip = tiny_clip()
         if text == "shared weights":
             clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
         relevance = hero.ClipRelevance(clip, tiny_tokenizer(), second_pass=True)
-        words = ["what is in this picture ?", "describe", "and describe the two pictures"] * len(sizes)
-        words = words[: len(sizes)]
-    config = config_of({**options, "policy": "hero+"})
+        words = ["what is in this picture ?", "describe", "and describe the two pictures"] * 2
+        words = words[: len(inputs["image_sizes"])]
+    config = hero.HeroConfig(0.3, policy="hero+", temperature_clip=0.1)
     with hero.attach(model, tiny_processor(), config=config, relevance=relevance) as handle:
         assert handle.encoder.needs_text == (relevance is not None)
-        with torch.no_grad():
-            selection = handle.encoder(inputs["pixel_values"], sizes, words)
-            crops, _ = handle.encoder.prepare(inputs["pixel_values"], sizes)
-    if relevance is not None:
-        found = embeddings(clip, tiny_tokenizer(), model, crops, words)
-    with torch.no_grad():
-        results = IndependentPlus(model).images(inputs["pixel_values"], sizes, hero_rule(options), *found)
-    shares = torch.tensor([share for result in results for share in result.shares])
-    # Attention of random weights is all but flat: concentration is a difference of all but equal numbers.
-    torch.testing.assert_close(selection.shares, shares, rtol=0, atol=3e-5)
-    assert selection.budgets.tolist() == [budget for result in results for budget in result.budgets]
-    assert selection.index.tolist() == [place for result in results for place in result.index]
+        if relevance is not None:
+            crops, plan = handle.encoder.prepare(inputs["pixel_values"], inputs["image_sizes"])
+            asked_about, images = embeddings(clip, tiny_tokenizer(), model, crops, words)
+            cosines = torch.cosine_similarity(images, asked_about[plan.places.images], dim=-1)
+        assert check_hero_plus(handle.encoder, inputs, words, cosines, 0.1) <= 1
+
+
+def test_rarity():
+    """By the formula, padding left out, in any batch."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 16, 8, generator=generator)
+    geometry = hero.Geometry(16, 4, ((16, 32), (32, 32)))
+    layouts = [geometry.layout(size) for size in ((16, 20), (40, 40))][:1] * 2
+    places, parts = signals.places_of(layouts), signals.equal_parts(layouts)
+    valid = torch.rand(6, 16, generator=generator) < 0.7
+    found = signals.rarity(features, valid, places, parts)
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    for crops, own in ((([0], [0])), ([1, 2], [1, 2]), ([3], [3]), ([4, 5], [4, 5])):
+        others = torch.cat([unit[crop][valid[crop]] for crop in own])
+        for crop in crops:
+            expected = 1 - (unit[crop] @ others.T).mean(1)
+            torch.testing.assert_close(found[crop].double(), expected, rtol=0, atol=1e-6)
+    alone = signals.rarity(features[:3], valid[:3], signals.places_of(layouts[:1]), parts[:3])
+    assert torch.equal(found[:3], alone)
 
 
 @pytest.mark.parametrize("policy", PEERS)
@@ -415,7 +457,7 @@ def test_no_synchronisation(model, policy):
             encoded = dataclasses.replace(encoded, **{name: faked(getattr(encoded, name)) for name in fields})
             scored = encoder.score(encoded, plan)
             own, given = encoder.config.policy, (scored, faked(budgets), faked(valid))
-            chosen = own.choose(encoded.features, scored, faked(budgets.budgets), faked(valid))
+            chosen = own.choose(encoded.features, scored, faked(budgets), faked(valid))
             replaced = own.replace(encoded.features, encoded.keys, *given)
         assert scored.scores.shape == valid.shape
         assert (chosen is not None) == policy.endswith("crop")
@@ -501,7 +543,7 @@ def test_gradients_of_a_compiled_tower(policy):
 
 READ = {  # layers, and attention rows that are finalised
     "hero": ((1, 2, 4), 1),
-    "hero+": ((1, 2, 4), 1),
+    "hero+": ((5,), 1),
     "uniform": ((1, 2, 4), 1),
     "random": ((), 0),
     "hired": ((0, 4), 2),
@@ -527,7 +569,7 @@ def test_a_policy_reads_no_more_than_it_needs(model, monkeypatch, policy):
             return operation(*args, **kwargs)
 
         monkeypatch.setattr(hk, name, counted)
-    others = (*PEERS, *COVERING, "random")
+    others = (*PEERS, *COVERING, "random", "hero+")
     own = {} if policy in others else {"tile_layers": (1, 2), "thumbnail_layers": (4,)}
     config = hero.HeroConfig(0.3, policy=policy, **own)
     given = {"tokenizer": tiny_tokenizer(), **asked(policy)}
@@ -538,7 +580,7 @@ def test_a_policy_reads_no_more_than_it_needs(model, monkeypatch, policy):
         assert (needs.relevance, needs.keys) == (False, policy == "visionzip")
         inputs = batch(tiny_processor(), "two sizes")
         select(encoder, inputs["pixel_values"], inputs["image_sizes"])
-    assert calls.count("segmented_diverse_topk") == (policy in COVERING)
+    assert calls.count("segmented_diverse_topk") == (policy in (*COVERING, "hero+"))
     calls = [call for call in calls if call in names]
     assert calls == ["cls_attention"] * len(layers) + ["finalize_scores"] * rows + [
         "tile_budgets",

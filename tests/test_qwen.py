@@ -35,7 +35,6 @@ RULES = {
     "0.3, whole": {"keep_ratio": 0.3},
     "9 tokens": {"keep_tokens": 9, "block": 4},
     "1 token": {"keep_tokens": 1, "block": 2},
-    "hero+": {"keep_ratio": 0.3, "block": 3, "policy": "hero+"},
     "uniform": {"keep_ratio": 0.3, "block": 3, "policy": "uniform"},
     "layers": {"keep_ratio": 0.3, "block": 3, "tile_layers": (1, -1, 0.2, 0.99)},
     "temperature": {"keep_ratio": 0.3, "block": 3, "temperature_cls": 0.02},
@@ -312,7 +311,7 @@ def test_random_batches(family, seeds):
             continue
         options = {"keep_ratio": dice.uniform(0.03, 1.0), "block": dice.randint(1, 7)}
         options["tile_layers"] = tuple(dice.sample((1, 3, -1), dice.randint(1, 3)))
-        options["policy"] = dice.choice(("hero", "hero", "hero+", "uniform"))
+        options["policy"] = dice.choice(("hero", "hero", "uniform"))
         side, which = dice.choice(("left", "right")), dice.choice(PROCESSORS)
         full = batch_of_rows(tiny_processor(family), family, rows, padding_side=side)
         with torch.no_grad():

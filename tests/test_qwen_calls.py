@@ -10,7 +10,7 @@ import torch
 import transformers
 from independent import CACHE, CHAT_TEMPLATE, floor_ratio, tiny_clip
 from independent import tiny_tokenizer as clip_tokenizer
-from independent_policies import Greedy
+from independent_policies import Greedy, hero_plus
 from independent_qwen import (
     FAMILIES,
     IMAGE,
@@ -309,7 +309,7 @@ def test_packed_attention(family, ratio, flash):
     assert_logits(family, logits, [reference_of(family)._forward(row) for row in rows])
 
 
-@pytest.mark.parametrize(("family", "policy"), diagonal(("uniform", "hero", "hero+")))
+@pytest.mark.parametrize(("family", "policy"), diagonal(("uniform", "hero")))
 def test_ties_go_to_the_lower_place(family, policy):
     """Without queries every token receives the same attention."""
     model, case = tiny_model(family), "small and large"
@@ -323,8 +323,7 @@ def test_ties_go_to_the_lower_place(family, policy):
         with hero.attach(model, **options) as handle:
             model(**inputs)
             kept, budgets = kept_tokens(handle.last), handle.last.budgets.tolist()
-    if policy != "hero+":  # of which concentrations are rounding alone then
-        assert budgets == [budget for image in images for budget in image.budgets]
+    assert budgets == [budget for image in images for budget in image.budgets]
     for image, own in zip(images, kept, strict=True):
         assert sum(budgets[: len(image.blocks)]) == len(own)
         wanted = [token for block in image.blocks for token in block[: budgets.pop(0)]]
@@ -378,7 +377,7 @@ def test_covering(family, policy, pool):
         assert sum(wanted) == max(1, int(0.3 * layout.full_tokens)) == int(kept[blocks].sum())
         assert pool == "image" or kept[blocks].sum(1).tolist() == wanted == selection.budgets[blocks].tolist()
         places = [(block, token) for block in blocks for token in plan.valid[block].nonzero()[:, 0].tolist()]
-        quality = [1.0 if scored.quality is None else float(scored.quality[place]) for place in places]
+        quality = [1.0 if scored.own is None else float(scored.own[place]) for place in places]
         if policy == "cdpruner" and len(places) > 1:
             assert (min(quality), max(quality)) == (0.0, 1.0)
         pools = [blocks] if pool == "image" else [[block] for block in blocks]
@@ -388,6 +387,31 @@ def test_covering(family, policy, pool):
             near = [bool(kept[places[number]]) for number in own_places]
             greedy = Greedy(policy, vectors, [quality[number] for number in own_places])
             assert sorted(greedy.choose(sum(near), near)) == [n for n, one in enumerate(near) if one]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES][:2])
+def test_hero_plus(family):
+    """Blocks as tiles, without a thumbnail, from the encoder's own features."""
+    model, inputs = model_of(family), stock_batch(family, "small and large")
+    options = {"policy": "hero+", "keep_ratio": 0.3, "block": 4}
+    with hero.attach(model, tiny_processor(family), **options) as handle, torch.no_grad():
+        encoder, given = handle.encoder, (inputs["pixel_values"], inputs["image_grid_thw"])
+        patches, plan = encoder.prepare(*given)
+        encoded = encoder.encode(patches, plan)
+        selection = encoder(*given)
+    assert not encoded.attention and not encoder.observed
+    keep, first = selection.keep_mask(), 0
+    for layout in plan.layouts:
+        own = slice(first, first + layout.crops)
+        first += layout.crops
+        valid = [mask.nonzero()[:, 0].tolist() for mask in plan.valid[own]]
+        kept = [set(mask.nonzero()[:, 0].tolist()) for mask in keep[own]]
+        total = max(1, int(0.3 * layout.full_tokens))
+        shares, budgets, expected = hero_plus(
+            list(encoded.features[own]), valid, None, total, None, 1.0, near=kept
+        )
+        torch.testing.assert_close(selection.shares[own], torch.tensor(shares), rtol=0, atol=1e-6)
+        assert selection.budgets[own].tolist() == budgets and kept == expected
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class CoveragePolicy(Policy):
             max_crops=pools.max_crops,
         )
         kept = ranks < torch.iinfo(ranks.dtype).max
-        return Scored(kept.float(), (equal,), kept.sum(1, dtype=torch.int32))
+        return Scored(kept.float(), (equal,), kept.sum(1, dtype=torch.int32), quality)
 
     def choose(self, features, scored, budgets, valid):
         import torch
