@@ -433,7 +433,7 @@ DIVERSE = [
     Diverse("low rank", 1, 40, 20, (10,), "low rank"),
     Diverse("nothing valid", 4, 9, 8, (5,), mask=0.0),
     Diverse("two blocks", 1, 150, 70, (6,), dtype=BRAIN, view="hidden"),
-    Diverse("P 576", 2, 576, 96, (60, 115), dtype=BRAIN, view="hidden", mask=0.9, slow=True),
+    Diverse("P 576", 2, 576, 96, (20, 40), dtype=BRAIN, view="hidden", mask=0.9, slow=True),
     Diverse("all", 2, 100, 16, (100,), "ties", slow=True),
     Diverse("one image", 5, 576, 64, (24,), "clustered", BRAIN, "hidden", (4, 1), slow=True),
     Diverse("most", 2, 2048, 32, (10,), "clustered", FLOAT, "backwards", (2,), slow=True),
