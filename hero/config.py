@@ -27,8 +27,8 @@ class HeroConfig:
     Args:
         keep_ratio: share R of patch tokens kept, in (0, 1]; 0.2 if neither this nor ``keep_tokens`` is given.
             Of each image, ``floor(R·P)`` patches of the thumbnail and ``floor(R·K·P)`` of its K tiles
-            together are kept (``"hired"`` and ``"hero+"`` give the thumbnail half), padding never; newline
-            tokens are kept in addition (docs/method.md, section 3).
+            together are kept (``"hired"`` gives the thumbnail half, ``"hero+"`` a fifth), padding never;
+            newline tokens are kept in addition (docs/method.md, section 3).
         keep_tokens: a number of patch tokens per image instead of a ratio.
         policy: a :class:`hero.policies.Policy`, a name in :data:`hero.policies.POLICIES`, or
             ``"module:Class"``. A name is turned into an object with ``policy_options``.

@@ -249,15 +249,6 @@ class Policy(ABC):
         return None
 
 
-def half_to_thumbnail(
-    keep_ratio: float | None, keep_tokens: int | None, thumbnail: int, tiles: int
-) -> tuple[int, int]:
-    """:meth:`Policy.divide` of policies that give the thumbnail half of all tokens, at most P."""
-    total = count(keep_ratio, keep_tokens, thumbnail + tiles)
-    first = min(total // 2 if tiles else total, thumbnail)
-    return first, total - first
-
-
 @dataclass(frozen=True)
 class LayerPolicy(Policy):
     """A policy that scores patches by attention averaged over chosen layers: CLS's, or what patches receive.

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import PATCHES, Policy, Rows, Scored, half_to_thumbnail
+from .._checks import count
+from .base import PATCHES, Policy, Rows, Scored
 
 __all__ = ["HiRED"]
 
@@ -37,7 +38,9 @@ class HiRED(Policy):
     requires_thumbnail = True
 
     def divide(self, keep_ratio, keep_tokens, thumbnail, tiles):
-        return half_to_thumbnail(keep_ratio, keep_tokens, thumbnail, tiles)
+        total = count(keep_ratio, keep_tokens, thumbnail + tiles)
+        first = min(total // 2 if tiles else total, thumbnail)
+        return first, total - first
 
     def rows(self, depth, feature_layer):
         return {
