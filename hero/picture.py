@@ -100,7 +100,7 @@ class _Kept:
         tiles = slice(layout.tile_crops.start, layout.tile_crops.stop)
         self.labels = [f"{n} · {_percent(share)}" for n, share in zip(budgets[tiles], shares[tiles])]
         self.length = selection.lengths[image_index]
-        self.detail = "random" if selection.policy == "random" else "attention"
+        self.detail = selection.config.policy.scored_by
         size = layout.grid[0] * layout.side, layout.grid[1] * layout.side
         if layout.is_whole:  # nothing but the image is drawn
             size = layout.rows[1], layout.columns[1]

@@ -162,12 +162,14 @@ class Policy(ABC):
     Attributes:
         name: the name in :data:`hero.policies.POLICIES`; ``"module:Class"`` for classes that are not listed.
         summary: one line for help texts.
+        scored_by: what its patch scores are, for pictures.
         requires_cls: whether the policy is defined by the attention of a CLS token.
         requires_thumbnail: whether the policy is defined by the attention of the thumbnail.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    scored_by: ClassVar[str] = "attention"
     requires_cls: ClassVar[bool] = False
     requires_thumbnail: ClassVar[bool] = False
 

@@ -37,6 +37,7 @@ class CDPruner(CoveragePolicy):
 
     name = "cdpruner"
     summary = "patches that differ, weighed by relevance to the question (arXiv 2506.10967)"
+    scored_by = "relevance"
     rule = "dpp"
 
     def rows(self, depth, feature_layer):

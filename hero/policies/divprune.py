@@ -31,6 +31,7 @@ class DivPrune(CoveragePolicy):
 
     name = "divprune"
     summary = "patches that are farthest apart, of the whole image (arXiv 2503.02175)"
+    scored_by = "kept"
     rule = "max_min"
 
     pool: str = "image"

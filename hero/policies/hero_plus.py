@@ -47,6 +47,7 @@ class HeroPlus(Policy):
 
     name = "hero+"
     summary = "patches that are rare in the image and differ; tile budgets by rarity and relevance (ours)"
+    scored_by = "rarity"
 
     temperature_clip: float = 0.05
 

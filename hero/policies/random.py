@@ -24,6 +24,7 @@ class Random(Policy):
 
     name = "random"
     summary = "equal tile budgets; patches at random, the same ones on every run"
+    scored_by = "random"
 
     def rows(self, depth, feature_layer):
         return {}
