@@ -110,7 +110,7 @@ class Runner:
         """The next question that is another one and names no colour of this one."""
         own = self.draw(index).text
         colours = set(own.split()) & set(scenes.COLOURS)
-        later = (self.draw(number).text for number in itertools.count(index + 1))
+        later = (asked(self.split, number, self.kinds).text for number in itertools.count(index + 1))
         return next(text for text in later if text != own and not colours & set(text.split()))
 
     def inputs(self, questions: Sequence[Asked]) -> dict[str, Tensor]:

@@ -1020,7 +1020,7 @@ def test_tuning_writes_rows_and_continues(monkeypatch, tmp_path):
         again["finalize"][0]["source"] == "again"
         and again["tile_budgets"] == config["kernels"]["tile_budgets"]
     )
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 50  # a row is a line
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 100  # a row is a line
 
 
 @needs_no_gpu
