@@ -439,7 +439,7 @@ def test_scores_come_from_the_layer_of_the_features(policy, layer):
     torch.testing.assert_close(selection.tokens, result.tokens, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", [*PEERS, *(pool for pool in POOLS if not asked(pool))])
+@pytest.mark.parametrize("policy", ["hero+", *PEERS, *(pool for pool in POOLS if not asked(pool))])
 def test_no_synchronisation(model, policy):
     """Fake tensors have no values: reading one, as a host-device synchronisation would, raises."""
     with hero.attach(model, **options_of(policy), keep_ratio=0.5) as handle, torch.no_grad():
@@ -460,7 +460,7 @@ def test_no_synchronisation(model, policy):
             chosen = own.choose(encoded.features, scored, faked(budgets), faked(valid))
             replaced = own.replace(encoded.features, encoded.keys, *given)
         assert scored.scores.shape == valid.shape
-        assert (chosen is not None) == policy.endswith("crop")
+        assert (chosen is not None) == policy.endswith(("crop", "+"))
         assert (replaced is not None) == (policy == "visionzip")
         if replaced is not None:
             assert replaced.values.shape == (len(valid), 2, 32) and replaced.ranks.dtype == torch.int16
