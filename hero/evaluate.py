@@ -49,16 +49,20 @@ class Row(NamedTuple):
         return "all" if self.tokens is None else re.sub(r"[^\w+.]+", "-", "-".join(parts))
 
 
-def _rows(policies: Sequence[str], tokens: Sequence[int], has_model: bool) -> list[Row]:
-    """All tokens, then each policy without the question, unless it needs it, and with it, if it reads it."""
+def _rows(policies: Sequence[str] | None, tokens: Sequence[int], has_model: bool) -> list[Row]:
+    """All tokens, then each policy without the question, unless it needs it, and with it, if it reads it.
+
+    ``None`` are all policies of the package but, without a relevance model, those that need it.
+    """
     rows = [Row("all tokens", None, False)]
-    for name in policies:
+    for name in POLICIES if policies is None else policies:
         with options_named():
             policy = make_policy(name)
         needs = policy.needs(True)
         reads = has_model and (needs.relevance or needs.patch_relevance)
         variants = [True] * reads
-        with contextlib.suppress(ValueError) if reads else options_named():
+        is_optional = reads or policies is None
+        with contextlib.suppress(ValueError) if is_optional else options_named():
             policy.needs(False)
             variants.insert(0, False)
         rows += [Row(name, count, question) for question in variants for count in tokens]
@@ -266,7 +270,6 @@ def add_command(command: Callable[..., argparse.ArgumentParser], *parents: argpa
         "--policy",
         dest="policies",
         type=list_of(policy_name),
-        default=[*POLICIES],
         metavar="NAME,NAME",
         help=text,
     )

@@ -532,8 +532,10 @@ def test_every_policy_is_a_row_and_reads_the_question_if_it_can():
         (policy, tokens) for policy in hero.policies.POLICIES for tokens in (640, 160)
     }
     assert len({row.folder for row in rows}) == len({*rows}) == len(rows)
-    without = command._rows([*hero.policies.POLICIES], [640], has_model=False)
-    assert len(without) == 1 + len(hero.policies.POLICIES)
+    without = command._rows(None, [640], has_model=False)
+    assert [row.policy for row in without[1:]] == [one for one in hero.policies.POLICIES if one != "cdpruner"]
+    with pytest.raises(ValueError, match=r"--clip: expected a hero\.ClipRelevance for policy 'cdpruner'"):
+        command._rows(["cdpruner"], [640], has_model=False)
 
 
 def test_settings_that_differ_are_refused(harness, tmp_path, monkeypatch, capsys):
