@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._checks import check_choice
 from .base import Policy, Scored
@@ -50,8 +50,6 @@ class CoveragePolicy(Policy):
     def score(self, observed):
         import torch
 
-        import hero_kernels as hk
-
         from .. import signals
 
         quality = self.quality(observed)
@@ -60,26 +58,24 @@ class CoveragePolicy(Policy):
             scores = torch.zeros_like(observed.valid, dtype=torch.float32) if quality is None else quality
             return Scored(scores, (equal,), observed.block_budgets, quality)
         pools = observed.pools
-        ranks = hk.segmented_diverse_topk(
-            observed.features,
-            pools.tokens,
-            rule=self.rule,
-            quality=quality,
-            valid=observed.valid,
-            cu_crops=pools.cu_crops,
-            max_crops=pools.max_crops,
-        )
-        kept = ranks < torch.iinfo(ranks.dtype).max
+        segments = {"cu_crops": pools.cu_crops, "max_crops": pools.max_crops}
+        kept = self._chosen(observed.features, pools.tokens, quality, observed.valid, **segments)
         return Scored(kept.float(), (equal,), kept.sum(1, dtype=torch.int32), quality)
 
     def choose(self, features, scored, budgets, valid):
+        if self.pool == "image":
+            return None  # scores are 1 where a patch is kept, and budgets count these
+        return self._chosen(features, budgets.budgets, scored.own, valid)
+
+    def _chosen(
+        self, features: Tensor, budgets: Tensor, quality: Tensor | None, valid: Tensor, **segments: Any
+    ) -> Tensor:
+        """``[T, P]`` bool, what the rule takes from each crop, or each of the segments."""
         import torch
 
         import hero_kernels as hk
 
-        if self.pool == "image":
-            return None  # scores are 1 where a patch is kept, and budgets count these
         ranks = hk.segmented_diverse_topk(
-            features, budgets.budgets, rule=self.rule, quality=scored.own, valid=valid
+            features, budgets, rule=self.rule, quality=quality, valid=valid, **segments
         )
         return ranks < torch.iinfo(ranks.dtype).max
