@@ -199,7 +199,8 @@ def hero_plus(
         else:
             poor = shares[crop] <= parts[crop - first_tile]
             common = [-value for value in rare[crop]]
-            first = select(common, places, min(1 if poor else budget // 10, budget))
+            more = max(0, budget - len(places) // 12) // 2
+            first = select(common, places, min(max(more, 1 if poor else 0), budget))
         vectors, quality = units[crop][places].tolist(), [rare[crop][patch] for patch in places]
         near_by = None if near is None else [patch in near[crop] for patch in places]
         greedy = Greedy("cdpruner", vectors, quality)
