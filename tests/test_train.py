@@ -176,6 +176,17 @@ def test_captions_are_true_of_the_crops_that_they_are_said_to_fit_and_of_no_othe
     assert {"number", "digit", "and", "with", "on", "there", "in", "photo", "rings", "cat"} <= met
 
 
+def test_a_tower_without_digit_labels_has_the_others():
+    schedule = dataclasses.replace(TINY, digit_labels=False)
+    for stage, labelled in (("clip", False), ("align", True)):
+        all_labels, labels = (train.ClipBatches(0, one, stage)[0]["labels"] for one in (TINY, schedule))
+        assert (labels[..., 2:4] != train.NOTHING).any() == labelled
+        assert torch.equal(labels[..., [0, 1, 4, 5]], all_labels[..., [0, 1, 4, 5]])
+    logits = [torch.zeros(1, 2, len(words)) for words in train.LABELS.values()]
+    nothing = torch.full((1, 2, len(logits)), train.NOTHING)
+    assert train._patch_loss(logits, nothing) == 0
+
+
 def test_every_word_is_used():
     """By a question, its answer, a caption or a label, and these use no other words."""
     used = {word for words in train.LABELS.values() for word in words}

@@ -99,6 +99,7 @@ class Schedule:
         questions: questions asked of each scene in a step.
         small_until: share of the last stage's steps on grids of two to four tiles.
         learning_rate, muon_rate: peaks for AdamW and, for hidden matrices, Muon.
+        digit_labels: whether the tower's patches are labelled with digits; else captions alone tell of them.
     """
 
     clip_steps: int = 8000
@@ -113,10 +114,12 @@ class Schedule:
     small_until: float = 0.12
     learning_rate: float = 2e-3
     muon_rate: float = 0.012
+    digit_labels: bool = True
 
 
 SCHEDULES = {
     "full": Schedule(),
+    "no-digit-labels": Schedule(digit_labels=False),
     "short": Schedule(40, 20, 30, 4, 6, answer_tokens=2500, answer_scenes=50, questions=8),
 }
 """``full`` made the bundled weights; ``short`` shows in a minute that training works."""
@@ -271,6 +274,8 @@ class ClipBatches(Dataset):
             "labels": torch.from_numpy(np.concatenate(labels)),
             "whole": torch.tensor(whole),
         }
+        if self.stage == "clip" and not self.schedule.digit_labels:
+            batch["labels"][..., 2:4] = NOTHING
         if self.stage == "clip" and step >= self.schedule.text_from * self.schedule.clip_steps:
             captions = [_caption(rng, *each) for each in zip(seen, backgrounds, strict=True)]
             texts = [[BOS, *_ids(text), EOS] for text, _ in captions]
@@ -320,6 +325,8 @@ def _patch_loss(logits: list[Tensor], labels: Tensor) -> Tensor:
     total = torch.zeros((), device=labels.device)
     for part, (values, share) in enumerate(zip(logits, LABEL_WEIGHTS, strict=True)):
         wanted = labels[..., part].flatten()
+        if (wanted == NOTHING).all():
+            continue
         weight = background if part == 0 else None
         total = total + share * F.cross_entropy(values.flatten(0, 1), wanted, weight=weight)
     return total
