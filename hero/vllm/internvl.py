@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from vllm.model_executor.models.interns1 import (
-    InternS1DummyInputsBuilder,
     InternS1ForConditionalGeneration,
     InternS1MultiModalProcessor,
     InternS1ProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from .model import DroppingModel
-from .options import is_asked_for
-from .processing import DroppingInfo, DroppingProcessor
+from .processing import DroppingInfo, DroppingProcessor, registered
 
 __all__ = ["HeroInternVLForConditionalGeneration"]
 
@@ -29,15 +26,7 @@ class _Processor(DroppingProcessor, InternS1MultiModalProcessor):
         return PromptUpdateDetails.select_token_id(tokens, own.image_token_id)
 
 
-def _info(ctx):
-    return (_Info if is_asked_for(ctx.get_hf_config()) else InternS1ProcessingInfo)(ctx)
-
-
-def _processor(info, *args, **kwargs):
-    return (_Processor if isinstance(info, _Info) else InternS1MultiModalProcessor)(info, *args, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=InternS1DummyInputsBuilder)
+@registered(InternS1ForConditionalGeneration, _Info, _Processor)
 class HeroInternVLForConditionalGeneration(DroppingModel, InternS1ForConditionalGeneration):
     """vLLM's model, which keeps only the visual tokens that the policy selects."""
 

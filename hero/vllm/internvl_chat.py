@@ -11,16 +11,13 @@ from collections.abc import Iterable
 from torch import Tensor
 from vllm.model_executor.models.internvl import (
     InternVLChatModel,
-    InternVLDummyInputsBuilder,
     InternVLMultiModalProcessor,
     InternVLProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .chat_format import renamed
 from .model import DroppingModel
-from .options import is_asked_for
-from .processing import DroppingInfo, DroppingProcessor
+from .processing import DroppingInfo, DroppingProcessor, registered
 
 __all__ = ["HeroInternVLChatModel"]
 
@@ -36,15 +33,7 @@ class _Processor(DroppingProcessor, InternVLMultiModalProcessor):
         return self.info.get_hf_processor().get_image_repl(None, count)
 
 
-def _info(ctx):
-    return (_Info if is_asked_for(ctx.get_hf_config()) else InternVLProcessingInfo)(ctx)
-
-
-def _processor(info, *args, **kwargs):
-    return (_Processor if isinstance(info, _Info) else InternVLMultiModalProcessor)(info, *args, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=InternVLDummyInputsBuilder)
+@registered(InternVLChatModel, _Info, _Processor)
 class HeroInternVLChatModel(DroppingModel, InternVLChatModel):
     """vLLM's model, which keeps only the visual tokens that the policy selects."""
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from vllm.model_executor.models.llava import (
-    LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
     LlavaMultiModalProcessor,
     LlavaProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .model import TOWER_NAMES, DroppingModel
-from .options import is_asked_for
-from .processing import DroppingInfo, DroppingProcessor
+from .processing import DroppingInfo, DroppingProcessor, registered
 
 __all__ = ["HeroLlavaForConditionalGeneration"]
-
-# vLLM's own choose between LLaVA and Pixtral.
-_STOCK = LlavaForConditionalGeneration._processor_factory
 
 
 class _Info(DroppingInfo, LlavaProcessingInfo):
@@ -28,15 +22,7 @@ class _Processor(DroppingProcessor, LlavaMultiModalProcessor):
     pass
 
 
-def _info(ctx):
-    return (_Info if is_asked_for(ctx.get_hf_config()) else _STOCK.info)(ctx)
-
-
-def _processor(info, *args, **kwargs):
-    return (_Processor if isinstance(info, _Info) else _STOCK.processor)(info, *args, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=LlavaDummyInputsBuilder)
+@registered(LlavaForConditionalGeneration, _Info, _Processor)
 class HeroLlavaForConditionalGeneration(DroppingModel, LlavaForConditionalGeneration):
     """vLLM's model, which keeps only the visual tokens that the policy selects."""
 

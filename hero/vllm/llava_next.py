@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .model import TOWER_NAMES, DroppingModel
-from .options import is_asked_for
-from .processing import DroppingInfo, DroppingProcessor
+from .processing import DroppingInfo, DroppingProcessor, registered
 
 __all__ = ["HeroLlavaNextForConditionalGeneration"]
 
@@ -25,16 +22,7 @@ class _Processor(DroppingProcessor, LlavaNextMultiModalProcessor):
     pass
 
 
-def _info(ctx):
-    return (_Info if is_asked_for(ctx.get_hf_config()) else LlavaNextProcessingInfo)(ctx)
-
-
-def _processor(info, *args, **kwargs):
-    processor = _Processor if isinstance(info, _Info) else LlavaNextMultiModalProcessor
-    return processor(info, *args, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=LlavaDummyInputsBuilder)
+@registered(LlavaNextForConditionalGeneration, _Info, _Processor)
 class HeroLlavaNextForConditionalGeneration(DroppingModel, LlavaNextForConditionalGeneration):
     """vLLM's model, which keeps only the visual tokens that the policy selects."""
 

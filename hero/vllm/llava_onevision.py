@@ -7,16 +7,13 @@ nested lists, in which several images of a prompt are not tiled, do not exist in
 from __future__ import annotations
 
 from vllm.model_executor.models.llava_onevision import (
-    LlavaOnevisionDummyInputsBuilder,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionMultiModalProcessor,
     LlavaOnevisionProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .model import TOWER_NAMES, DroppingModel
-from .options import is_asked_for
-from .processing import DroppingInfo, DroppingProcessor
+from .processing import DroppingInfo, DroppingProcessor, registered
 
 __all__ = ["HeroLlavaOnevisionForConditionalGeneration"]
 
@@ -29,16 +26,7 @@ class _Processor(DroppingProcessor, LlavaOnevisionMultiModalProcessor):
     pass
 
 
-def _info(ctx):
-    return (_Info if is_asked_for(ctx.get_hf_config()) else LlavaOnevisionProcessingInfo)(ctx)
-
-
-def _processor(info, *args, **kwargs):
-    processor = _Processor if isinstance(info, _Info) else LlavaOnevisionMultiModalProcessor
-    return processor(info, *args, **kwargs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(_processor, info=_info, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
+@registered(LlavaOnevisionForConditionalGeneration, _Info, _Processor)
 class HeroLlavaOnevisionForConditionalGeneration(DroppingModel, LlavaOnevisionForConditionalGeneration):
     """vLLM's model, which keeps only the visual tokens that the policy selects."""
 

@@ -7,11 +7,13 @@ and hands the count on with its pixels, so that the model can compare it with wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
@@ -19,9 +21,9 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingIn
 from .._checks import error
 from ..layout import Geometry, ImageLayout
 from .geometry import geometry_of, seen
-from .options import OPTIONS, Options, of_processor, read_ratio
+from .options import OPTIONS, Options, is_asked_for, of_processor, read_ratio
 
-__all__ = ["IMAGES", "DroppingInfo", "DroppingProcessor", "layouts_of"]
+__all__ = ["IMAGES", "DroppingInfo", "DroppingProcessor", "layouts_of", "registered"]
 
 # ``[images, 7]`` int64: height and width in pixels, rows and columns of tiles, numerator and denominator of
 # the ratio of the request, the number of kept tokens.
@@ -153,3 +155,25 @@ class DroppingProcessor(BaseMultiModalProcessor):
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         fields = super()._get_mm_fields_config(hf_inputs, of_processor(hf_processor_mm_kwargs))
         return {**fields, IMAGES: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+
+def registered(
+    stock: type[nn.Module], info: type[DroppingInfo], processor: type[DroppingProcessor]
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Register a model that drops tokens with its classes; engines without ``hero`` get those of vLLM's own.
+
+    Args:
+        stock: vLLM's own class of the model.
+        info, processor: those of the model that drops tokens.
+    """
+    own = stock._processor_factory
+
+    def make_info(ctx):
+        return (info if is_asked_for(ctx.get_hf_config()) else own.info)(ctx)
+
+    def make_processor(made, *args, **kwargs):
+        return (processor if isinstance(made, info) else own.processor)(made, *args, **kwargs)
+
+    return MULTIMODAL_REGISTRY.register_processor(
+        make_processor, info=make_info, dummy_inputs=own.dummy_inputs
+    )
