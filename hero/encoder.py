@@ -302,6 +302,7 @@ class HeroVisionEncoder(nn.Module):
                 cls=encoded.cls,
                 layouts=plan.layouts,
                 places=plan.places,
+                segments=plan.segments,
                 pools=plan.pools,
                 constants=plan.constants,
                 relevance=None if clip is None else relevance,
@@ -401,9 +402,8 @@ class HeroVisionEncoder(nn.Module):
         plan = plan.to(encoded.features.device)
         scored = self.score(encoded, plan, question)
         budgets = self.budget(scored, plan)
-        gathered = self.select(encoded, scored, budgets, plan)
-        tensors = gathered.tokens, gathered.index, budgets.budgets, budgets.shares, scored.scores
-        return tensors, gathered.lengths
+        tokens, index, lengths, _ = self.select(encoded, scored, budgets, plan)
+        return (tokens, index, budgets.budgets, budgets.shares, scored.scores), lengths
 
     def selection(
         self,

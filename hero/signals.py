@@ -28,7 +28,6 @@ __all__ = [
     "mean_features",
     "parts_of",
     "places_of",
-    "rarity",
     "region_sums",
     "regions_of",
     "resize_of",
@@ -146,34 +145,6 @@ def mean_features(features: Tensor, valid: Tensor) -> Tensor:
     """
     weights = valid[..., None].to(features)
     return (features.detach() * weights).sum(1) / weights.sum(1).clamp_min(1.0)
-
-
-def rarity(features: Tensor, valid: Tensor, places: Places, parts: Tensor) -> Tensor:
-    """How unlike each patch is to the others: 1 less the mean cosine of its feature with those of its image.
-
-    ``q_j = 1 − mean_i cos(x_j, x_i)`` over the valid patches i of the image's tiles, j included; for patches
-    of a thumbnail over those of the thumbnail.
-
-    Args:
-        features: ``[T, P, C]``.
-        valid: ``[T, P]`` bool.
-        places: of the images.
-        parts: of the crops (:func:`equal_parts`).
-
-    Returns:
-        ``[T, P]`` fp32 in [0, 2]; those of padding have no meaning.
-    """
-    unit = F.normalize(features.float(), dim=-1)
-    sums, counts = (unit * valid[..., None]).sum(1), valid.sum(1)
-
-    def of_tiles(values: Tensor) -> Tensor:
-        # In fp64, so that the zeros of smaller images of the batch do not change the fp32 result.
-        return torch.einsum("tk,tk...->t...", places.is_tile, values.double()[places.tiles]).float()
-
-    own = parts == 0
-    sums = torch.where(own[:, None], sums, of_tiles(sums))
-    counts = torch.where(own, counts, of_tiles(counts))
-    return (1 - (unit * (sums / counts.clamp_min(1)[:, None])[:, None]).sum(-1)).clamp_min(0)
 
 
 def concentration(entropy: Tensor, valid: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ._checks import (
 from ._dispatch import is_plain
 from ._diverse import MOST_CANDIDATES, MOST_QUALITY, RULES
 from ._env import SWITCHES
-from .segments import MAX_SIGNALS, Segments, TileSignal
+from .segments import MAX_SIGNALS, Segments, TileBudgets, TileSignal
 
 # The names of each signal in messages; made once, since a call takes tens of microseconds.
 _SIGNALS = [
@@ -137,6 +137,11 @@ def check_numbers(name: str, values: Tensor) -> None:
         check_cpu(name, "numbers", values, lambda values: ~torch.isnan(values))
 
 
+def check_finite(name: str, values: Tensor) -> None:
+    if not SWITCHES.interpret:  # as check_numbers
+        check_cpu(name, "finite numbers", values, _is_finite)
+
+
 def check_counts(name: str, counts: Tensor) -> None:
     check_cpu(name, "integers >= 0", counts, lambda counts: counts >= 0)
 
@@ -169,9 +174,45 @@ def check_diverse(
         if rule == "max_min":
             raise ValueError(f"quality: expected None with rule 'max_min', got {describe(quality)}")
         check_tensor("quality", quality, (crops, patches), (torch.float32,), device)
-    if not SWITCHES.interpret:  # as check_numbers
-        check_cpu("features", "finite numbers", features, _is_finite)
-        if quality is not None:
-            fits = (quality >= 0) & (quality <= MOST_QUALITY)
-            check_cpu("quality", "numbers from 0 to 2⁶⁰", fits, lambda fits: fits)
+    check_finite("features", features)
+    if quality is not None and not SWITCHES.interpret:  # as check_numbers
+        fits = (quality >= 0) & (quality <= MOST_QUALITY)
+        check_cpu("quality", "numbers from 0 to 2⁶⁰", fits, lambda fits: fits)
     return detached(features), quality if quality is None else detached(quality)
+
+
+def check_gather(
+    features: Tensor,
+    scores: Tensor,
+    segments: Segments,
+    valid: Tensor | None,
+    budgets: TileBudgets | None,
+    signals: Sequence[TileSignal] | None,
+    ranks: Tensor | None,
+    valid_counts: Tensor | None,
+) -> list[TileSignal] | None:
+    """Check the arguments of ``segmented_topk_gather``; return the signals, if given, checked."""
+    check_segments(segments)
+    check_tensor("scores", scores, (segments.crops, segments.patches), FLOATS)
+    device, checked = scores.device, None
+    check_tensor("features", features, (segments.crops, segments.patches, "D"), FLOATS, device)
+    if valid is not None:
+        check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), device)
+    if ranks is not None:
+        check_tensor("ranks", ranks, tuple(scores.shape), (torch.int16,), device)
+    if valid_counts is not None:
+        check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
+        check_counts("valid_counts", valid_counts)
+    if (budgets is None) == (signals is None):
+        given = "none" if budgets is None else "both"
+        raise ValueError(f"budgets: expected either budgets or signals, got {given}")
+    if signals is not None:
+        checked = check_signals(signals, segments, device)
+    elif not isinstance(budgets, TileBudgets):
+        raise TypeError(f"budgets: expected TileBudgets, got {describe(budgets)}")
+    else:
+        check_tensor("budgets.budgets", budgets.budgets, (segments.crops,), INTEGERS, device)
+        check_counts("budgets.budgets", budgets.budgets)
+    check_numbers("scores", scores)
+    check_numbers("features", features)
+    return checked

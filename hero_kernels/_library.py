@@ -293,6 +293,11 @@ _register(
     lambda valid_counts, **_: tuple(_budgets_fake(valid_counts, valid_counts.shape[0])),
     lambda **arguments: tuple(_run("tile_budgets", **arguments)),
 )
+_register(
+    "rarity",
+    "Tensor",
+    lambda features, **_: features.new_empty(features.shape[:2], dtype=torch.float32),
+)
 _register("segmented_topk", "Tensor", lambda scores, **_: scores.new_empty(scores.shape, dtype=torch.bool))
 _register(
     "segmented_diverse_topk",

@@ -28,6 +28,8 @@ from ._arguments import (
     check_bounds,
     check_counts,
     check_diverse,
+    check_finite,
+    check_gather,
     check_numbers,
     check_segments,
     check_signals,
@@ -40,6 +42,7 @@ __all__ = [
     "attention_with_cls",
     "cls_attention",
     "finalize_scores",
+    "rarity",
     "received_attention",
     "segmented_diverse_topk",
     "segmented_topk",
@@ -178,17 +181,9 @@ def received_attention(
     if lse is not None:
         lse = detached(check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device))
     query, key = detached(query), detached(key)
-    return _call(
-        *("received_attention", key.device, (query, key, out, lse, cu_seqlens)),
-        query=query,
-        key=key,
-        scale=scale,
-        weight=weight,
-        out=out,
-        lse=lse,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-    )
+    arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out, "lse": lse}
+    bounds = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    return _call("received_attention", key.device, (query, key, out, lse, cu_seqlens), **arguments, **bounds)
 
 
 # --- scores, budgets, selection --------------------------------------------------------------------------
@@ -221,6 +216,36 @@ def finalize_scores(rows: Tensor, *, valid: Tensor | None = None, rank: bool = F
         raise ValueError(f"rows: expected at most 32767 patches to rank, got {describe(rows)}")
     rows = detached(rows)
     return _call("finalize_scores", rows.device, (rows, valid), rows=rows, valid=valid, rank=rank)
+
+
+def rarity(features: Tensor, segments: Segments, valid: Tensor | None = None) -> Tensor:
+    """How unlike each patch is to the others of its image: 1 less its mean cosine with them.
+
+    ``q_j = max(0, 1 − mean_i cos(x_j, x_i))`` over the valid patches i of the image's tiles, j included; for
+    the patches of a thumbnail over those of the thumbnail. A cosine with a zero vector is 0.
+
+    Args:
+        features: ``[T, P, D]`` floating point, any strides. Vectors whose squared length is not a normal
+            number of fp32 count as zero.
+        segments: the images of the batch.
+        valid: ``[T, P]`` bool; all patches are valid where ``None``.
+
+    Returns:
+        ``[T, P]`` fp32 from 0 to 2; 1 for zero vectors and patches that are not valid. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; on the CPU also features that are not finite. (On a
+            GPU such a vector counts as zero.)
+
+    Source: our own, for hero+.
+    """
+    check_segments(segments)
+    check_tensor("features", features, (segments.crops, segments.patches, "D"), FLOATS)
+    if valid is not None:
+        check_tensor("valid", valid, tuple(features.shape[:2]), (torch.bool,), features.device)
+    check_finite("features", features)
+    given = {"features": detached(features), "segments": segments, "valid": valid}
+    return _call("rarity", features.device, (features, valid), **given)
 
 
 def tile_budgets(
@@ -257,13 +282,9 @@ def tile_budgets(
     check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS)
     check_counts("valid_counts", valid_counts)
     signals = check_signals(signals, segments, valid_counts.device)
-    return _call(
-        *("tile_budgets", valid_counts.device, (valid_counts, *(signal.values for signal in signals))),
-        signals=signals,
-        valid_counts=valid_counts,
-        segments=segments,
-        allocation=allocation,
-    )
+    tensors = (valid_counts, *(signal.values for signal in signals))
+    arguments = {"signals": signals, "valid_counts": valid_counts, "segments": segments}
+    return _call("tile_budgets", valid_counts.device, tensors, **arguments, allocation=allocation)
 
 
 def segmented_topk(scores: Tensor, budgets: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -394,30 +415,8 @@ def segmented_topk_gather(
 
     Source: the packing is that of LLaVA-NeXT (``pack_image_features`` in transformers).
     """
-    check_segments(segments)
     check_allocation(allocation)
-    check_tensor("scores", scores, (segments.crops, segments.patches), FLOATS)
-    device = scores.device
-    check_tensor("features", features, (segments.crops, segments.patches, "D"), FLOATS, device)
-    if valid is not None:
-        check_tensor("valid", valid, tuple(scores.shape), (torch.bool,), device)
-    if ranks is not None:
-        check_tensor("ranks", ranks, tuple(scores.shape), (torch.int16,), device)
-    if valid_counts is not None:
-        check_tensor("valid_counts", valid_counts, (segments.crops,), INTEGERS, device)
-        check_counts("valid_counts", valid_counts)
-    if (budgets is None) == (signals is None):
-        given = "none" if budgets is None else "both"
-        raise ValueError(f"budgets: expected either budgets or signals, got {given}")
-    if signals is not None:
-        signals = check_signals(signals, segments, device)
-    elif not isinstance(budgets, TileBudgets):
-        raise TypeError(f"budgets: expected TileBudgets, got {describe(budgets)}")
-    else:
-        check_tensor("budgets.budgets", budgets.budgets, (segments.crops,), INTEGERS, device)
-        check_counts("budgets.budgets", budgets.budgets)
-    check_numbers("scores", scores)
-    check_numbers("features", features)
+    signals = check_gather(features, scores, segments, valid, budgets, signals, ranks, valid_counts)
     wanted = budgets and budgets.budgets
     tensors = (valid, ranks, valid_counts, wanted, *(signal.values for signal in signals or ()))
     return _call(

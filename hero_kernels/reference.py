@@ -17,20 +17,13 @@ from einops import rearrange
 from torch import Tensor
 
 from ._diverse import segmented_diverse_topk
-from .segments import (
-    Finalized,
-    Gathered,
-    Segment,
-    Segments,
-    TileBudgets,
-    TileSignal,
-    to_device,
-)
+from .segments import Finalized, Gathered, Segment, Segments, TileBudgets, TileSignal, to_device
 
 __all__ = [
     "attention_with_cls",
     "cls_attention",
     "finalize_scores",
+    "rarity",
     "received_attention",
     "segmented_diverse_topk",
     "segmented_topk",
@@ -324,6 +317,29 @@ def tile_budgets(
     budgets = torch.where(lanes.thumbnail_tokens < 0, budgets, thumbnails)
     rows = (budgets.to(torch.int32), shares, weights.to(torch.int32))
     return TileBudgets(*(row.flatten().index_select(0, lanes.place) for row in rows))
+
+
+# --- rarity ----------------------------------------------------------------------------------------------
+
+
+def rarity(features: Tensor, segments: Segments, valid: Tensor | None = None) -> Tensor:
+    """1 less the product of each unit vector with the mean of those of its pool.
+
+    Pools are the tiles and the thumbnail of each image. They are summed in fp64, crop by crop, so that the
+    batch does not change the fp32 result.
+    """
+    lanes = _lanes(segments, features.device)
+    pools = 2 * lanes.image + (lanes.thumbnail_tokens >= 0).flatten()[lanes.place]
+    x = features.float()
+    square = (x * x).sum(2, keepdim=True)
+    some = (square >= torch.finfo(torch.float32).tiny) & square.isfinite()
+    counted = torch.ones_like(some[..., 0]) if valid is None else valid
+    some = some & counted[..., None]
+    unit = torch.where(some, x / square.sqrt(), 0.0)
+    sums = torch.cat([unit.sum(1), counted.sum(1, keepdim=True)], dim=1).double()
+    sums = sums.new_zeros((2 * len(segments.images), sums.shape[1])).index_add_(0, pools, sums)[pools]
+    means = (sums[:, :-1] / sums[:, -1:].clamp_min(1.0)).float()
+    return (1.0 - (unit * means[:, None]).sum(2)).clamp_min(0.0)
 
 
 # --- selection -------------------------------------------------------------------------------------------

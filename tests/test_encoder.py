@@ -162,6 +162,7 @@ def test_images_without_thumbnail_use_entropy():
         cls=torch.randn(2, 8),
         layouts=(layout,),
         places=plan.places,
+        segments=plan.segments,
         pools=plan.pools,
         constants=plan.constants,
     )

@@ -20,7 +20,7 @@ from .._checks import check_flag, check_layers, count, error
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hero_kernels import Finalized, TileBudgets, TileSignal
+    from hero_kernels import Finalized, Segments, TileBudgets, TileSignal
 
 __all__ = [
     "PATCHES",
@@ -103,6 +103,7 @@ class Observed:
         cls: ``[T, C]``, the CLS feature of the encoder's last layer, if the policy needs it.
         layouts: the :class:`hero.layout.ImageLayout` of each image.
         places: the :class:`hero.signals.Places` of the crops.
+        segments: the images, as operations of :mod:`hero_kernels` take them.
         pools: the images as pools of patches.
         constants: what :meth:`Policy.constants` returned, on the device.
         block_budgets: ``[T]`` int32, budgets in proportion to the size of blocks, where these are the tiles.
@@ -117,6 +118,7 @@ class Observed:
     cls: Tensor | None
     layouts: Sequence[Any]
     places: Any
+    segments: Segments
     pools: Pools
     constants: Mapping[str, Any] = field(default_factory=dict)
     relevance: Callable[[], Tensor] | None = None

@@ -75,17 +75,17 @@ class HeroPlus(Policy):
     def score(self, observed):
         import torch
 
-        from hero_kernels import TileSignal
+        import hero_kernels as hk
 
         from .. import signals
 
         valid, places, parts = observed.valid, observed.places, observed.constants["parts"]
-        rarity = signals.rarity(observed.features, valid, places, parts)
+        rarity = hk.rarity(observed.features, observed.segments, valid)
         relevance = 1.0
         if observed.relevance is not None:
             relevance = signals.tile_softmax(observed.relevance() / self.temperature_clip, places, BETA)
         rare = (rarity**POWER * valid).sum(1)
-        shares = TileSignal(rare * relevance, RARE), TileSignal(parts * relevance, 1 - RARE)
+        shares = hk.TileSignal(rare * relevance, RARE), hk.TileSignal(parts * relevance, 1 - RARE)
         first = -rarity
         if PATCHES in observed.attention:
             is_thumbnail = (parts == 0)[:, None]

@@ -32,6 +32,7 @@ UNITS = tl.constexpr(512.0)
 TO_UNITS = tl.constexpr(LOG2E.value / UNITS.value)
 LARGEST_LOGIT = tl.constexpr(torch.finfo(torch.float32).max * TO_UNITS.value * (1 + 2.0**-22))  # rounded up
 INFINITY_BITS = tl.constexpr(0x7F800000)
+MOST_WIDTH = 8192
 
 
 @triton.jit
@@ -83,6 +84,18 @@ def power_of_2(size: int, least: int = 1) -> int:
 def blocks(size: int, block: int) -> int:
     """The number of blocks that hold ``size`` elements."""
     return -(-size // block)
+
+
+def check_width(features: torch.Tensor) -> None:
+    """Check that a program can hold a vector of features.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if features.shape[-1] > MOST_WIDTH:
+        raise ValueError(
+            f"features: expected at most {MOST_WIDTH} features on a GPU, got {features.shape[-1]}"
+        )
 
 
 def alignment(*tensors: torch.Tensor) -> int:

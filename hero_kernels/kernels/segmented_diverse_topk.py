@@ -36,7 +36,7 @@ import triton.language as tl
 
 from .. import _diverse, _launch
 from .._env import SWITCHES
-from .common import as_bytes, blocks, power_of_2
+from .common import as_bytes, blocks, check_width, power_of_2
 
 NOT_CHOSEN = tl.constexpr(_diverse.NOT_CHOSEN)
 LAST = tl.constexpr(_diverse.MOST_CANDIDATES - 1)
@@ -48,7 +48,6 @@ HALF = tl.constexpr(1 << SHIFT.value >> 1)
 EXACT = tl.constexpr(_diverse.EXACT)
 FLOOR = tl.constexpr(_diverse.FLOOR)
 MOST_QUALITY = tl.constexpr(_diverse.MOST_QUALITY)
-MOST_WIDTH = 8192
 CHUNK = 64  # features of which rounded vectors hold a multiple
 
 
@@ -375,8 +374,7 @@ def dpp_update_kernel(
 
 def segmented_diverse_topk(features, budgets, rule, quality, valid, cu_crops, max_crops):
     crops, patches, width = features.shape
-    if width > MOST_WIDTH:
-        raise ValueError(f"features: expected at most {MOST_WIDTH} features on a GPU, got {width}")
+    check_width(features)
     device = features.device
     most = patches * (1 if cu_crops is None else max_crops)
     count = crops if cu_crops is None else len(cu_crops) - 1
