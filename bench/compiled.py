@@ -188,6 +188,13 @@ def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
         "budgets, many tiles": partial(hk.tile_budgets, _signals(MORE_CROPS + 1, 0.1, None), more, many),
         "budgets, floor": partial(hk.tile_budgets, two, counts, tiles, allocation="floor"),
     }
+    features = _empty(MOST_CROPS, tower.tokens, tower.features, dtype=dtype)[
+        :, tower.tokens - tower.patches :
+    ]
+    result |= {
+        "rarity": partial(hk.rarity, features, tiles),
+        "rarity, mask": partial(hk.rarity, features, tiles, valid),
+    }
     if tower.patches <= MOST_PATCHES:
         result |= {
             "topk": partial(hk.segmented_topk, scores, counts),

@@ -212,6 +212,19 @@ def oracle_index(keep, segments):
     return sequences
 
 
+def rarities(features, pools, valid, dtype):
+    """``[T, P]``: 1 less the mean cosine with the valid patches of a pool, a list of crops, from all pairs."""
+    unit = torch.nn.functional.normalize(features.to(dtype).nan_to_num(torch.inf), dim=-1)
+    unit[~features.isfinite().all(-1)] = 0.0
+    result = unit.new_ones(valid.shape)
+    for pool in pools:
+        kept = unit[pool][valid[pool]]
+        row = result[pool]
+        row[valid[pool]] = (1.0 - (kept @ kept.T).mean(1)).clamp_min(0.0)
+        result[pool] = row
+    return result
+
+
 def rounded_features(features):
     """``[n, D]`` integers: each vector made 4000 long, rounded half up, above 2048 to even numbers."""
     out = np.zeros(features.shape, dtype=np.int64)

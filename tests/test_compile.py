@@ -29,7 +29,7 @@ ALL += ("most-patches bf16", "widest bf16", "clip fp16", "clip fp32", "siglip fp
 ALL += ("widest fp32",)
 USUAL = ("clip bf16", "internvit-6b bf16")
 EVERY_KERNEL = ("rows", "fused", "received", "finalize, ranks", "budgets", "topk", "gather anyres, mask")
-EVERY_KERNEL += ("budgets, many tiles", "max_min", "coverage", "dpp")
+EVERY_KERNEL += ("rarity, mask", "budgets, many tiles", "max_min", "coverage", "dpp")
 FAST = {
     "sm_90": {"clip bf16": EVERY_KERNEL, "siglip bf16": ("received, segments",)},
     "gfx942": {"clip bf16": ("rows",)},
@@ -73,6 +73,10 @@ def elements(launch):
     if launch.name == "round_features_kernel":
         rows = given["ROWS"] * given["width"]
         return rows, 0, given["features"]
+    if launch.name in ("unit_sums_kernel", "rarity_kernel"):
+        return given["ROWS"] * given["width"], 0, given["features"]
+    if launch.name == "pool_means_kernel":
+        return given["ROWS"] * given["COLUMNS"], 0, given["sums"]
     if launch.name == "similarities_kernel":
         return 2 * given["BLOCK"] * given["BLOCK_D"], 0, given["rounded"]
     if launch.name in ("max_min_kernel", "coverage_kernel"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import (
     ATTENTION,
+    BATCHES,
     CROPS,
     DIVERSE,
     FEW,
@@ -43,6 +44,7 @@ from oracles import (
     oracle_order,
     oracle_shares,
     oracle_weights,
+    rarities,
 )
 
 import hero_kernels as hk
@@ -354,6 +356,76 @@ def test_ranks_of_special_scores(case, way):
             assert all(row[patch] >= len(order) for patch in range(len(mask)) if not mask[patch])
 
 
+# --- rarity ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", parameters(SELECTION))
+def test_rarity(case, way):
+    """By the formula, of vectors among which some are not finite."""
+    features, valid, segments = case.draw_features(), case.draw_valid(), case.segments
+    found = way.run(
+        *("rarity", case.seen(features, way.device), segments), valid=case.seen(valid, way.device)
+    )
+    valid = torch.ones(features.shape[:2], dtype=torch.bool) if valid is None else valid
+    pools = [
+        pool
+        for image, first in zip(segments.images, segments.first_crops)
+        for tiles in [[first + image.first_tile + tile for tile in range(image.tiles)]]
+        for pool in (tiles, [crop for crop in range(first, first + image.crops) if crop not in tiles])
+    ]
+    exact, peer = (rarities(features, pools, valid, dtype) for dtype in (torch.float64, torch.float32))
+    assert_accurate(found, exact, peer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rarity_does_not_depend_on_the_batch(dtype, way):
+    """Bit-identical alone and beside larger images, in any order, as a view or not."""
+    case = Selection("rarity", BATCHES["ragged"], 7, 40, dtype)
+    segments, valid = case.segments, case.draw_valid()
+    features = case.draw_features().nan_to_num(1.0)
+    images = list(zip(segments.images, segments.first_crops))
+
+    def run(batch, features):
+        crops = list(chain(*(range(first, first + image.crops) for image, first in batch)))
+        segments = Segments(tuple(image for image, _ in batch), case.side)
+        found = way.run("rarity", features[crops].to(way.device), segments, valid[crops].to(way.device))
+        return found, crops
+
+    whole, _ = run(images, features)
+    for batch in ([image] for image in images), (images[::-1], images[1:4], images):
+        for some in batch:
+            found, crops = run(some, features)
+            assert same_bits(found, whole[crops])
+
+
+def test_rarity_of_extreme_vectors(way):
+    """Zero, not finite, too short and too long ones are unlike all; others by their direction alone."""
+    features = torch.tensor([0.0, NAN, math.inf, 1e-25, 1e25, 1e-15, 1e15, -1.0])[None, :, None]
+    features = features.repeat(1, 2, 3)[:, :9].to(way.device)  # nine patches, seven of them as above
+    found = way.run("rarity", features, Segments((Segment(1),), 3)).cpu()
+    assert found[0, [0, 1, 2, 3, 4, 8]].tolist() == [1.0] * 6
+    torch.testing.assert_close(found[0, 5:8], torch.tensor([8 / 9, 8 / 9, 10 / 9]), rtol=0, atol=1e-6)
+    nothing = way.run("rarity", features[..., :0], Segments((Segment(1),), 3))
+    assert nothing.tolist() == [[1.0] * 9]
+    none = torch.zeros(1, 9, dtype=torch.bool, device=way.device)
+    assert way.run("rarity", features, Segments((Segment(1),), 3), none).tolist() == [[1.0] * 9]
+
+
+def test_launches_of_rarity(kernel, monkeypatch):
+    """Three for any batch; the features are not copied."""
+    launched = []
+    monkeypatch.setattr(_launch, "launch", lambda kernel, grid, **given: launched.append((kernel, given)))
+    for images in ((Segment(1),), (Segment(5, 0, 2), Segment(7, -1)), (Segment(3, 2, 2),) * 9):
+        segments = Segments(images, 4)
+        features = torch.zeros(segments.crops, 17, 24, device=kernel.device)[:, 1:]
+        hk.rarity(features, segments)
+        assert [one.fn.__name__ for one, _ in launched] == [
+            *("unit_sums_kernel", "pool_means_kernel", "rarity_kernel")
+        ]
+        assert {launched[n][1]["features"].data_ptr() for n in (0, 2)} == {features.data_ptr()}
+        launched.clear()
+
+
 # --- budgets ---------------------------------------------------------------------------------------------
 
 
@@ -581,6 +653,7 @@ OF_DTYPE = {  # an operation, a dtype -> the first fast case of the dtype that i
         for case in reversed(SELECTION)
         if not case.slow
     },
+    **{("test_rarity", case.dtype): (case,) for case in reversed(SELECTION) if not case.slow},
     **{
         ("test_segmented_diverse_topk", kind): (case, rule)
         for rule, kind, case in zip(RULES, (torch.float32, torch.float16, torch.bfloat16), DIVERSE)
@@ -962,6 +1035,8 @@ def test_selection_far_apart(dimension, kernel, vast):
     )
     assert torch.equal(finalized.ranks.cpu()[valid], ranks[valid])
     far_features = vast(features.half(), dimension, "features")
+    expected = hk.rarity(features.half().to(kernel.device), segments, valid.to(kernel.device))
+    assert same_bits(hk.rarity(far_features, segments, far["valid"]), expected)
     for ranked in (False, True):
         given = far if ranked else {"valid": far["valid"]}
         result = hk.segmented_topk_gather(far_features, far_scores, segments, signals=here, **given)
@@ -1018,5 +1093,7 @@ def test_sizes_beyond_the_kernels_are_refused_by_name(operation, kernel):
         ValueError, match=r"^segments.images\[1\]: expected at most 256 crops on a GPU, got 257"
     ):
         hk.tile_budgets([TileSignal(counts.float(), 1.0)], counts, crops)
+    with pytest.raises(ValueError, match=r"^features: expected at most 8192 features on a GPU, got 8193"):
+        hk.rarity(torch.zeros(1, 1, 8193, device=kernel.device), Segments((Segment(1),), 1))
     with pytest.raises(ValueError, match=r"^rows: expected at most 16384 patches on a GPU, got 16385"):
         hk.finalize_scores(torch.zeros(1, 1, 16385, device=kernel.device))

@@ -83,9 +83,10 @@ def vision(query, key, value, features, values, valid, weight, rows, cu_seqlens,
         hk.segmented_diverse_topk(features, budgets.budgets, rule="dpp", quality=finalized.scores),
         hk.segmented_diverse_topk(features, counts[:2], rule="coverage", **segments),
     ]
+    rare = hk.rarity(features, SEGMENTS, valid), hk.rarity(features, SEGMENTS)
     return {
         "rows": [rows, more, again, received, packed, output, plain],
-        "scores": [*finalized[:2], *unranked[:2], budgets.shares],
+        "scores": [*finalized[:2], *unranked[:2], budgets.shares, *rare],
         "selected": [finalized.ranks, *diverse, keep, budgets.budgets, at_once.index, in_steps.index],
         "tokens": [at_once.tokens, in_steps.tokens, at_once.tokens * 2],
         "lengths": [at_once.lengths, in_steps.lengths],
@@ -141,6 +142,8 @@ def calls():
         ),
         ("finalize_scores", (query[..., 1:, 0], valid, True)),
         ("finalize_scores", (query[..., 1:, 0].contiguous(), None, False)),
+        ("rarity", (features, *LAYOUT, valid)),
+        ("rarity", (features.mT.contiguous().mT.half(), *LAYOUT, None)),
         ("tile_budgets", (*signals, counts, *LAYOUT, "exact")),
         ("tile_budgets", (*signals, counts.long(), *LAYOUT, "floor")),
         ("segmented_topk", (scores, budgets, valid)),
@@ -439,7 +442,7 @@ def test_no_gradient_runs_through_scores():
     scored = (rows, scores, hk.received_attention(query, key, 0.3), finalized.scores, finalized.entropy)
     assert [x.requires_grad for x in scored] == [False] * 5
     chosen = hk.segmented_diverse_topk(features, gathered.budgets.budgets, rule="dpp", quality=scores.exp())
-    assert not chosen.requires_grad
+    assert not chosen.requires_grad and not hk.rarity(features, SEGMENTS).requires_grad
     assert not any(x.requires_grad for x in (*gathered.budgets, gathered.index))
     assert gathered.tokens.requires_grad
 

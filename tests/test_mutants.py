@@ -67,6 +67,8 @@ CHECKS = {
     "received, split": attention("received_attention", "odd sizes"),
     "received, lse": attention("received_with_lse", "odd sizes"),
     "segments": lambda tests, cases: tests.test_received_of_segments(cases.PACKED[0], "plain", False, way()),
+    "rarity": selection("rarity", "thumbnail last"),
+    "rarity, blocks": selection("rarity", "P 36"),
     "order": lambda tests, cases: tests.test_the_order_of_tiles_does_not_change_shares(way()),
     "softmax": lambda tests, cases: tests.test_budgets_do_not_depend_on_larger_images(False, way()),
     "finalized": selection("finalize_scores", "stitched 2 × 2", 3, True),
@@ -127,6 +129,12 @@ KERNELS = [
         "finalized",
     ),
     Mutant("no entropy of nothing", "finalize_scores", "value, tl.log(count)", "value, count", "finalized"),
+    Mutant("padding counts", "rarity", "count += ok.to(tl.int32)", "count += 1", "rarity", False),
+    Mutant("the thumbnail is first", "rarity", "begin = tl.maximum(thumbnail, 0)", "begin = 0", "rarity"),
+    Mutant(
+        "the first block alone", "rarity", "(first + row)[:, None]", "(first + 0 * row)[:, None]", "rarity"
+    ),
+    Mutant("one block a crop", "rarity", "crops * slots, ROWS)", "crops, ROWS)", "rarity, blocks"),
     Mutant("remainder ties reversed", "tile_budgets", "weight.shape[0] - 1 - lane", "lane", "budgets", False),
     Mutant("one remainder too many", "tile_budgets", "before < left", "before <= left", "budgets"),
     Mutant(
@@ -271,6 +279,12 @@ KERNELS = [
     ),
 ]
 REFERENCE = [
+    Mutant(
+        "padding counts", "reference", "counted.sum(1, keep", "(counted > -1).sum(1, keep", "rarity", False
+    ),
+    Mutant(
+        "the thumbnail is a tile", "reference", "2 * lanes.image + (", "2 * lanes.image + 0 * (", "rarity"
+    ),
     Mutant("order of softmax", "reference", "torch.where(few, first, ", "(", "softmax", False),
     Mutant("mean over all", "reference", "/= max(end - begin, 1)", "/= key.shape[2]", "segments"),
     Mutant(

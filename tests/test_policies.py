@@ -248,25 +248,6 @@ def test_hero_plus(model, case, text):
         assert check_hero_plus(handle.encoder, inputs, words, cosines, 0.1) <= 1
 
 
-def test_rarity():
-    """By the formula, padding left out, in any batch."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(6, 16, 8, generator=generator)
-    geometry = hero.Geometry(16, 4, ((16, 32), (32, 32)))
-    layouts = [geometry.layout(size) for size in ((16, 20), (40, 40))][:1] * 2
-    places, parts = signals.places_of(layouts), signals.equal_parts(layouts)
-    valid = torch.rand(6, 16, generator=generator) < 0.7
-    found = signals.rarity(features, valid, places, parts)
-    unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    for crops, own in ((([0], [0])), ([1, 2], [1, 2]), ([3], [3]), ([4, 5], [4, 5])):
-        others = torch.cat([unit[crop][valid[crop]] for crop in own])
-        for crop in crops:
-            expected = 1 - (unit[crop] @ others.T).mean(1)
-            torch.testing.assert_close(found[crop].double(), expected, rtol=0, atol=1e-6)
-    alone = signals.rarity(features[:3], valid[:3], signals.places_of(layouts[:1]), parts[:3])
-    assert torch.equal(found[:3], alone)
-
-
 @pytest.mark.parametrize("policy", PEERS)
 def test_the_reference_merges_and_differs(reference, policy):
     """The cases above are no empty ones: peers choose otherwise than one another, and patches do merge."""

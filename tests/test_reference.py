@@ -816,6 +816,11 @@ def images(**change):
     return diverse(**{"budgets": torch.tensor([3, 9]), "cu_crops": CROPS, "max_crops": 3, **change})
 
 
+def rarity(**change):
+    good = batch_of()
+    return hk.rarity(**{**{name: good[name] for name in ("features", "segments", "valid")}, **change})
+
+
 def budgets(**change):
     good = batch_of()
     return hk.tile_budgets(
@@ -1012,6 +1017,16 @@ GATHER = [
     ({"valid_counts": torch.ones(5)}, TypeError, "valid_counts"),
     ({"valid_counts": torch.ones(4, dtype=torch.int32)}, ValueError, "valid_counts"),
 ]
+RARITY = [
+    ({"features": [1.0]}, TypeError, "features"),
+    ({"features": torch.ones(5, 16, 3, dtype=torch.int8)}, TypeError, "features"),
+    ({"features": torch.ones(5, 17, 3)}, ValueError, "features"),
+    ({"features": torch.ones(80, 3)}, ValueError, "features"),
+    ({"features": with_nan(torch.ones(5, 16, 3))}, ValueError, "features"),
+    ({"valid": torch.ones(5, 16)}, TypeError, "valid"),
+    ({"valid": torch.ones(5, 15, dtype=torch.bool)}, ValueError, "valid"),
+    ({"valid": torch.ones(5, 16, dtype=torch.bool, device="meta")}, ValueError, "valid"),
+]
 DIVERSE = [
     ({"features": torch.ones(5, 16, 3, dtype=torch.int8)}, TypeError, "features"),
     ({"features": torch.ones(80, 3)}, ValueError, "features"),
@@ -1077,6 +1092,7 @@ REFUSED = [
         LSE,
     ),
     *cases("segments", of_segments, SEGMENTS),
+    *cases("rarity", rarity, LAYOUT[:2], RARITY),
     *cases("tile_budgets", budgets, LAYOUT, SIGNALS, COUNTS, [({"signals": None}, None, "signals")]),
     *cases("finalize_scores", finalize, ROWS_PER_HEAD),
     *cases("segmented_topk", topk, TOPK, BUDGETS),
