@@ -1,4 +1,4 @@
-"""Selection: tile budgets, top-k per crop, packing and gathering.
+"""Selection: rarity, tile budgets, top-k per crop, packing and gathering.
 
 Features are a view of the tower's output without CLS. Peers are given the budgets, which ours compute: the
 loop of the released code, which synchronises at every crop; a synchronisation-free form in PyTorch, packed in
@@ -7,7 +7,7 @@ the same order; and ``index_select`` with a known index, the lower bound of any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 
@@ -180,6 +180,14 @@ def budgets(segments: hk.Segments, x: SimpleNamespace) -> hk.TileBudgets:
     return hk.tile_budgets(x.signals, x.counts, segments)
 
 
+def rarity(function: Callable, segments: hk.Segments, x: SimpleNamespace) -> Tensor:
+    return function(x.features, segments, x.valid)
+
+
+def _check_rarity(segments: hk.Segments, x: SimpleNamespace, result: Tensor) -> None:
+    close("rarity", result, rarity(reference.rarity, segments, x), 1e-5)
+
+
 def topk(x: SimpleNamespace) -> Tensor:
     return hk.segmented_topk(x.scores, x.budgets.budgets, x.valid)
 
@@ -211,6 +219,12 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
         call = partial(budgets, shape.segments)
         variants = (ours("tile_budgets", call, partial(check_budgets, shape.segments), synchronises=waits),)
         yield _case("tile_budgets", shape, device, variants, most_sets=FEW)
+        check = partial(_check_rarity, shape.segments)
+        variants = (
+            ours("rarity", partial(rarity, hk.rarity, shape.segments), check),
+            Variant("PyTorch", partial(rarity, reference.rarity, shape.segments), check),
+        )
+        yield _case("rarity", shape, device, variants)
         variants = (
             ours("segmented_topk", topk, _check_topk),
             Variant("sort, rank", kept_patches, _check_topk),

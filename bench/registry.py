@@ -132,6 +132,7 @@ class Shape(NamedTuple):
             "received_attention": Cost(2 * keys + 2 * heads * g.tokens * 4, g.tokens * flops),
             "finalize_scores": Cost(heads * g.patches * 4 + 5 * patches + 4 * crops),
             "finalize_scores, ranks": Cost(heads * g.patches * 4 + 7 * patches + 4 * crops),
+            "rarity": Cost(patches * (g.features * self.item + 5), 4 * patches * g.features),
             "tile_budgets": Cost(4 * crops * (3 + 4)),  # three signals and the counts; three results
             "segmented_topk": Cost(6 * patches + 4 * crops),
             "segmented_diverse_topk": self._products(1),

@@ -182,8 +182,8 @@ def received_attention(
         lse = detached(check_tensor("lse", lse, tuple(key.shape[:3]), (torch.float32,), key.device))
     query, key = detached(query), detached(key)
     arguments = {"query": query, "key": key, "scale": scale, "weight": weight, "out": out, "lse": lse}
-    bounds = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-    return _call("received_attention", key.device, (query, key, out, lse, cu_seqlens), **arguments, **bounds)
+    arguments |= {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+    return _call("received_attention", key.device, (query, key, out, lse, cu_seqlens), **arguments)
 
 
 # --- scores, budgets, selection --------------------------------------------------------------------------

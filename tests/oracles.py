@@ -213,7 +213,7 @@ def oracle_index(keep, segments):
 
 
 def rarities(features, pools, valid, dtype):
-    """``[T, P]``: 1 less the mean cosine with the valid patches of a pool, a list of crops, from all pairs."""
+    """``[T, P]``: 1 less the mean cosine with the valid patches of a pool, a list of crops; of all pairs."""
     unit = torch.nn.functional.normalize(features.to(dtype).nan_to_num(torch.inf), dim=-1)
     unit[~features.isfinite().all(-1)] = 0.0
     result = unit.new_ones(valid.shape)

@@ -379,36 +379,34 @@ def test_rarity(case, way):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rarity_does_not_depend_on_the_batch(dtype, way):
-    """Bit-identical alone and beside larger images, in any order, as a view or not."""
+    """Bit-identical alone and beside larger images, in any order."""
     case = Selection("rarity", BATCHES["ragged"], 7, 40, dtype)
     segments, valid = case.segments, case.draw_valid()
     features = case.draw_features().nan_to_num(1.0)
     images = list(zip(segments.images, segments.first_crops))
 
-    def run(batch, features):
+    def run(batch):
         crops = list(chain(*(range(first, first + image.crops) for image, first in batch)))
         segments = Segments(tuple(image for image, _ in batch), case.side)
         found = way.run("rarity", features[crops].to(way.device), segments, valid[crops].to(way.device))
         return found, crops
 
-    whole, _ = run(images, features)
-    for batch in ([image] for image in images), (images[::-1], images[1:4], images):
-        for some in batch:
-            found, crops = run(some, features)
-            assert same_bits(found, whole[crops])
+    whole, _ = run(images)
+    for batch in (*([image] for image in images), images[::-1], images[1:4], images):
+        found, crops = run(batch)
+        assert same_bits(found, whole[crops])
 
 
 def test_rarity_of_extreme_vectors(way):
     """Zero, not finite, too short and too long ones are unlike all; others by their direction alone."""
-    features = torch.tensor([0.0, NAN, math.inf, 1e-25, 1e25, 1e-15, 1e15, -1.0])[None, :, None]
-    features = features.repeat(1, 2, 3)[:, :9].to(way.device)  # nine patches, seven of them as above
-    found = way.run("rarity", features, Segments((Segment(1),), 3)).cpu()
+    values = torch.tensor([0.0, NAN, math.inf, 1e-25, 1e25, 1e-15, 1e15, -1.0, 0.0], device=way.device)
+    features, segments = values[None, :, None].repeat(1, 1, 3), Segments((Segment(1),), 3)
+    found = way.run("rarity", features, segments).cpu()
     assert found[0, [0, 1, 2, 3, 4, 8]].tolist() == [1.0] * 6
     torch.testing.assert_close(found[0, 5:8], torch.tensor([8 / 9, 8 / 9, 10 / 9]), rtol=0, atol=1e-6)
-    nothing = way.run("rarity", features[..., :0], Segments((Segment(1),), 3))
-    assert nothing.tolist() == [[1.0] * 9]
     none = torch.zeros(1, 9, dtype=torch.bool, device=way.device)
-    assert way.run("rarity", features, Segments((Segment(1),), 3), none).tolist() == [[1.0] * 9]
+    for given in ((features[..., :0], segments), (features, segments, none)):
+        assert way.run("rarity", *given).tolist() == [[1.0] * 9]
 
 
 def test_launches_of_rarity(kernel, monkeypatch):
@@ -977,6 +975,13 @@ def test_block_sizes_of_attention(name, factor, kernel, monkeypatch):
     test_cls_attention(case, "plain", False, kernel)
     test_attention_with_cls(case, "plain", kernel)
     test_received_attention(case, "plain", kernel)
+
+
+@pytest.mark.parametrize("factor", [1 / 16, 2])
+def test_block_sizes_of_rarity(factor, kernel, monkeypatch):
+    """Within the tolerance whatever the blocks; a pool of more than a block of sums."""
+    with_blocks(monkeypatch, factor, ROWS=1, STEPS=1, COLUMNS=16)
+    test_rarity(next(case for case in FEW if case.name == "P 36"), kernel)
 
 
 # --- beyond 2³¹ elements ---------------------------------------------------------------------------------
