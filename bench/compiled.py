@@ -194,6 +194,7 @@ def _selection_cases(tower: Geometry, dtype: torch.dtype) -> dict[str, Callable[
     result |= {
         "rarity": partial(hk.rarity, features, tiles),
         "rarity, mask": partial(hk.rarity, features, tiles, valid),
+        "rarity, narrow": partial(hk.rarity, features[..., :64], tiles, valid),
     }
     if tower.patches <= MOST_PATCHES:
         result |= {

@@ -29,7 +29,7 @@ ALL += ("most-patches bf16", "widest bf16", "clip fp16", "clip fp32", "siglip fp
 ALL += ("widest fp32",)
 USUAL = ("clip bf16", "internvit-6b bf16")
 EVERY_KERNEL = ("rows", "fused", "received", "finalize, ranks", "budgets", "topk", "gather anyres, mask")
-EVERY_KERNEL += ("rarity, mask", "budgets, many tiles", "max_min", "coverage", "dpp")
+EVERY_KERNEL += ("rarity, mask", "rarity, narrow", "budgets, many tiles", "max_min", "coverage", "dpp")
 FAST = {
     "sm_90": {"clip bf16": EVERY_KERNEL, "siglip bf16": ("received, segments",)},
     "gfx942": {"clip bf16": ("rows",)},
