@@ -331,15 +331,16 @@ def rarity(features: Tensor, segments: Segments, valid: Tensor | None = None) ->
     lanes = _lanes(segments, features.device)
     pools = 2 * lanes.image + (lanes.thumbnail_tokens >= 0).flatten()[lanes.place]
     x = features.float()
-    square = (x * x).sum(2, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    square = length * length
     some = (square >= torch.finfo(torch.float32).tiny) & square.isfinite()
     counted = torch.ones_like(some[..., 0]) if valid is None else valid
     some = some & counted[..., None]
-    unit = torch.where(some, x / square.sqrt(), 0.0)
+    unit = (x / length).masked_fill_(~some, 0.0)
     sums = torch.cat([unit.sum(1), counted.sum(1, keepdim=True)], dim=1).double()
     sums = sums.new_zeros((2 * len(segments.images), sums.shape[1])).index_add_(0, pools, sums)[pools]
     means = (sums[:, :-1] / sums[:, -1:].clamp_min(1.0)).float()
-    return (1.0 - (unit * means[:, None]).sum(2)).clamp_min(0.0)
+    return (1.0 - unit.mul_(means[:, None]).sum(2)).clamp_min(0.0)
 
 
 # --- selection -------------------------------------------------------------------------------------------
