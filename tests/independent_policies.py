@@ -199,9 +199,9 @@ def hero_plus(
         else:
             poor = shares[crop] <= parts[crop - first_tile]
             common = [-value for value in rare[crop]]
-            more = max(0, budget - len(places) // 12) // 2
+            more = max(0, budget - len(places) // 8) // 2
             first = select(common, places, min(max(more, 1 if poor else 0), budget))
-        vectors, quality = units[crop][places].tolist(), [rare[crop][patch] for patch in places]
+        vectors, quality = units[crop][places].tolist(), [rare[crop][patch] ** 2 for patch in places]
         near_by = None if near is None else [patch in near[crop] for patch in places]
         greedy = Greedy("cdpruner", vectors, quality)
         chain = greedy.choose(budget, near_by) or greedy.choose(budget)

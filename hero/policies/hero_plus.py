@@ -6,10 +6,10 @@
     r_i        = softmax_i(cos(E_img(tile_i), E_txt(question)) / temperature_clip) + β/K;  1 without a
                  relevance model
     share_i    = 0.8 · r_i·Σ_j q_j⁴ + 0.2 · r_i, each part divided by its sum over the image's tiles
-    first      of a tile of v valid patches half of what it may keep beyond ⌊v/12⌋, rounded down, at
+    first      of a tile of v valid patches half of what it may keep beyond ⌊v/8⌋, rounded down, at
                least one in tiles of at most the equal share: the patches of the lowest q;
                of the thumbnail half by CLS attention of the last layer
-    then       greedy maximum of det(diag(q) · S · diag(q)) over the chosen, S_ij = cos(x_i, x_j)
+    then       greedy maximum of det(diag(q²) · S · diag(q²)) over the chosen, S_ij = cos(x_i, x_j)
 
 What is like most of the image is background: the patches of the lowest q stand for it. Tiles need no
 attention. The thumbnail shows the whole picture: there attention finds what is common. The question only
@@ -29,7 +29,7 @@ __all__ = ["BETA", "HeroPlus"]
 BETA = 8.0  # what tiles get whatever the question
 RARE = 0.8  # the rest of a tile's share does not depend on its patches
 POWER = 4  # so that a tile's sum counts its rare patches
-RARE_PART = 12  # one in so many of a tile's patches may all be rare; of others half is common
+RARE_PART = 8  # one in so many of a tile's patches may all be rare; of others half is common
 THUMBNAIL = 5  # of all tokens one in so many
 
 
@@ -103,6 +103,6 @@ class HeroPlus(Policy):
         counts = torch.where(parts == 0, budgets.budgets // 2, counts).minimum(budgets.budgets).int()
         taken = hk.segmented_topk(first, counts, valid)
         ranks = hk.segmented_diverse_topk(
-            features, budgets.budgets, rule="dpp", quality=scored.scores, valid=valid
+            features, budgets.budgets, rule="dpp", quality=scored.scores.square(), valid=valid
         )
         return hk.segmented_topk(torch.where(taken, 1.0, -ranks.float()), budgets.budgets, valid)
