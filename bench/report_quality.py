@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -10,7 +10,6 @@ from .page import replace, source, svg, table
 from .quality_statistics import BASES
 
 FIRST = "number"  # the kind that comes first and is drawn
-TITLES = {FIRST: "Three-digit numbers", "all": "All kinds"}
 
 
 def label(name: str) -> str:
@@ -35,25 +34,6 @@ def keeps(record: Mapping) -> list[str]:
     return [f"{keep:g}" for keep in sorted(record["keep"], reverse=True)]
 
 
-def accuracy(record: Mapping, group: str) -> list[str]:
-    """Accuracy of every variant in a group, and what it loses against all tokens."""
-    rows = []
-    for name, cells in record["summary"][group]["variants"].items():
-        texts = [
-            f"{100 * cells[keep]['accuracy']['mean']:.1f}"
-            + (f", {points(cells[keep]['to_full'])}" if "to_full" in cells[keep] else "")
-            for keep in (["1"] if name == "full" else keeps(record))
-        ]
-        rows.append([label(name), *texts, *[""] * (len(record["keep"]) - len(texts))])
-    return table([group, *(f"R = {keep}" for keep in keeps(record))], rows)
-
-
-def accuracies(record: Mapping, groups: Sequence[str]) -> Iterator[str]:
-    for group in groups:
-        yield from ("", f"**{TITLES[group]}** ({record['summary'][group]['questions']} questions)", "")
-        yield from accuracy(record, group)
-
-
 def quality_source(record: Mapping) -> list[str]:
     summary, (rows, columns) = record["summary"], record["grid"]
     amounts = ", ".join(f"{summary[kind]['questions']} {kind}" for kind in record["kinds"] if kind in summary)
@@ -66,9 +46,15 @@ def quality_source(record: Mapping) -> list[str]:
     ]
 
 
+def shown(variant: str, keep: str, groups: Sequence[Mapping]) -> str:
+    """Accuracy in % in each group of questions at a keep ratio; of all tokens where that is all there is."""
+    cells = [one[variant].get(keep) or one[variant]["1"] for one in groups]
+    return " / ".join(f"{100 * cell['accuracy']['mean']:.1f}" for cell in cells)
+
+
 def quality(record: Mapping) -> list[str]:
     """A record of test questions."""
-    variants = record["variants"]
+    variants, summary = record["variants"], record["summary"]
     lines = [*quality_source(record), ""]
     rows = []
     for title, key in (("patches", "patches"), ("patches and newlines", "tokens")):
@@ -77,33 +63,40 @@ def quality(record: Mapping) -> list[str]:
             counts = {one["keep"][keep][key] for name, one in variants.items() if name != "full"}
             rows[-1].append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
     lines += table(["visual tokens", "all", *(f"R = {keep}" for keep in keeps(record))], rows)
-    lines += ["", "Accuracy in %, then the paired difference to all tokens in points (95 % interval)."]
-    groups = [group for group in (FIRST, "all") if group in record["summary"]]
-    lines += accuracies(record, groups)
-    for base in BASES[1:]:
-        rows = []
-        for name in (name for name in variants if name != "full"):
-            cells = record["summary"]["all"]["variants"][name]
-            gaps = [cells.get(keep, {}).get(f"to_{base}") for keep in ("0.2", "0.1")]
-            rows += [[label(name), *map(points, gaps)]] if all(gaps) else []
-        title = f"**Difference to {label(base)}**, all kinds, in points, paired"
-        lines += ["", title, "", *table(["", "R = 0.2", "R = 0.1"], rows)]
-    kinds = [group for group in record["summary"] if group != "all"]
-    for keep in ("0.2", "0.1"):
-        rows = []
-        for name in variants:
-            found = [record["summary"][kind]["variants"][name] for kind in kinds]
-            cells = [one.get(keep) or one.get("1") for one in found]
-            rows.append(
-                [label(name), *(f"{100 * one['accuracy']['mean']:.1f}" if one else "" for one in cells)]
-            )
-        lines += ["", f"**By kind of question**, accuracy in %, R = {keep}", "", *table(["", *kinds], rows)]
+
+    groups = [summary[group]["variants"] for group in (FIRST, "all") if group in summary]
+    rows = []
+    for name, variant in variants.items():
+        cells = [shown(name, keep, groups) for keep in keeps(record)]
+        for number, keep in enumerate(keeps(record)):
+            kept = variant["keep"].get(keep, {}).get("digits_kept")
+            cells[number] += "" if kept is None else f" / {100 * kept:.1f}"
+        rows.append([label(name), *(cells if name != "full" else [cells[0], *[""] * (len(cells) - 1)])])
+    title = (
+        "**Accuracy** in %: three-digit numbers / all kinds / digits kept, the share of questions for digits"
+    )
+    lines += ["", f"{title} of which a patch of each was kept", ""]
+    lines += table(["", *(f"R = {keep}" for keep in keeps(record))], rows)
+
+    bases = [base for base in BASES[1:] if base in variants]
+    ends = [keep for keep in ("0.2", "0.1") if keep in keeps(record)]
     rows = []
     for name in (name for name in variants if name != "full"):
-        shares = [variants[name]["keep"].get(keep, {}).get("digits_kept") for keep in keeps(record)]
-        rows += [[label(name), *(f"{100 * share:.1f}" for share in shares)]] if None not in shares else []
-    title = "**Questions for digits of which a patch of each was kept**, in %"
-    return [*lines, "", title, "", *table(["", *(f"R = {keep}" for keep in keeps(record))], rows)]
+        cells = summary["all"]["variants"][name]
+        gaps = [cells[keep].get(f"to_{base}") for base in bases for keep in ends]
+        rows += [[label(name), *("" if gap is None else points(gap) for gap in gaps)]]
+    lines += ["", "**Difference**, all kinds, in points, paired (95 % interval)", ""]
+    lines += table(["", *(f"to {label(base)}, R = {keep}" for base in bases for keep in ends)], rows)
+
+    kinds = [group for group in summary if group != "all"]
+    rows = []
+    for name in variants:
+        cells = [
+            " / ".join(shown(name, keep, [summary[kind]["variants"]]) for keep in ends) for kind in kinds
+        ]
+        rows.append([label(name), *cells])
+    title = f"**By kind of question**, accuracy in % at R = {' / '.join(ends)}"
+    return [*lines, "", title, "", *table(["", *kinds], rows)]
 
 
 def quality_plot(record: Mapping) -> str:
