@@ -31,15 +31,17 @@ RUN_BY = ("hero", "hero+", "fastervlm", "scope", "uniform", "random")
 FIGURES = (
     # group, variant, R, what, at least, at most
     ("number", "full", "1", "accuracy", 0.9, 1),
-    ("all", "full", "1", "accuracy", 0.95, 1),
-    ("all", "hero+", "0.2", "to_full", -0.09, 1),
-    ("all", "hero+-no-text", "0.2", "to_full", -0.09, 1),
-    ("all", "hero+-other-question", "0.2", "to_full", -0.1, 1),
-    ("number", "hero+-no-text", "0.1", "to_full", -0.15, 1),
-    ("all", "hero+", "0.1", "to_full", -0.16, 1),
-    ("all", "hero+-no-text", "0.1", "to_full", -0.16, 1),
-    ("all", "hero+-other-question", "0.1", "to_full", -0.16, 1),
-    ("all", "hero", "0.2", "to_full", -0.12, 1),
+    ("all", "full", "1", "accuracy", 0.97, 1),
+    ("all", "hero+", "0.2", "to_full", -0.05, 1),
+    ("all", "hero+-no-text", "0.2", "to_full", -0.05, 1),
+    ("all", "hero+-other-question", "0.2", "to_full", -0.05, 1),
+    ("number", "hero+-no-text", "0.1", "to_full", -0.1, 1),
+    ("all", "hero+", "0.1", "to_full", -0.11, 1),
+    ("all", "hero+-no-text", "0.1", "to_full", -0.12, 1),
+    ("all", "hero+-other-question", "0.1", "to_full", -0.12, 1),
+    ("background", "hero+", "0.2", "to_full", -0.1, 1),
+    ("relation", "full", "1", "accuracy", 0.95, 1),
+    ("all", "hero", "0.2", "to_full", -0.16, 1),
     ("all", "hero-no-text", "0.2", "to_hero+", -1, -0.15),
     ("number", "uniform", "0.2", "to_hero+", -1, -0.35),
     ("number", "random", "0.2", "to_hero+", -1, -0.6),
@@ -48,7 +50,7 @@ FIGURES = (
     ("all", "random", "0.2", "digits_kept", 0, 0.6),
 )
 """What a reduced run must find: a few answers beside what it found when the model was trained."""
-PEER = {"0.2": 0.0, "0.1": -0.06}
+PEER = {"0.2": -0.01, "0.1": -0.12}
 """How near a peer may come to hero+ without the question, on all kinds."""
 MACHINE = {"machine": {"cpu": "a CPU", "cores": 1, "system": "Linux"}}
 RUN = {"benchmark": "quality", "command": "python -m bench.quality", "date": "2026-01-01", "seconds": 1.0}
