@@ -153,7 +153,7 @@ def make_plan(
         is_thumbnail = torch.tensor(
             [flag for one in layouts for flag in one.per_crop(True, [False] * one.tiles)]
         )
-        counts = [n for one in layouts for n in one.per_crop(one.patches, one.valid_counts)]
+        counts = [count for one in layouts for count in one.full_counts]
         weights = [
             torch.where(is_thumbnail, one.thumbnail.get(layer, 0.0), one.tiles.get(layer, 0.0)).float()
             for one in rows.values()

@@ -68,9 +68,12 @@ class HeroPlus(Policy):
         return Needs(relevance=with_relevance)
 
     def constants(self, layouts):
+        import torch
+
         from .. import signals
 
-        return {"parts": signals.equal_parts(layouts)}
+        rare = [count // RARE_PART for layout in layouts for count in layout.full_counts]
+        return {"parts": signals.equal_parts(layouts), "rare": torch.tensor(rare, dtype=torch.int32)}
 
     def score(self, observed):
         import torch
@@ -90,17 +93,17 @@ class HeroPlus(Policy):
         if PATCHES in observed.attention:
             is_thumbnail = (parts == 0)[:, None]
             first = torch.where(is_thumbnail, observed.attention[PATCHES].scores, first)
-        return Scored(rarity, shares, own=(first, parts))
+        return Scored(rarity, shares, own=(first, parts, observed.constants["rare"]))
 
     def choose(self, features, scored, budgets, valid):
         import torch
 
         import hero_kernels as hk
 
-        first, parts = scored.own
-        more = (budgets.budgets - valid.sum(1) // RARE_PART).clamp_min(0) // 2
+        first, parts, rare = scored.own
+        more = (budgets.budgets - rare).clamp_min(0) // 2
         counts = torch.where(budgets.shares <= parts, more.clamp_min(1), more)
-        counts = torch.where(parts == 0, budgets.budgets // 2, counts).minimum(budgets.budgets).int()
+        counts = torch.where(parts == 0, budgets.budgets // 2, counts).minimum(budgets.budgets)
         taken = hk.segmented_topk(first, counts, valid)
         ranks = hk.segmented_diverse_topk(
             features, budgets.budgets, rule="dpp", quality=scored.scores.square(), valid=valid
