@@ -47,53 +47,48 @@ def quality_source(record: Mapping) -> list[str]:
 
 
 def shown(variant: str, keep: str, groups: Sequence[Mapping]) -> str:
-    """Accuracy in % in each group of questions at a keep ratio; of all tokens where that is all there is."""
-    cells = [one[variant].get(keep) or one[variant]["1"] for one in groups]
-    return " / ".join(f"{100 * cell['accuracy']['mean']:.1f}" for cell in cells)
+    """Accuracy in % in each group of questions at a keep ratio."""
+    return " / ".join(f"{100 * group[variant][keep]['accuracy']['mean']:.1f}" for group in groups)
 
 
 def quality(record: Mapping) -> list[str]:
     """A record of test questions."""
-    variants, summary = record["variants"], record["summary"]
+    variants, summary, ratios = record["variants"], record["summary"], keeps(record)
+    dropping = {name: one["keep"] for name, one in variants.items() if name != "full"}
+    at = [f"R = {keep}" for keep in ratios]
     lines = [*quality_source(record), ""]
     rows = []
     for title, key in (("patches", "patches"), ("patches and newlines", "tokens")):
         rows.append([title, f"{variants['full']['keep']['1'][key]:g}"])
-        for keep in keeps(record):
-            counts = {one["keep"][keep][key] for name, one in variants.items() if name != "full"}
+        for keep in ratios:
+            counts = {cells[keep][key] for cells in dropping.values()}
             rows[-1].append(" to ".join(f"{count:g}" for count in sorted({min(counts), max(counts)})))
-    lines += table(["visual tokens", "all", *(f"R = {keep}" for keep in keeps(record))], rows)
+    lines += table(["visual tokens", "all", *at], rows)
 
     groups = [summary[group]["variants"] for group in (FIRST, "all") if group in summary]
-    rows = []
-    for name, variant in variants.items():
-        cells = [shown(name, keep, groups) for keep in keeps(record)]
-        for number, keep in enumerate(keeps(record)):
-            kept = variant["keep"].get(keep, {}).get("digits_kept")
-            cells[number] += "" if kept is None else f" / {100 * kept:.1f}"
-        rows.append([label(name), *(cells if name != "full" else [cells[0], *[""] * (len(cells) - 1)])])
-    title = (
-        "**Accuracy** in %: three-digit numbers / all kinds / digits kept, the share of questions for digits"
-    )
-    lines += ["", f"{title} of which a patch of each was kept", ""]
-    lines += table(["", *(f"R = {keep}" for keep in keeps(record))], rows)
+    rows = [[label("full"), shown("full", "1", groups), *[""] * (len(ratios) - 1)]]
+    for name, cells in dropping.items():
+        rows.append([label(name)])
+        for keep in ratios:
+            kept = cells[keep]["digits_kept"]
+            rows[-1].append(shown(name, keep, groups) + ("" if kept is None else f" / {100 * kept:.1f}"))
+    title = "**Accuracy** in %: three-digit numbers / all kinds / digits kept, the share of questions"
+    lines += ["", f"{title} for digits of which a patch of each was kept", "", *table(["", *at], rows)]
 
     bases = [base for base in BASES[1:] if base in variants]
-    ends = [keep for keep in ("0.2", "0.1") if keep in keeps(record)]
+    ends = [keep for keep in ("0.2", "0.1") if keep in ratios]
     rows = []
-    for name in (name for name in variants if name != "full"):
+    for name in dropping:
         cells = summary["all"]["variants"][name]
         gaps = [cells[keep].get(f"to_{base}") for base in bases for keep in ends]
-        rows += [[label(name), *("" if gap is None else points(gap) for gap in gaps)]]
+        rows.append([label(name), *("" if gap is None else points(gap) for gap in gaps)])
     lines += ["", "**Difference**, all kinds, in points, paired (95 % interval)", ""]
     lines += table(["", *(f"to {label(base)}, R = {keep}" for base in bases for keep in ends)], rows)
 
-    kinds = [group for group in summary if group != "all"]
-    rows = []
-    for name in variants:
-        cells = [
-            " / ".join(shown(name, keep, [summary[kind]["variants"]]) for keep in ends) for kind in kinds
-        ]
+    kinds = {kind: [one["variants"]] for kind, one in summary.items() if kind != "all"}
+    rows = [[label("full"), *(shown("full", "1", group) for group in kinds.values())]]
+    for name in dropping:
+        cells = (" / ".join(shown(name, keep, group) for keep in ends) for group in kinds.values())
         rows.append([label(name), *cells])
     title = f"**By kind of question**, accuracy in % at R = {' / '.join(ends)}"
     return [*lines, "", title, "", *table(["", *kinds], rows)]

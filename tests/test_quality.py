@@ -41,7 +41,7 @@ FIGURES = (
     ("all", "hero+-other-question", "0.1", "to_full", -0.12, 1),
     ("background", "hero+", "0.2", "to_full", -0.1, 1),
     ("relation", "full", "1", "accuracy", 0.95, 1),
-    ("all", "hero", "0.2", "to_full", -0.16, 1),
+    ("all", "hero", "0.2", "to_full", -0.14, 1),
     ("all", "hero-no-text", "0.2", "to_hero+", -1, -0.15),
     ("number", "uniform", "0.2", "to_hero+", -1, -0.35),
     ("number", "random", "0.2", "to_hero+", -1, -0.6),
